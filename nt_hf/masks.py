@@ -1,0 +1,201 @@
+"""Packed sparsity masks, stored beside the weights they belong to.
+
+A masked module carries a persistent uint8 buffer ``weight_mask``: one bit a weight, rows padded to whole
+bytes with zero bits, little-endian along the input dimension (NumPy's ``unpackbits(bitorder="little")``).
+A convolution's mask has one row an output channel, its other dimensions flattened.
+
+The invariant that everything else relies on: **a weight outside its mask is exactly 0**. So a forward pass
+is the stock dense one, and a reader that ignores the masks still reads the right weights.
+
+This file is copied into checkpoints that load with ``trust_remote_code``: it imports torch only.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+MASKABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Packs a bool mask ``[out, ...]`` into uint8 ``[out, ceil(in / 8)]``, ``in`` the product of the rest."""
+    rows = mask.flatten(1)
+    padding = -rows.shape[1] % 8
+    bits = nn.functional.pad(rows.to(torch.uint8), (0, padding)).unflatten(1, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Unpacks uint8 ``[out, ceil(in / 8)]`` into a bool mask of ``shape`` ``[out, ...]``."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    columns = torch.Size(shape[1:]).numel()
+    return bits.flatten(1)[:, :columns].bool().reshape(shape)
+
+
+def packed_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Shape of the packed mask of a weight of ``shape``."""
+    return shape[0], -(-torch.Size(shape[1:]).numel() // 8)
+
+
+def full_mask(shape: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
+    """Packed mask of a fully dense weight of ``shape``; the padding bits are 0."""
+    columns = torch.Size(shape[1:]).numel()
+    packed = torch.full(packed_shape(shape), 0xFF, dtype=torch.uint8, device=device)
+    if columns % 8:
+        packed[:, -1] = (1 << columns % 8) - 1
+    return packed
+
+
+def count_active(packed: torch.Tensor) -> int:
+    """Number of set bits of a packed mask."""
+    # SWAR population count, a byte at a time: no table look-up, no unpacking.
+    x = packed - ((packed >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return int(((x + (x >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+def canonical_name(name: str) -> str:
+    """Parameter name without the prefixes that DDP, FSDP, ``torch.compile`` and checkpointing add."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the globs choose ``name``: the last one that fits decides, ``!glob`` excludes."""
+    chosen = False
+    for pattern in patterns:
+        exclude = pattern.startswith("!")
+        if fnmatchcase(name, pattern.removeprefix("!")):
+            chosen = not exclude
+    return chosen
+
+
+def maskable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose weight can carry a mask, by canonical weight name; a shared weight counts once."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MASKABLE) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[canonical_name(f"{name}.weight" if name else "weight")] = module
+    return found
+
+
+def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that carry a mask, by canonical weight name, in the model's order."""
+    return {name: module for name, module in _with_mask(model)}
+
+
+def _with_mask(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if getattr(module, "weight_mask", None) is not None:
+            yield canonical_name(f"{name}.weight" if name else "weight"), module
+
+
+def attach_masks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Gives a fully dense mask to every maskable weight that ``patterns`` choose and that has none yet.
+
+    Args:
+        model: any module; ``nn.Linear``, ``nn.Embedding``, ``nn.Conv1d`` and ``nn.Conv2d`` can carry masks.
+        patterns: globs of parameter names (``"model.layers.*"``); ``"!glob"`` excludes, the last match decides.
+
+    Returns:
+        The names of the chosen weights.
+
+    Raises:
+        ValueError: a pattern fits no maskable weight.
+    """
+    candidates = maskable_modules(model)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in candidates):
+            raise ValueError(
+                f"the pattern {pattern!r} fits none of the {len(candidates)} weights that can carry a mask, "
+                f"for example {', '.join(list(candidates)[:3]) or 'none'}"
+            )
+    chosen = [name for name in candidates if matches(name, patterns)]
+    for name in chosen:
+        module = candidates[name]
+        if getattr(module, "weight_mask", None) is None:
+            module.register_buffer("weight_mask", full_mask(module.weight.shape, module.weight.device))
+    return chosen
+
+
+def get_mask(module: nn.Module) -> torch.Tensor:
+    """The bool mask of a masked module, in its weight's shape."""
+    return unpack_mask(module.weight_mask, module.weight.shape)
+
+
+@torch.no_grad()
+def set_mask(module: nn.Module, mask: torch.Tensor) -> None:
+    """Writes a bool mask of the weight's shape and zeros the weight outside it."""
+    module.weight_mask.copy_(pack_mask(mask))
+    module.weight.masked_fill_(~mask, 0)
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module) -> None:
+    """Restores the invariant: every weight outside its mask becomes exactly 0."""
+    for module in masked_modules(model).values():
+        module.weight.masked_fill_(~get_mask(module), 0)
+
+
+@torch.no_grad()
+def check_masks(model: nn.Module) -> list[str]:
+    """Names of the weights that are non-zero (or NaN) somewhere outside their mask; empty when all is well.
+
+    Raises:
+        ValueError: a mask has another shape than its weight asks for, or set padding bits.
+    """
+    violations = []
+    for name, module in masked_modules(model).items():
+        packed, weight = module.weight_mask, module.weight
+        if packed.is_meta or weight.is_meta:
+            continue
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(weight.shape):
+            raise ValueError(
+                f"the mask of {name} is {packed.dtype} {list(packed.shape)}; a weight of shape "
+                f"{list(weight.shape)} takes torch.uint8 {list(packed_shape(weight.shape))}"
+            )
+        if (packed & ~full_mask(weight.shape, packed.device)).any():
+            raise ValueError(f"the mask of {name} has padding bits set; they must be 0")
+        if ((weight != 0) & ~get_mask(module)).any():
+            violations.append(name)
+    return violations
+
+
+def densify(model: nn.Module) -> None:
+    """Gives all masks up: every weight may become non-zero, and the checkpoint carries no masks any more."""
+    for module in list(masked_modules(model).values()):
+        del module.weight_mask
+    if hasattr(getattr(model, "config", None), "masked_modules"):
+        model.config.masked_modules = []
+
+
+def freeze_topology(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    """Keeps the masks through fine-tuning: they are re-applied after every step of ``optimizer``.
+
+    Returns:
+        The hook's handle; ``handle.remove()`` ends it.
+    """
+    inactive = [(module.weight, ~get_mask(module)) for module in masked_modules(model).values()]
+
+    @torch.no_grad()
+    def reapply(*_) -> None:
+        for weight, outside in inactive:
+            weight.masked_fill_(outside, 0)
+
+    reapply()
+    return optimizer.register_step_post_hook(reapply)
+
+
+def overall_density(model: nn.Module) -> float:
+    """Share of active weights among the masked ones; 1.0 for a model without masks."""
+    modules = masked_modules(model).values()
+    total = sum(module.weight.numel() for module in modules)
+    return sum(count_active(module.weight_mask) for module in modules) / total if total else 1.0
