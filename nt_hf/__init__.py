@@ -1,0 +1,33 @@
+"""Sparse multi-head LLMs for Hugging Face Transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .masks import apply_masks, check_masks, densify, freeze_topology
+from .modeling_neurotrails_llama import (
+    NeuroTrailsCausalLMOutput,
+    NeuroTrailsLlamaForCausalLM,
+    NeuroTrailsLlamaModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)
+AutoModel.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel)
+AutoModelForCausalLM.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM)
+
+# Saved checkpoints carry the model's code, so that trust_remote_code=True loads them without this package.
+NeuroTrailsLlamaConfig.register_for_auto_class()
+NeuroTrailsLlamaModel.register_for_auto_class("AutoModel")
+NeuroTrailsLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "NeuroTrailsCausalLMOutput",
+    "NeuroTrailsLlamaConfig",
+    "NeuroTrailsLlamaForCausalLM",
+    "NeuroTrailsLlamaModel",
+    "apply_masks",
+    "check_masks",
+    "densify",
+    "freeze_topology",
+]

@@ -98,12 +98,14 @@ def _with_mask(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield canonical_name(f"{name}.weight" if name else "weight"), module
 
 
-def attach_masks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def attach_masks(model: nn.Module, patterns: Sequence[str], prefix: str = "", strict: bool = True) -> list[str]:
     """Gives a fully dense mask to every maskable weight that ``patterns`` choose and that has none yet.
 
     Args:
         model: any module; ``nn.Linear``, ``nn.Embedding``, ``nn.Conv1d`` and ``nn.Conv2d`` can carry masks.
         patterns: globs of parameter names (``"model.layers.*"``); ``"!glob"`` excludes, the last match decides.
+        prefix: the model's own name within the model that the patterns are written for.
+        strict: whether a pattern that fits nothing is an error.
 
     Returns:
         The names of the chosen weights.
@@ -111,8 +113,8 @@ def attach_masks(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a pattern fits no maskable weight.
     """
-    candidates = maskable_modules(model)
-    for pattern in patterns:
+    candidates = {prefix + name: module for name, module in maskable_modules(model).items()}
+    for pattern in patterns if strict else ():
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in candidates):
             raise ValueError(
                 f"the pattern {pattern!r} fits none of the {len(candidates)} weights that can carry a mask, "
@@ -155,8 +157,8 @@ def check_masks(model: nn.Module) -> list[str]:
     violations = []
     for name, module in masked_modules(model).items():
         packed, weight = module.weight_mask, module.weight
-        if packed.is_meta or weight.is_meta:
-            continue
+        if packed.is_meta or weight.is_meta or not weight.is_floating_point():
+            continue  # offloaded, or quantised into another layout
         if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(weight.shape):
             raise ValueError(
                 f"the mask of {name} is {packed.dtype} {list(packed.shape)}; a weight of shape "

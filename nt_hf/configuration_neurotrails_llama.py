@@ -1,0 +1,108 @@
+"""Configuration of NeuroTrails Llamas: a stock Llama configuration plus the shape of the heads."""
+
+import copy
+
+from transformers import LlamaConfig
+
+ENSEMBLE_MODES = ("logits", "probs")
+
+
+class NeuroTrailsLlamaConfig(LlamaConfig):
+    """Configuration of a multi-head Llama with sparse masks (NeuroTrails, arXiv 2505.17909).
+
+    The first ``num_hidden_layers - blocks_in_head`` blocks are the shared backbone. The last ``blocks_in_head``
+    blocks, the final norm and the LM head exist once for each of ``num_ensemble_heads`` heads. The path through
+    the backbone and one head, a *trail*, is an ordinary Llama of ``num_hidden_layers`` blocks.
+
+    Args:
+        num_ensemble_heads: number of heads, at least 1.
+        blocks_in_head: blocks of each head, 0 (only norm and LM head) to ``num_hidden_layers``. Default: two
+            thirds of the depth, as in the paper's models.
+        ensemble_mode: how the heads' predictions combine: ``"logits"``, their mean, or ``"probs"``, the
+            logarithm of the mean probability.
+        share_embedding: one token embedding for all heads. ``False`` gives each its own, which makes the heads
+            a full ensemble of independent networks; only with ``blocks_in_head == num_hidden_layers``.
+        masked_modules: globs of the parameter names that carry a sparsity mask, for example
+            ``["model.layers.*", "model.heads.*"]``; ``"!glob"`` excludes, the last match decides. Empty: dense.
+        kwargs: everything that ``LlamaConfig`` takes. ``num_hidden_layers`` is the depth of one trail.
+
+    Raises:
+        ValueError: a value lies outside its range; the message names field, value and range.
+    """
+
+    model_type = "neurotrails_llama"
+    # Llama's plans name the layers of one stack and would leave the heads out.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    num_ensemble_heads: int = 3
+    blocks_in_head: int | None = None
+    ensemble_mode: str = "logits"
+    share_embedding: bool = True
+    masked_modules: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.blocks_in_head is None:
+            self.blocks_in_head = max(1, self.num_hidden_layers * 2 // 3)
+        self.masked_modules = list(self.masked_modules or [])
+        super().__post_init__(**kwargs)
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        depth = self.num_hidden_layers
+        for name in ("num_ensemble_heads", "blocks_in_head"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted is a whole number")
+        if self.num_ensemble_heads < 1:
+            raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: a model has at least 1 head")
+        if not 0 <= self.blocks_in_head <= depth:
+            raise ValueError(
+                f"blocks_in_head={self.blocks_in_head}: accepted is 0 to num_hidden_layers={depth}, the depth of one trail"
+            )
+        if self.ensemble_mode not in ENSEMBLE_MODES:
+            raise ValueError(f"ensemble_mode={self.ensemble_mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
+        if not self.share_embedding and self.blocks_in_head != depth:
+            raise ValueError(
+                f"share_embedding=False with blocks_in_head={self.blocks_in_head}: separate embeddings need heads of "
+                f"full depth, blocks_in_head={depth}"
+            )
+
+    @property
+    def num_backbone_layers(self) -> int:
+        """Number of shared blocks."""
+        return self.num_hidden_layers - self.blocks_in_head
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Number of key-value cache slots: the backbone's blocks and those of every head."""
+        return self.num_backbone_layers + self.num_ensemble_heads * self.blocks_in_head
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As in ``PreTrainedConfig``, but the decoder's view has one layer a cache slot.
+
+        Caches ask for ``get_text_config(decoder=True)`` and build as many slots as it has layers.
+        """
+        if not decoder:
+            return self
+        view = copy.copy(self)
+        view.__dict__["num_hidden_layers"] = self.num_cache_layers
+        return view
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"model_type={model_type!r}: this is no NeuroTrails checkpoint (accepted is {cls.model_type!r}); "
+                "a stock Llama becomes one by NeuroTrailsLlamaForCausalLM.from_llama(llama)"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_llama_config(self) -> LlamaConfig:
+        """The stock configuration of one trail."""
+        ours = {"num_ensemble_heads", "blocks_in_head", "ensemble_mode", "share_embedding", "masked_modules"}
+        drop = ours | {"model_type", "architectures", "auto_map", "transformers_version"}
+        return LlamaConfig(**{key: value for key, value in self.to_dict().items() if key not in drop})
+
+
+__all__ = ["NeuroTrailsLlamaConfig"]
