@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ._version import __version__
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .masks import apply_masks, check_masks, densify, freeze_topology
 from .modeling_neurotrails_llama import (
@@ -9,8 +10,6 @@ from .modeling_neurotrails_llama import (
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
 )
-
-__version__ = "0.1.0"
 
 AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)
 AutoModel.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel)
@@ -22,6 +21,7 @@ NeuroTrailsLlamaModel.register_for_auto_class("AutoModel")
 NeuroTrailsLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "__version__",
     "NeuroTrailsCausalLMOutput",
     "NeuroTrailsLlamaConfig",
     "NeuroTrailsLlamaForCausalLM",

@@ -1,0 +1,48 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The oldest Transformers that setup.cfg accepts, tried by test-min.
+VENV_MIN := .venv-min
+MODEL_TESTS := tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
+
+.PHONY: install demo test test-slow test-min style bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]' tensorboard
+	touch $@
+
+demo: install
+	rm -rf runs/demo
+	$(BIN)/python recipes/train_tokenizer.py --data sample:train --vocab_size 4096 --output runs/demo/tokenizer
+	$(BIN)/python recipes/pretrain_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo
+	$(BIN)/python examples/generate.py --model runs/demo --prompt "The best way to" --prompt "You can find"
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-min: $(VENV_MIN)/.installed
+	$(VENV_MIN)/bin/python -m pytest $(MODEL_TESTS)
+
+$(VENV_MIN)/.installed: setup.cfg
+	$(PYTHON) -m venv $(VENV_MIN)
+	$(VENV_MIN)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 accelerate==1.15.0 pytest PyYAML
+	touch $@
+
+style: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python benchmarks/topology.py
+
+clean:
+	rm -rf $(VENV) $(VENV_MIN) build *.egg-info .pytest_cache .ruff_cache
