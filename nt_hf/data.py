@@ -277,17 +277,21 @@ def _open(path: str):
 
 
 def _lines(path: str, file) -> Iterator[tuple[int, bytes]]:
-    if path.endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
-    elif path.endswith(".xz"):
-        file = lzma.LZMAFile(file)
-    elif path.endswith(".zst"):
-        import pyarrow  # unlike the zstandard package it notices a truncated file, and it comes with datasets
-
-        file = pyarrow.input_stream(file, compression="zstd")
-    for number, line in enumerate(io.BufferedReader(file, 1 << 20), 1):
+    for number, line in enumerate(io.BufferedReader(_decompressed(path, file), 1 << 20), 1):
         if not line.isspace():
             yield number, line
+
+
+def _decompressed(path: str, file):
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    if path.endswith(".xz"):
+        return lzma.LZMAFile(file)
+    if path.endswith(".zst"):
+        import pyarrow  # unlike the zstandard package it notices a truncated file, and it comes with datasets
+
+        return pyarrow.input_stream(file, compression="zstd")
+    return file
 
 
 def _rows(path: str, file, text_field: str) -> Iterator[tuple[int, str | None]]:
