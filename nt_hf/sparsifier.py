@@ -15,8 +15,10 @@ for batch in batches:
 """
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from .masks import (
     check_masks,
     count_active,
     get_mask,
+    maskable_modules,
     masked_modules,
     matches,
     set_mask,
@@ -86,7 +89,7 @@ class SparsityConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(name: str, valid, accepted: str) -> None:
+        def check(name: str, valid: Callable[[Any], bool], accepted: str) -> None:
             value = getattr(self, name)
             if not valid(value):
                 raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
@@ -145,14 +148,18 @@ def target_counts(model: nn.Module, config: SparsityConfig) -> dict[str, int]:
     shapes = {name: tuple(module.weight.shape) for name, module in masked_modules(model).items()}
     fixed = {}
     for pattern, density in config.densities.items():
-        fitting = [name for name in shapes if fnmatchcase(name, pattern)]
-        if not fitting:
-            raise ValueError(
-                f"densities: the pattern {pattern!r} fits none of the {len(shapes)} masked weights, "
-                f"for example {', '.join(list(shapes)[:3]) or 'none'}"
-            )
-        fixed |= dict.fromkeys(fitting, density)
+        fixed |= dict.fromkeys(_fitting("densities", pattern, shapes), density)
     return active_counts(shapes, config.density, config.distribution, fixed)
+
+
+def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if fitting := [name for name in names if fnmatchcase(name, pattern)]:
+        return fitting
+    raise ValueError(
+        f"{field}: the pattern {pattern!r} fits none of the {len(names)} weights that can carry a mask; "
+        f"accepted: globs of names such as {', '.join(names[:3]) or 'none'}"
+    )
 
 
 def draw_masks(model: nn.Module, config: SparsityConfig) -> None:
@@ -168,6 +175,8 @@ def draw_masks(model: nn.Module, config: SparsityConfig) -> None:
     """
     if not config.is_sparse and not masked_modules(model):
         return
+    for pattern in config.exclude:
+        _fitting("exclude", pattern, maskable_modules(model))
     declared = getattr(getattr(model, "config", None), "masked_modules", None)
     patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in config.exclude)]
     attach_masks(model, patterns)
@@ -380,8 +389,9 @@ class Sparsifier:
             tensor.inactive, tensor.active = ~mask, tensor.target
             tensor.ever_active |= tensor.module.weight_mask
         if config.regrow == "forbid" and total_dropped < requested:
-            logger.info("step %d: %d of %d weights moved, there were no more inactive ones",
-                        self.steps, total_dropped, requested)  # fmt: skip
+            logger.info(
+                "step %d: %d of %d weights moved, for want of inactive ones", self.steps, total_dropped, requested
+            )
         report = self.report()
         return TopologyUpdate(
             step=self.steps,
