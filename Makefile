@@ -21,7 +21,7 @@ demo: install
 	rm -rf runs/demo
 	$(BIN)/python recipes/train_tokenizer.py --data sample:train --vocab_size 4096 --output runs/demo/tokenizer
 	$(BIN)/python recipes/pretrain_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo
-	$(BIN)/python examples/generate.py --model runs/demo --prompt "The best way to" --prompt "You can find"
+	$(BIN)/python examples/generate.py --model runs/demo/checkpoint-600 --prompt "The best way to" --prompt "You can find"
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,0 +1,34 @@
+"""Continues prompts with a saved checkpoint, by Transformers alone: nt_hf need not be installed.
+
+    python examples/generate.py --model runs/demo/checkpoint-600 --prompt "The best way to"
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a checkpoint directory")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt", padding=True)
+    torch.manual_seed(args.seed)
+    outputs = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=args.max_new_tokens,
+        do_sample=True,
+        top_k=40,
+        temperature=0.8,
+    )
+    for text in tokenizer.batch_decode(outputs, skip_special_tokens=True):
+        print(f"> {text}\n")

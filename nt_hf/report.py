@@ -1,0 +1,124 @@
+"""Tables, plots and model cards from what a run wrote."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .run_config import RunConfig
+from .training import read_metrics
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+
+
+def results_table(records: Sequence[Record]) -> str:
+    """A Markdown table of the last evaluation and of the sparsity at that time."""
+    evaluation = _last(records, "eval")
+    if evaluation is None:
+        return "no evaluation yet"
+    rows = [(f"head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
+    rows += [
+        (f"ensemble ({mode}{', the default' if mode == evaluation['ensemble_mode'] else ''})", f"{value:.2f}")
+        for mode, value in evaluation["ensemble_perplexities"].items()
+    ]
+    rows.append(("disagreement between heads", f"{evaluation['disagreement']:.3f}"))
+    rows.append(("density of the masked weights", f"{evaluation['density']:.3f}"))
+    if update := _last(records, "update"):
+        rows += [(f"density of {group}", f"{value:.3f}") for group, value in update["density_by_group"].items()]
+        rows.append(("share of masked weights ever active", f"{update['ever_active']:.3f}"))
+        rows.append(("topology updates", str(sum(record["event"] == "update" for record in records))))
+    width = max(len(name) for name, _ in rows)
+    title = f"validation, step {evaluation['step']}".ljust(width)
+    lines = [f"| {title} | perplexity |", f"|{'-' * (width + 2)}|-----------:|"]
+    return "\n".join([*lines, *(f"| {name:<{width}} | {value:>10} |" for name, value in rows)])
+
+
+def write_report(run_dir: Path) -> str:
+    """Writes ``report/`` (the table, and plots where matplotlib is installed) of a run; returns the table."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    report = run_dir / "report"
+    report.mkdir(exist_ok=True)
+    table = results_table(records)
+    (report / "results.md").write_text(table + "\n")
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("no plots: matplotlib is not installed (pip install 'nt_hf[plots]')")
+        return table
+    matplotlib.use("Agg")
+    _plot(records, report / "training.png")
+    return table
+
+
+def _plot(records: Sequence[Record], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    train = [r for r in records if r["event"] == "train"]
+    evals = [r for r in records if r["event"] == "eval"]
+    updates = [r for r in records if r["event"] == "update"]
+    figure, axes = plt.subplots(1, 2 if updates else 1, figsize=(12 if updates else 7, 4.5), squeeze=False)
+    axis = axes[0, 0]
+    axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="0.75", label="training, mean of heads")
+    steps = [r["step"] for r in evals]
+    for head in range(len(evals[-1]["head_losses"]) if evals else 0):
+        axis.plot(steps, [r["head_losses"][head] for r in evals], marker=".", label=f"validation, head {head}")
+    if evals:
+        axis.plot(steps, [r["loss"] for r in evals], color="black", marker=".", label="validation, ensemble")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    axis.legend(frameon=False)
+    if updates:
+        axis = axes[0, 1]
+        steps = [r["step"] for r in updates]
+        axis.plot(steps, [r["density"] for r in updates], color="black", label="density")
+        axis.plot(steps, [r["ever_active"] for r in updates], color="tab:blue", label="ever active")
+        for group in updates[-1]["density_by_group"]:
+            values = [r["density_by_group"][group] for r in updates]
+            axis.plot(steps, values, linestyle=":", label=f"density of {group}")
+        axis.set(xlabel="step", ylabel="share of the masked weights", title="Topology", ylim=(0, 1.02))
+        churn = axis.twinx()
+        churn.plot(steps, [r["grown"] / r["active"] for r in updates], color="tab:red", marker=".", label="moved")
+        churn.set(ylabel="share of the active weights moved by the update")
+        churn.set_ylim(bottom=0)
+        lines = [line for a in (axis, churn) for line in a.get_lines()]
+        axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="center right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def model_card(config: RunConfig, records: Sequence[Record]) -> str:
+    """The README of a checkpoint: what it is, how to load it, what was measured."""
+    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]})
+    model = config.model
+    step = next((record["step"] for record in reversed(records)), 0)
+    return f"""---
+{front}---
+# NeuroTrails Llama
+
+A multi-head Llama (NeuroTrails, arXiv 2505.17909) after {step} of {config.train.max_steps} training steps on
+`{json.dumps(config.data.train)}`, written by [nt_hf](https://arxiv.org/abs/2505.17909).
+{model.get("num_ensemble_heads", 3)} heads; density {config.sparsity.density} of the masked weights. The masks lie in `model.safetensors` beside the
+weights (`weight_mask`, one bit a weight); the weights outside them are exact zeros, computed as zeros.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+```
+
+Validation on `{json.dumps(config.data.validation)}`:
+
+{results_table(records)}
+
+The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`.
+"""
+
+
+def _last(records: Sequence[Record], event: str) -> Record | None:
+    return next((record for record in reversed(records) if record["event"] == event), None)

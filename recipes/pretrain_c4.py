@@ -1,0 +1,307 @@
+"""Pretrains a NeuroTrails Llama, on C4 or any text.
+
+    accelerate launch recipes/pretrain_c4.py --config recipes/configs/60m.yaml --output_dir runs/60m
+    accelerate launch recipes/pretrain_c4.py --config recipes/configs/60m.yaml recipes/configs/treenet.yaml \
+        --output_dir runs/treenet-60m --train.max_steps 20000 --data.train 'my/text/*.jsonl.gz'
+
+Any key of the configuration can be set on the command line as --section.key value. A killed run continues from its
+last checkpoint when it is started again in the same way.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils import logging as transformers_logging
+
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
+from nt_hf.evaluation import evaluate
+from nt_hf.masks import overall_density
+from nt_hf.plan import peak_tflops, training_flops_per_token
+from nt_hf.report import model_card, write_report
+from nt_hf.run_config import load_run_config
+from nt_hf.sparsifier import Sparsifier, draw_masks
+from nt_hf.training import (
+    Metrics,
+    accumulation_steps,
+    count_targets,
+    find_resume,
+    grouped,
+    learning_rate,
+    load_model,
+    load_training_state,
+    make_optimizer,
+    peak_memory,
+    perplexity,
+    read_metrics,
+    save_checkpoint,
+)
+
+logger = logging.getLogger("nt_hf.pretrain")
+
+
+def main() -> None:
+    args, overrides = parse_arguments()
+    config = load_run_config(args.config, overrides)
+    train, run_dir = config.train, Path(args.output_dir)
+    resume_from = find_resume(args.resume, run_dir)
+
+    # ---------------------------------------------------------------------------------------- processes
+
+    bf16 = train.precision == "bf16" or (
+        train.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=None if args.log_with == "none" else args.log_with,
+        project_dir=run_dir,
+        # Masks are equal on all ranks by construction; broadcasting buffers would hide it if they were not.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    main_process, device = accelerator.is_main_process, accelerator.device
+    logging.getLogger("nt_hf").setLevel(logging.INFO if main_process else logging.WARNING)
+    micro_batch_size, passes = accumulation_steps(train, accelerator.num_processes)
+    transformers_logging.disable_progress_bar()
+    set_seed(train.seed)
+
+    # --------------------------------------------------------------------------------------------- data
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer.model_max_length = config.data.sequence_length
+    reading = dict(
+        batch_size=micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=config.data.num_workers,
+        on_bad_line=config.data.on_bad_line,
+        text_field=config.data.text_field,
+    )
+    train_batches = TokenBatches(
+        config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
+    )
+    validation_batches = TokenBatches(config.data.validation, tokenizer, **reading, epochs=1)
+
+    # -------------------------------------------------------------------- model, masks, optimizer, state
+
+    model_config = NeuroTrailsLlamaConfig(
+        **config.model,
+        max_position_embeddings=config.data.sequence_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    if resume_from:
+        model = load_model(resume_from)
+        require_same_shape(model.config, model_config, resume_from)
+    else:
+        model = NeuroTrailsLlamaForCausalLM(model_config)
+        draw_masks(model, config.sparsity)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.to(device).train()
+    optimizer = make_optimizer(model, train)
+    sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)
+    first_step = tokens = 0
+    if resume_from:
+        first_step, tokens = load_training_state(
+            resume_from, accelerator=accelerator, optimizer=optimizer, sparsifier=sparsifier, data=train_batches
+        )
+    wrapped = accelerator.prepare(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # The first batch is read before anything is written: unreadable data leaves no run behind.
+    groups = grouped(train_batches, passes)
+    group = next(groups) if first_step < train.max_steps else []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(run_dir / "metrics.jsonl", first_step) if main_process else None
+    if args.log_with != "none":
+        accelerator.init_trackers("nt_hf", config={k: str(v) for k, v in config.to_dict().items()})
+
+    def log(event: str, **values) -> None:
+        if main_process:
+            metrics.write(event, **values)
+            flat = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            accelerator.log(flat, step=values["step"])
+
+    def run_evaluation(step: int) -> None:
+        limit = config.data.validation_tokens
+        result = evaluate(
+            model,
+            validation_batches,
+            max_tokens=limit and -(-limit // accelerator.num_processes),
+            autocast=accelerator.autocast,
+            reduce=lambda sums: accelerator.reduce(sums.to(device)),
+        ).to_dict()
+        log("eval", step=step, training_tokens=tokens, density=overall_density(model), **result)
+        heads = ", ".join(f"{value:.2f}" for value in result["head_perplexities"])
+        logger.info(
+            "step %d: validation perplexity %.2f (heads %s), disagreement %.3f",
+            step, result["perplexity"], heads, result["disagreement"],
+        )  # fmt: skip
+
+    def save(step: int) -> None:
+        nonlocal last_saved
+        last_saved = save_checkpoint(
+            run_dir, step, tokens, accelerator=accelerator, model=model, tokenizer=tokenizer, optimizer=optimizer,
+            sparsifier=sparsifier, data=train_batches, config=config,
+            model_card=model_card(config, read_metrics(metrics.path)) if main_process else "",
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------- loop
+
+    describe(model, config, resume_from, first_step)
+    flops = training_flops_per_token(model_config, config.data.sequence_length)
+    peak = train.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
+    last_saved = resume_from
+    first_bad_step = torch.tensor(-1, device=device)  # found without waiting for the device at every step
+    clock, clock_tokens = time.perf_counter(), 0
+    if first_step == 0:
+        run_evaluation(0)
+        clock = time.perf_counter()
+    # A terminal gets a progress bar, a log file a line a logged step.
+    show_bar = main_process and sys.stderr.isatty()
+    bar = tqdm(total=train.max_steps, initial=first_step, disable=not show_bar, unit="step", dynamic_ncols=True)
+    for step in range(first_step + 1, train.max_steps + 1):
+        group = group if step == first_step + 1 else next(groups)
+        logging_step = step % train.log_steps == 0 or step == train.max_steps
+        evaluating = step % train.eval_steps == 0 or step == train.max_steps
+        saving = step % train.save_steps == 0 or step == train.max_steps
+
+        # Dividing every pass's summed loss by the tokens of the whole step weighs each token the same.
+        targets = accelerator.reduce(torch.tensor(count_targets(group), device=device))
+        head_losses = torch.zeros(model_config.num_ensemble_heads, device=device)
+        for i, batch in enumerate(group):
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            with contextlib.nullcontext() if i == len(group) - 1 else accelerator.no_sync(wrapped):
+                # Gradients are averaged over processes: counteract, the loss is a sum over all tokens.
+                output = wrapped(**batch, num_items_in_batch=targets / accelerator.num_processes)
+                accelerator.backward(output.loss)
+            head_losses += output.head_losses.detach() / accelerator.num_processes
+        loss = head_losses.mean()
+        first_bad_step = torch.where((first_bad_step < 0) & ~loss.isfinite(), step, first_bad_step)
+        if logging_step or saving or evaluating or True:
+            stop_if_not_finite(accelerator, first_bad_step, last_saved)
+
+        rate = learning_rate(step - 1, train)
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = rate
+        update = sparsifier.step()  # may move weights; from here on gradients are masked
+        if train.max_grad_norm or logging_step:
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens += train.batch_size * config.data.sequence_length
+        clock_tokens += train.batch_size * config.data.sequence_length
+        bar.update()
+        if update:
+            log("update", **dataclasses.asdict(update), active=sparsifier.report().overall.active)
+        if logging_step:
+            head_losses = accelerator.reduce(head_losses).tolist()
+            loss = sum(head_losses) / len(head_losses)
+            speed = clock_tokens / (time.perf_counter() - clock)
+            mfu = flops * speed / (peak * 1e12 * accelerator.num_processes) if peak else None
+            log(
+                "train", step=step, tokens=tokens, loss=loss, perplexity=perplexity(loss), head_losses=head_losses,
+                lr=rate, grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=mfu, epoch=train_batches.epoch,
+                peak_memory=peak_memory(device), bad_lines=train_batches.bad_lines,
+            )  # fmt: skip
+            status = f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s"
+            bar.set_postfix_str(status)
+            if bar.disable:
+                left = (train.max_steps - step) * train.batch_size * config.data.sequence_length / speed
+                logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, tqdm.format_interval(left))
+            clock, clock_tokens = time.perf_counter(), 0
+        if evaluating or saving:
+            paused = time.perf_counter()
+            if evaluating:
+                run_evaluation(step)
+            if saving:
+                save(step)
+            clock += time.perf_counter() - paused
+    bar.close()
+
+    # ------------------------------------------------------------------------------------------- report
+
+    if main_process:
+        table = write_report(run_dir)
+        logger.info("\n%s\n\n%s holds the checkpoint, %s tables and plots", table, last_saved, run_dir / "report")
+    accelerator.end_training()
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
+    """The command line: the named options, and the dotted overrides as a dictionary."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones override earlier ones")
+    parser.add_argument("--output_dir", required=True, help="the run's directory")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint's path")
+    parser.add_argument("--log_with", default="none", choices=["none", "tensorboard", "wandb", "trackio"])
+    args, rest = parser.parse_known_args()
+    overrides, rest = {}, [part for item in rest for part in (item.split("=", 1) if item[:2] == "--" else [item])]
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or "." not in name:
+            parser.error(f"unknown argument {name}: configuration keys are --section.key value")
+        if not rest:
+            parser.error(f"{name} needs a value")
+        overrides[name.removeprefix("--")] = rest.pop(0)
+    return args, overrides
+
+
+def require_same_shape(found: NeuroTrailsLlamaConfig, wanted: NeuroTrailsLlamaConfig, path: Path) -> None:
+    """A run continues with the model it began with."""
+    ignored = {"dtype", "architectures", "auto_map", "transformers_version", "masked_modules"}
+    found, wanted = found.to_dict(), wanted.to_dict()
+    for key in sorted(wanted.keys() & found.keys() - ignored):
+        if found[key] != wanted[key]:
+            raise ValueError(f"model.{key}={wanted[key]!r}: {path} was trained with {found[key]!r}; "
+                             "set it so, or take another --output_dir")  # fmt: skip
+
+
+def describe(model, config, resume_from, first_step: int) -> None:
+    """Says what is about to run."""
+    cfg = model.config
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "%s: %.1fM parameters, %d heads of %d blocks on a backbone of %d, density %.3f of the masked weights",
+        f"resuming {resume_from} at step {first_step}" if resume_from else "new run",
+        total / 1e6, cfg.num_ensemble_heads, cfg.blocks_in_head, cfg.num_backbone_layers, overall_density(model),
+    )  # fmt: skip
+
+
+def stop_if_not_finite(accelerator: Accelerator, first_bad_step: torch.Tensor, last_saved: Path | None) -> None:
+    """Ends the run on every process when any had a loss that is not finite; nothing is saved any more."""
+    bad = accelerator.gather(first_bad_step[None])
+    if (bad >= 0).any():
+        step = int(bad[bad >= 0].min())
+        raise FloatingPointError(
+            f"the loss at step {step} is not finite; the last good checkpoint is {last_saved or 'none yet'}. "
+            "A lower train.learning_rate or train.max_grad_norm=1.0 may help"
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    try:
+        with logging_redirect_tqdm():
+            main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("NT_HF_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
