@@ -1,0 +1,640 @@
+import collections
+import gzip
+import itertools
+import json
+import lzma
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from nt_hf.data import (
+    DataConfig,
+    DataError,
+    TokenBatches,
+    _Reader,
+    check_vocabulary,
+    find_files,
+    load_tokenizer,
+    read_texts,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+LENGTH = 16
+EOS, PAD = 1, 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("sample")
+
+
+def texts(count, first=0):
+    """Documents that differ, of a few to about sixty tokens, shorter and longer than a row."""
+    return [f"Number {i}" + " and one more" * (i * 7 % 20) for i in range(first, first + count)]
+
+
+def json_lines(documents):
+    return b"".join(json.dumps({"text": text, "url": ""}).encode() + b"\n" for text in documents)
+
+
+def table(documents):
+    return pyarrow.table({"url": [""] * len(documents), "text": documents})
+
+
+def arrow_bytes(documents, new):
+    sink = pyarrow.BufferOutputStream()
+    with new(sink, table(documents).schema) as writer:
+        writer.write_table(table(documents), max_chunksize=3)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_bytes(documents):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table(documents), sink, row_group_size=4)
+    return sink.getvalue().to_pybytes()
+
+
+def zstd(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def save(folder, shards):
+    """Writes each list of documents as a shard; returns the glob of them all."""
+    for i, documents in enumerate(shards):
+        (folder / f"part-{i:02}.jsonl").write_bytes(json_lines(documents))
+    return str(folder / "part-*.jsonl")
+
+
+def batches(source, tokenizer, **options):
+    return TokenBatches(source, tokenizer, **{"batch_size": 4, "sequence_length": LENGTH, **options})
+
+
+def ids_of(documents, tokenizer):
+    return [(*tokenizer(text, add_special_tokens=False)["input_ids"], EOS) for text in documents]
+
+
+def stream_of(loaded):
+    """The tokens of some batches in one list, without padding."""
+    return [token for batch in loaded for token in batch["input_ids"][batch["attention_mask"].bool()].tolist()]
+
+
+def documents_of(loaded):
+    stream, found = stream_of(loaded), []
+    while stream:
+        end = stream.index(EOS) + 1
+        found.append(tuple(stream[:end]))
+        stream = stream[end:]
+    return found
+
+
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(ours, theirs)
+    )
+
+
+def run_python(code, **environment):
+    # The child has to see the same packages, but none of the variables that a test could have inherited.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TOKENIZERS_"))}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def test_sample_tokenizer_is_t5_without_extras(tokenizer):
+    published = [6536, 43, 118, 2008, 24, 293, 53, 3, 9, 1782, 19, 207, 21, 25]  # Transformers' T5 documentation
+    assert tokenizer("Studies have been shown that owning a dog is good for you")["input_ids"] == published
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert tokenizer.bos_token_id is None
+    assert max(tokenizer.get_vocab().values()) == 31_999
+
+
+def test_vocabulary_is_checked_by_the_largest_id(tokenizer):
+    check_vocabulary(tokenizer, 32_000)
+    with pytest.raises(ValueError, match=r"^vocab_size=31999: .* 31999, expected 32000 or more$"):
+        check_vocabulary(tokenizer, 31_999)
+
+
+def test_tokenizer_needs_an_end_of_sequence_token(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "eos_token"}))
+    with pytest.raises(ValueError, match=r"^tokenizer='.*': has no eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_unknown_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^tokenizer='.*none' cannot be loaded [^\n]*$"):
+        load_tokenizer(str(tmp_path / "none"))
+
+
+def test_automatic_special_tokens_are_not_used(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    backend = json.loads(path.read_text())
+    eos = {"id": "</s>", "ids": [EOS], "tokens": ["</s>"]}
+    template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    backend["post_processor"] = {
+        "type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": {"</s>": eos}
+    }  # fmt: skip
+    path.write_text(json.dumps(backend))
+    other = load_tokenizer(str(tmp_path))
+    assert other("a")["input_ids"][-1] == EOS, "the test needs a tokenizer that adds </s>"
+    source = save(tmp_path, [texts(20)])
+    assert equal(*(list(batches(source, t, epochs=1)) for t in (tokenizer, other)))
+
+
+def test_train_tokenizer_repeats_and_restores_text(tmp_path):
+    main = runpy.run_path(str(Path(__file__).parent.parent / "recipes" / "train_tokenizer.py"))["main"]
+    for name in ("a", "b"):
+        main(["--data", "sample:validation", "--vocab_size", "600", "--output", str(tmp_path / name)])
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    tokenizer = load_tokenizer(str(tmp_path / "a"))
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
+    check_vocabulary(tokenizer, 600)
+    text = "  Spaces,\n\nbreaks and 漢字 \U0001f600 survive."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    ".json": json_lines,
+    ".jsonl": json_lines,
+    ".json.gz": lambda d: gzip.compress(json_lines(d)),
+    ".jsonl.gz": lambda d: gzip.compress(json_lines(d[:5])) + gzip.compress(json_lines(d[5:])),
+    ".json.xz": lambda d: lzma.compress(json_lines(d)),
+    ".jsonl.zst": lambda d: zstd(json_lines(d[:5])) + zstd(json_lines(d[5:])),
+    ".parquet": parquet_bytes,
+    ".arrow": lambda d: arrow_bytes(d, pyarrow.ipc.new_stream),
+    ".file.arrow": lambda d: arrow_bytes(d, pyarrow.ipc.new_file),
+}
+
+
+@pytest.mark.parametrize("extension", FORMATS)
+def test_every_format_gives_the_same_texts(extension, tmp_path):
+    documents = ["Line\u2028separator\n", *texts(10), "é漢\U0001f600"]
+    path = tmp_path / f"x{extension}"
+    path.write_bytes(FORMATS[extension](documents))
+    assert list(read_texts(str(path))) == documents
+
+
+def test_files_come_in_the_order_of_names_and_entries(tmp_path):
+    for name in ("b-2", "a-1", "b-1"):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines([name]))
+    assert list(read_texts([str(tmp_path / "b-*.jsonl"), str(tmp_path / "a-1.jsonl")])) == ["b-1", "b-2", "a-1"]
+
+
+def test_file_name_with_glob_characters(tmp_path):
+    (tmp_path / "x[1].jsonl").write_bytes(json_lines(["found"]))
+    assert list(read_texts(str(tmp_path / "x[1].jsonl"))) == ["found"]
+
+
+def test_other_urls(tmp_path):
+    save(tmp_path, [["a"], ["b"]])
+    assert list(read_texts(f"file://{tmp_path}/part-*.jsonl")) == ["a", "b"]
+
+
+def test_sample_is_whole():
+    assert [sum(1 for _ in read_texts(f"sample:{split}")) for split in ("train", "validation")] == [1000, 330]
+
+
+def test_blank_documents_and_lines_are_skipped(tokenizer, tmp_path):
+    lines = [json_lines([text]) for text in ("a", "", " \n\t", "b")]
+    (tmp_path / "x.jsonl").write_bytes(b"\n  \n".join(lines) + b"\n\n")
+    found = batches(str(tmp_path / "x.jsonl"), tokenizer, epochs=1)
+    assert documents_of(found) == ids_of(["a", "b"], tokenizer)
+    assert (found.documents, found.bad_lines) == (2, 0)
+
+
+def test_local_training_imports_no_datasets_and_warns_of_no_fork(tmp_path):
+    code = f"""
+import sys
+from nt_hf.data import TokenBatches, load_tokenizer
+options = dict(batch_size=4, sequence_length=16, epochs=1)
+for workers in (0, 2):  # first in this process, so that the tokenizer's threads run when it forks
+    list(TokenBatches({save(tmp_path, [texts(300)])!r}, load_tokenizer("sample"), num_workers=workers, **options))
+print(sorted({{"datasets", "lm_eval", "recipes"}} & set(sys.modules)))
+"""
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_hub_data_set_is_streamed(tokenizer, tmp_path):
+    documents = texts(40)
+    card = "configs:\n- config_name: en\n  data_files:\n"
+    files = {"README.md": b""}
+    for split, count in (("train", 4), ("validation", 1)):
+        card += f"  - split: {split}\n    path: en/c4-{split}.*.json.gz\n"
+        for i in range(count):
+            part = documents[10 * i : 10 * i + 10]
+            files[f"en/c4-{split}.{i:05}-of-{count:05}.json.gz"] = gzip.compress(json_lines(part))
+    files["README.md"] = f"---\n{card}---\n".encode()
+    code = """
+import json
+from nt_hf.data import TokenBatches, find_files, load_tokenizer, read_texts
+tokenizer = load_tokenizer("sample")
+found = {}
+for source in ("hub:allenai/c4:en", "hub:allenai/c4@main:en:validation", "hf://datasets/allenai/c4/en/c4-train.*"):
+    found[source] = list(read_texts(source))
+found["commit"] = find_files("hub:allenai/c4:en:train")[0]
+loaded = [
+    list(TokenBatches("hub:allenai/c4:en:train", tokenizer, batch_size=4, sequence_length=80, rank=rank, world_size=2,
+                      epochs=1, num_workers=2, shuffle_block=8, packing="pad"))
+    for rank in (0, 1)
+]
+found["rows"] = [batch["input_ids"].tolist() for batch in loaded[0] + loaded[1]]
+errors = []
+for source in ("hub:allenai/c4:de:train", "hub:allenai/c4:en:test", "hub:allenai/c5", "hub:a/b:c:d:e"):
+    try:
+        find_files(source)
+    except ValueError as error:
+        errors.append(str(error))
+print(json.dumps([found, errors]))
+"""
+    with hub_server.serve("allenai/c4", files) as (endpoint, log):
+        done = run_python(code, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found, errors = json.loads(done.stdout)
+    assert found["hub:allenai/c4:en"] == found["hf://datasets/allenai/c4/en/c4-train.*"] == documents
+    assert found["hub:allenai/c4@main:en:validation"] == documents[:10]
+    assert hub_server.COMMIT in found["commit"], "the files of one commit, whatever is pushed meanwhile"
+    rows = [{"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(rows) != PAD} for rows in found["rows"]]
+    assert sorted(documents_of(rows)) == sorted(ids_of(documents, tokenizer))
+    shards = [line for line in log if line.startswith("GET") and "c4-train" in line]
+    assert shards and all("bytes=" in line for line in shards), "shards are read in ranges, not downloaded"
+    for error, part in zip(
+        errors, ("'de' not found", "expected one of train, validation", "allenai/c5", "expected hub:")
+    ):
+        assert part in error and "\n" not in error
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pack_loses_nothing_and_pads_only_the_end(tokenizer, tmp_path, workers):
+    documents = ids_of(texts(50), tokenizer)
+    found = list(batches(save(tmp_path, [texts(50)]), tokenizer, epochs=1, num_workers=workers))
+    rows = [row for batch in found for row in zip(*batch.values(), strict=True)]
+    assert list(found[0]) == ["input_ids", "attention_mask", "labels"]
+    assert all(value.dtype == torch.int64 for value in found[0].values())
+    if not workers:
+        assert stream_of(found) == list(itertools.chain(*documents))
+    assert sorted(stream_of(found)) == sorted(itertools.chain(*documents))
+    assert sum(not mask.all() for _, mask, _ in rows) <= max(1, workers)
+    for ids, mask, labels in rows:
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert torch.equal(labels, torch.where(mask == 1, ids, -100))
+        assert (ids[mask == 0] == PAD).all()
+
+
+def test_pad_gives_one_document_a_row(tokenizer, tmp_path):
+    (found,) = batches(save(tmp_path, [texts(9)]), tokenizer, epochs=1, packing="pad", batch_size=9)
+    expected = [(*ids[: LENGTH - 1], EOS) if len(ids) > LENGTH else ids for ids in ids_of(texts(9), tokenizer)]
+    assert {len(ids) < LENGTH for ids in expected} == {True, False}
+    for row, mask, labels, ids in zip(*found.values(), expected):
+        rest = LENGTH - len(ids)
+        assert row.tolist() == [*ids, *[PAD] * rest]
+        assert mask.tolist() == [1] * len(ids) + [0] * rest
+        assert labels.tolist() == [*ids, *[-100] * rest]
+
+
+def test_special_tokens_in_the_text_are_not_taken_for_padding(tokenizer, tmp_path):
+    source = save(tmp_path, [["a <pad> b"]])
+    (found,) = batches(source, tokenizer, epochs=1)
+    assert (found["attention_mask"] == (found["labels"] != -100)).all()
+    assert found["attention_mask"].sum() == len(ids_of(["a <pad> b"], tokenizer)[0])
+
+
+def test_padding_without_a_padding_token(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    other = load_tokenizer(str(tmp_path))
+    other.pad_token = None
+    ours, theirs = (list(batches(save(tmp_path, [texts(9)]), t, epochs=1, packing="pad")) for t in (other, tokenizer))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(ours, theirs) for key in ("labels", "attention_mask"))
+    assert ours[0]["input_ids"].max() < 32_000
+
+
+def test_epochs_follow_without_a_seam(tokenizer, tmp_path):
+    documents = list(itertools.chain(*ids_of(texts(7), tokenizer)))
+    found = batches(save(tmp_path, [texts(7)]), tokenizer, batch_size=1)
+    seen = []
+    for batch in found:
+        assert batch["attention_mask"].all()
+        seen += batch["input_ids"].flatten().tolist()
+        assert found.epoch in (len(seen) // len(documents), (len(seen) - 1) // len(documents))
+        if len(seen) > 3 * len(documents):
+            break
+    assert seen == (documents * 4)[: len(seen)]
+    assert found.documents >= 21
+
+
+# --- dealing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_document_goes_to_one_rank_and_worker(tokenizer, tmp_path, world_size, workers):
+    source = save(tmp_path, [texts(4, i) for i in range(0, 100, 4)])
+    options = {"world_size": world_size, "num_workers": workers, "epochs": 2, "shuffle_block": 4}
+    found = []
+    for rank in range(world_size):
+        found += documents_of(batches(source, tokenizer, rank=rank, packing="pad", sequence_length=80, **options))
+    assert collections.Counter(found) == collections.Counter(ids_of(texts(100), tokenizer) * 2)
+
+
+@pytest.mark.parametrize("shards", [[60], [7, 9, 5, 8, 6, 7], [1] * 7, [3] * 12], ids=str)
+@pytest.mark.parametrize("seed", [None, 0])
+def test_streams_share_each_epoch_evenly(tmp_path, shards, seed):
+    starts = itertools.accumulate(shards, initial=0)
+    files = find_files(save(tmp_path, [texts(count, start) for start, count in zip(starts, shards)]))
+    for streams, epoch in itertools.product([1, 2, 3, 4, 6, 12, 24, 100], [0, 1]):
+        shares = [
+            [text for _, _, text in _Reader(files, "text", "error", seed, stream, streams).texts(epoch)]
+            for stream in range(streams)
+        ]
+        assert sorted(itertools.chain(*shares)) == sorted(texts(sum(shards)))
+        if len(set(shards)) == 1:  # a stream can get one document more of each file that is dealt by documents
+            assert max(map(len, shares)) - min(map(len, shares)) <= len(shards) % streams
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_without_documents(tokenizer, tmp_path, workers):
+    """More streams than documents: nothing in a single pass, one clear line where the pass would never end."""
+    options = {"rank": 2, "world_size": 4, "num_workers": workers}
+    source = save(tmp_path, [["only"]])
+    assert list(batches(source, tokenizer, epochs=1, **options)) == []
+    with pytest.raises(DataError, match=rf"^{source.replace('*', '.')}: no document for stream [^\n]*$"):
+        next(iter(batches(source, tokenizer, **options)))
+
+
+# --- shuffling ----------------------------------------------------------------------------------------------------
+
+
+def order(tokenizer, source, epochs=1, **options):
+    """The numbers of the documents of some epochs, in the order in which they come."""
+    number = {ids: i for i, ids in enumerate(ids_of(texts(40), tokenizer))}
+    return [number[ids] for ids in documents_of(batches(source, tokenizer, epochs=epochs, **options))]
+
+
+def test_shuffling_permutes_blocks_by_seed_and_epoch(tokenizer, tmp_path):
+    source = save(tmp_path, [texts(40)])
+    assert order(tokenizer, source) == list(range(40))
+    twice = order(tokenizer, source, epochs=2, shuffle_block=8, seed=5)
+    first, second = twice[:40], twice[40:]
+    assert order(tokenizer, source, shuffle_block=8, seed=5) == first
+    assert len({tuple(x) for x in (first, second, order(tokenizer, source, shuffle_block=8, seed=6), range(40))}) == 4
+    for epoch in (first, second):
+        blocks = [epoch[i : i + 8] for i in range(0, 40, 8)]
+        assert [sorted(block) for block in blocks] == [list(range(i, i + 8)) for i in range(0, 40, 8)]
+        assert len({tuple(x % 8 for x in block) for block in blocks}) == 5, "each block has its own permutation"
+
+
+def test_shuffling_permutes_files_by_epoch(tokenizer, tmp_path):
+    source = save(tmp_path, [texts(5, i) for i in range(0, 40, 5)])
+    assert order(tokenizer, source) == list(range(40))
+    twice = order(tokenizer, source, epochs=2, shuffle_block=1)
+    files = [[i // 5 for i in twice[begin : begin + 40 : 5]] for begin in (0, 40)]
+    assert [sorted(x) for x in files] == [list(range(8))] * 2
+    assert files[0] != files[1] != list(range(8)) != files[0]
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [2, None])
+@pytest.mark.parametrize("packing", ["pack", "pad"])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_resuming_is_exact(tokenizer, tmp_path, workers, packing, epochs):
+    shards = [12, 9, 15, 14]  # whole files for two workers, three and the documents of the last for three
+    starts = itertools.accumulate(shards, initial=0)
+    source = save(tmp_path, [texts(count, start) for start, count in zip(starts, shards)])
+    # An unreadable line in each file, to see that none is counted twice.
+    for path in find_files(source):
+        Path(path).write_bytes(Path(path).read_bytes() + b"bad\n")
+    options = {"num_workers": workers, "packing": packing, "epochs": epochs, "shuffle_block": 8, "batch_size": 3,
+               "on_bad_line": "skip"}  # fmt: skip
+    whole = batches(source, tokenizer, **options)
+    expected, counts, states = [], [], []
+    for batch in itertools.islice(whole, 90):
+        expected.append(batch)
+        counts.append((whole.epoch, whole.documents, whole.bad_lines))
+        states.append(json.dumps(whole.state_dict()))
+    if epochs:
+        assert whole.documents == 100 and whole.bad_lines == 2 * len(shards)
+    assert whole.epoch >= 2, "the stops below lie in several epochs"
+    for stop in sorted(random.Random(0).sample(range(len(expected)), 3 if workers else 20)):
+        resumed = batches(source, tokenizer, **options)
+        resumed.load_state_dict(json.loads(states[stop]))
+        assert json.dumps(resumed.state_dict()) == states[stop]
+        rest = itertools.islice(resumed, len(expected) - stop - 1)
+        for position, batch in enumerate(rest, stop + 1):
+            assert equal([batch], [expected[position]])
+            assert (resumed.epoch, resumed.documents, resumed.bad_lines) == counts[position]
+        assert stop == len(expected) - 1 or position == len(expected) - 1
+    if epochs:
+        resumed.load_state_dict(whole.state_dict())
+        assert list(resumed) == []
+
+
+def test_resuming_with_another_batch_size(tokenizer, tmp_path):
+    source = save(tmp_path, [texts(40)])
+    first = batches(source, tokenizer, epochs=1, shuffle_block=8, batch_size=3)
+    begun = list(itertools.islice(first, 4))
+    second = batches(source, tokenizer, epochs=1, shuffle_block=8, batch_size=5)
+    second.load_state_dict(first.state_dict())
+    whole = stream_of(batches(source, tokenizer, epochs=1, shuffle_block=8))
+    assert stream_of(begun) + stream_of(second) == whole
+
+
+def test_each_iter_starts_anew_but_for_a_loaded_state(tokenizer, tmp_path):
+    found = batches(save(tmp_path, [texts(20)]), tokenizer, epochs=1)
+    whole = list(found)
+    assert equal(list(found), whole)
+    next(iter(found))
+    found.load_state_dict(found.state_dict())
+    assert equal(list(found), whole[1:])
+    assert equal(list(found), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("packing", "pad"), ("shuffle_block", 2), ("seed", 1), ("rank", 1), ("world_size", 3), ("num_workers", 2)],
+)
+def test_state_of_another_stream_is_refused(tokenizer, tmp_path, name, value):
+    source = save(tmp_path, [texts(20)])
+    options = {"world_size": 2}
+    state = batches(source, tokenizer, **options).state_dict()
+    with pytest.raises(ValueError, match=rf"^data state: was saved with {name}=[^\n]*, expected {value!r} to resume$"):
+        batches(source, tokenizer, **{**options, name: value}).load_state_dict(state)
+
+
+def test_state_of_other_files_is_refused(tokenizer, tmp_path):
+    source = save(tmp_path, [texts(4)] * 2)
+    state = batches(source, tokenizer).state_dict()
+    batches(find_files(source), tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^data state: was saved with files='2 .*, expected '1 "):
+        batches(find_files(source)[:1], tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^data state: not one that TokenBatches wrote"):
+        batches(source, tokenizer).load_state_dict({"step": 3})
+
+
+def test_loading_leaves_the_random_state_alone(tokenizer, tmp_path):
+    before = torch.get_rng_state(), random.getstate()
+    next(iter(batches(save(tmp_path, [texts(20)]), tokenizer, num_workers=2, shuffle_block=4)))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+GOOD = json_lines(["fine"])
+BAD_LINES = {
+    "not json": (b"{broken", "is not JSON"),
+    "not an object": (b'["text"]', "has no field 'text'"),
+    "without text": (b'{"url": ""}', "has no field 'text'"),
+    "null": (b'{"text": null}', "field 'text' is None, expected a string"),
+    "number": (b'{"text": 3}', "field 'text' is 3, expected a string"),
+    "not utf-8": (b'{"text": "\xff"}', "is not JSON"),
+    "surrogate": (b'{"text": "\\ud800"}', "field 'text' holds half a surrogate pair"),
+    "nested": (b"[" * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_line_is_named_or_counted(tokenizer, tmp_path, kind, workers):
+    line, problem = BAD_LINES[kind]
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD + b"\n" + line + b"\n" + GOOD))
+    with pytest.raises(DataError) as raised:
+        list(batches(str(path), tokenizer, epochs=1, num_workers=workers))
+    assert str(raised.value).startswith(f"{path}, line 3: {problem}")
+    assert "\n" not in str(raised.value)
+    found = batches(str(path), tokenizer, epochs=1, num_workers=workers, on_bad_line="skip")
+    assert documents_of(found) == ids_of(["fine"] * 2, tokenizer)
+    assert (found.documents, found.bad_lines) == (2, 1)
+
+
+def test_skipped_lines_are_logged(tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_bytes(GOOD + b"bad\n" * 20)
+    assert list(read_texts(str(tmp_path / "x.jsonl"), on_bad_line="skip")) == ["fine"]
+    assert [record.getMessage().rsplit(" ", 1)[1] for record in caplog.records] == ["1)", "2)", "4)", "8)", "16)"]
+    assert "x.jsonl, line 2: is not JSON" in caplog.text
+
+
+def test_row_without_text_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(parquet_bytes(["fine", None]))
+    with pytest.raises(DataError, match=r"x\.parquet, row 2: field 'text' is None"):
+        list(read_texts(str(tmp_path / "x.parquet")))
+
+
+TRUNCATED = "cannot be read"
+BAD_FILES = {
+    "empty.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n \n", "holds no documents"),
+    "empty.jsonl.gz": (gzip.compress(b""), "holds no documents"),
+    "truncated.jsonl.gz": (gzip.compress(json_lines(texts(200)))[:-20], TRUNCATED),
+    "truncated.jsonl.xz": (lzma.compress(json_lines(texts(200)))[:-20], TRUNCATED),
+    "truncated.jsonl.zst": (zstd(json_lines(texts(200)))[:-20], TRUNCATED),
+    "truncated.parquet": (parquet_bytes(texts(200))[:-20], TRUNCATED),
+    "truncated.arrow": (arrow_bytes(texts(200), pyarrow.ipc.new_stream)[:-200], TRUNCATED),
+    "plain.jsonl.gz": (GOOD, TRUNCATED),
+    "plain.jsonl.xz": (GOOD, TRUNCATED),
+    "plain.jsonl.zst": (GOOD, TRUNCATED),
+    "plain.parquet": (GOOD, TRUNCATED),
+    "column.parquet": (parquet_bytes([1, 2]), "column 'text' is of type int64, expected strings"),
+    "x.txt": (GOOD, "unknown extension, expected .json"),
+    "x.gz": (gzip.compress(GOOD), "unknown extension, expected .json"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named(tokenizer, tmp_path, name, workers):
+    content, problem = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        list(batches(str(tmp_path / name), tokenizer, epochs=1, num_workers=workers))
+    assert str(raised.value).startswith(f"{tmp_path / name}: ") and problem in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_column_must_exist(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(parquet_bytes(["a"]))
+    with pytest.raises(DataError, match=r"has no column 'content', its columns are url, text$"):
+        list(read_texts(str(tmp_path / "x.parquet"), text_field="content"))
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("none-*.jsonl", "no such file, and no file matches it as a glob"),
+        (".", "is a directory, expected files, for example"),
+        ("sample:test", "expected sample:train or sample:validation"),
+        ("file:///none-*.jsonl", "no file matches it"),
+        ("nosuch://x.jsonl", "cannot be resolved"),
+        ("hub:", "expected hub:<repo>"),
+    ],
+)
+def test_source_that_leads_nowhere_is_named(source, problem):
+    with pytest.raises(DataError) as raised:
+        find_files(source)
+    assert str(raised.value).startswith(f"{source}: ") and problem in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("epochs", [1, None])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_source_without_any_document_ends_with_an_error(tokenizer, tmp_path, workers, epochs):
+    source = save(tmp_path, [["", " "], ["\n"]])
+    with pytest.raises(DataError, match=r"part-\*\.jsonl: (holds no documents|no document for stream)"):
+        list(batches(source, tokenizer, epochs=epochs, num_workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("packing", "concat", "'pack' or 'pad'"),
+        ("on_bad_line", "ignore", "'error' or 'skip'"),
+        ("sequence_length", 1, "at least 2"),
+        ("sequence_length", 2.0, "an integer"),
+        ("shuffle_block", -1, "at least 0"),
+        ("num_workers", -1, "at least 0"),
+        ("num_workers", True, "an integer"),
+        ("validation_tokens", 0, "at least 1"),
+        ("train", [], "a text source or a list"),
+        ("validation", ["x", 3], "a text source or a list"),
+        ("tokenizer", "", "a non-empty string"),
+        ("text_field", None, "a non-empty string"),
+    ],
+)
+def test_config_refuses(field, value, accepted):
+    with pytest.raises(ValueError) as raised:
+        DataConfig(**{field: value})
+    assert str(raised.value).startswith(f"{field}={value!r}: expected ") and accepted in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch_size", 0), ("epochs", 0), ("world_size", 0), ("rank", 1), ("rank", -1)]
+)
+def test_batches_refuse(tokenizer, field, value):
+    with pytest.raises(ValueError, match=rf"^{field}={value}: expected "):
+        batches("sample:train", tokenizer, **{field: value})
