@@ -25,6 +25,9 @@ REGROW = ("allow", "forbid")
 _STRETCH = {"cpu": 2**17}
 _STRETCH_DEVICE = 2**25
 
+# Shift and width of the digits by which int32 values are ranked, from the top: few enough bins to stay in the cache.
+_DIGITS = ((21, 11), (10, 11), (0, 10))
+
 _INT32_MIN = -(2**31)
 
 
@@ -88,7 +91,7 @@ def active_counts(
 
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(sizes.values()))
-    counts = {name: round(fixed[name] * sizes[name]) for name in sizes if name in fixed}
+    counts = {name: max(1, round(fixed[name] * sizes[name])) for name in sizes if name in fixed}
     shares = {name: share_of(shape) for name, shape in shapes.items() if name not in fixed}
     budget = total - sum(counts.values())
     room = sum(sizes[name] for name in shares)
@@ -346,8 +349,8 @@ def select_top(
 ) -> torch.Tensor:
     """Bool mask of the ``k`` largest scores, exact, with ties broken by hashed noise.
 
-    A radix selection: a histogram of the upper and one of the lower 16 bits give the ``k``-th largest score, equal
-    scores are settled by the same method on their noise. Two linear passes and no sort, and a sharded tensor would
+    A radix selection: histograms of the bits, digit by digit from the top, give the ``k``-th largest score, and equal
+    scores are settled by the same method on their noise. Three linear passes and no sort, and a sharded tensor would
     have to reduce its histograms only.
 
     Args:
@@ -401,25 +404,26 @@ def _largest(keys: torch.Tensor, k: int, tie_key: tuple[int, int]) -> torch.Tens
 
 def _kth_largest(values: torch.Tensor, k: int) -> tuple[int, int]:
     """The ``k``-th largest of int32 values ``[n]``, and how many equal to it are among the ``k`` largest."""
-    upper = torch.zeros(2**16, dtype=torch.int64, device=values.device)
-    for start, stop in _stretches(len(values), values.device):
-        upper += torch.bincount((values[start:stop] >> 16) + 2**15, minlength=2**16)
-    high, k = _bin_of(upper, k)
-    high -= 2**15
-
-    lower = torch.zeros_like(upper)
-    for start, stop in _stretches(len(values), values.device):
-        part = values[start:stop]
-        lower += torch.bincount(part[(part >> 16) == high] & 0xFFFF, minlength=2**16)
-    low, k = _bin_of(lower, k)
-    return high * 2**16 + low, k
+    prefix = None  # the upper bits of the value sought, as far as known
+    for shift, bits in _DIGITS:
+        histogram = torch.zeros(2**bits, dtype=torch.int64, device=values.device)
+        for start, stop in _stretches(len(values), values.device):
+            part = values[start:stop]
+            if prefix is None:
+                digits = (part >> shift) + 2 ** (bits - 1)  # the first digit carries the sign
+            else:
+                digits = (part[(part >> (shift + bits)) == prefix] >> shift) & (2**bits - 1)
+            histogram += torch.bincount(digits, minlength=2**bits)
+        digit, k = _bin_of(histogram, k)
+        prefix = digit - 2 ** (bits - 1) if prefix is None else prefix * 2**bits + digit
+    return prefix, k
 
 
 def _bin_of(histogram: torch.Tensor, k: int) -> tuple[int, int]:
     """The bin that holds the ``k``-th largest element, and that element's rank (from 1) within the bin."""
     from_top = histogram.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, k))
-    return len(histogram) - 1 - place, k - int(from_top[place] - histogram[len(histogram) - 1 - place])
+    return len(histogram) - 1 - place, k - (int(from_top[place - 1]) if place else 0)
 
 
 def _stretches(size: int, device: torch.device) -> Iterator[tuple[int, int]]:
