@@ -14,7 +14,6 @@ every stream gets as many, the documents of the files that remain one after the 
 once an epoch, by exactly one stream. A stream's place is a few integers, which makes stopping and resuming exact.
 """
 
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -527,13 +526,9 @@ class TokenBatches:
             streams,
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_unchanged,
             generator=torch.Generator(),  # else it draws from the global one, and loading would change training
         )
-        # Forked workers must not use the tokenizer's threads, which a fork does not copy; saying so beforehand
-        # also avoids its warning.
-        with _environment("TOKENIZERS_PARALLELISM", "false"):
-            return iter(loader)
+        return loader
 
     def _stream(self, worker: int, place: _Place) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict]]:
         """The batches of one worker, each with the place after it; last a None with the final place."""
@@ -614,29 +609,14 @@ class _Streams(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, dict | DataError]]:
         info = get_worker_info()
+        if info:  # one core a worker: DataLoader stops torch's threads in it, this the tokenizer's
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         worker = (self.first + (info.id if info else 0)) % len(self.places)
         try:
             for batch, place in self.batches._stream(worker, _Place(**self.places[worker])):
                 yield worker, batch, place
         except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
             yield worker, None, error
-
-
-def _unchanged(item):
-    return item
-
-
-@contextlib.contextmanager
-def _environment(name: str, default: str) -> Iterator[None]:
-    """Sets an environment variable for a while, unless it is set."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = default
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:

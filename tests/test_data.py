@@ -6,13 +6,12 @@ import lzma
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hub_server
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -47,25 +46,30 @@ def json_lines(documents):
     return b"".join(json.dumps({"text": text, "url": ""}).encode() + b"\n" for text in documents)
 
 
+def arrow(name="pyarrow"):
+    """Parquet, Arrow and zstd come with ``datasets``, which a machine that trains from plain files need not have."""
+    return pytest.importorskip(name)
+
+
 def table(documents):
-    return pyarrow.table({"url": [""] * len(documents), "text": documents})
+    return arrow().table({"url": [""] * len(documents), "text": documents})
 
 
-def arrow_bytes(documents, new):
-    sink = pyarrow.BufferOutputStream()
-    with new(sink, table(documents).schema) as writer:
+def arrow_bytes(documents, kind="stream"):
+    sink = arrow().BufferOutputStream()
+    with getattr(arrow("pyarrow.ipc"), f"new_{kind}")(sink, table(documents).schema) as writer:
         writer.write_table(table(documents), max_chunksize=3)
     return sink.getvalue().to_pybytes()
 
 
 def parquet_bytes(documents):
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table(documents), sink, row_group_size=4)
+    sink = arrow().BufferOutputStream()
+    arrow("pyarrow.parquet").write_table(table(documents), sink, row_group_size=4)
     return sink.getvalue().to_pybytes()
 
 
 def zstd(content):
-    return pyarrow.compress(content, codec="zstd", asbytes=True)
+    return arrow().compress(content, codec="zstd", asbytes=True)
 
 
 def save(folder, shards):
@@ -182,8 +186,8 @@ FORMATS = {
     ".json.xz": lambda d: lzma.compress(json_lines(d)),
     ".jsonl.zst": lambda d: zstd(json_lines(d[:5])) + zstd(json_lines(d[5:])),
     ".parquet": parquet_bytes,
-    ".arrow": lambda d: arrow_bytes(d, pyarrow.ipc.new_stream),
-    ".file.arrow": lambda d: arrow_bytes(d, pyarrow.ipc.new_file),
+    ".arrow": arrow_bytes,
+    ".file.arrow": lambda d: arrow_bytes(d, "file"),
 }
 
 
@@ -237,6 +241,7 @@ print(sorted({{"datasets", "lm_eval", "recipes"}} & set(sys.modules)))
 
 
 def test_hub_data_set_is_streamed(tokenizer, tmp_path):
+    pytest.importorskip("datasets")
     documents = texts(40)
     card = "configs:\n- config_name: en\n  data_files:\n"
     files = {"README.md": b""}
@@ -371,8 +376,9 @@ def test_streams_share_each_epoch_evenly(tmp_path, shards, seed):
             for stream in range(streams)
         ]
         assert sorted(itertools.chain(*shares)) == sorted(texts(sum(shards)))
+        spread = max(map(len, shares)) - min(map(len, shares))
         if len(set(shards)) == 1:  # a stream can get one document more of each file that is dealt by documents
-            assert max(map(len, shares)) - min(map(len, shares)) <= len(shards) % streams
+            assert spread <= (1 if shards[0] == 1 else len(shards) % streams)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -489,7 +495,7 @@ def test_state_of_another_stream_is_refused(tokenizer, tmp_path, name, value):
 def test_state_of_other_files_is_refused(tokenizer, tmp_path):
     source = save(tmp_path, [texts(4)] * 2)
     state = batches(source, tokenizer).state_dict()
-    batches(find_files(source), tokenizer).load_state_dict(state)
+    batches(str(shutil.copytree(tmp_path, tmp_path / "moved") / "part-*.jsonl"), tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match=r"^data state: was saved with files='2 .*, expected '1 "):
         batches(find_files(source)[:1], tokenizer).load_state_dict(state)
     with pytest.raises(ValueError, match=r"^data state: not one that TokenBatches wrote"):
@@ -546,23 +552,23 @@ def test_row_without_text_is_named(tmp_path):
         list(read_texts(str(tmp_path / "x.parquet")))
 
 
-TRUNCATED = "cannot be read"
+BROKEN = "cannot be read"
 BAD_FILES = {
-    "empty.jsonl": (b"", "is empty"),
-    "blank.jsonl": (b"\n \n", "holds no documents"),
-    "empty.jsonl.gz": (gzip.compress(b""), "holds no documents"),
-    "truncated.jsonl.gz": (gzip.compress(json_lines(texts(200)))[:-20], TRUNCATED),
-    "truncated.jsonl.xz": (lzma.compress(json_lines(texts(200)))[:-20], TRUNCATED),
-    "truncated.jsonl.zst": (zstd(json_lines(texts(200)))[:-20], TRUNCATED),
-    "truncated.parquet": (parquet_bytes(texts(200))[:-20], TRUNCATED),
-    "truncated.arrow": (arrow_bytes(texts(200), pyarrow.ipc.new_stream)[:-200], TRUNCATED),
-    "plain.jsonl.gz": (GOOD, TRUNCATED),
-    "plain.jsonl.xz": (GOOD, TRUNCATED),
-    "plain.jsonl.zst": (GOOD, TRUNCATED),
-    "plain.parquet": (GOOD, TRUNCATED),
-    "column.parquet": (parquet_bytes([1, 2]), "column 'text' is of type int64, expected strings"),
-    "x.txt": (GOOD, "unknown extension, expected .json"),
-    "x.gz": (gzip.compress(GOOD), "unknown extension, expected .json"),
+    "empty.jsonl": (lambda: b"", "is empty"),
+    "blank.jsonl": (lambda: b"\n \n", "holds no documents"),
+    "empty.jsonl.gz": (lambda: gzip.compress(b""), "holds no documents"),
+    "truncated.jsonl.gz": (lambda: gzip.compress(json_lines(texts(200)))[:-20], BROKEN),
+    "truncated.jsonl.xz": (lambda: lzma.compress(json_lines(texts(200)))[:-20], BROKEN),
+    "truncated.jsonl.zst": (lambda: zstd(json_lines(texts(200)))[:-20], BROKEN),
+    "truncated.parquet": (lambda: parquet_bytes(texts(200))[:-20], BROKEN),
+    "truncated.arrow": (lambda: arrow_bytes(texts(200))[:-200], BROKEN),
+    "plain.jsonl.gz": (lambda: GOOD, BROKEN),
+    "plain.jsonl.xz": (lambda: GOOD, BROKEN),
+    "plain.jsonl.zst": (lambda: GOOD, BROKEN),
+    "plain.parquet": (lambda: GOOD, BROKEN),
+    "column.parquet": (lambda: parquet_bytes([1, 2]), "column 'text' is of type int64, expected strings"),
+    "x.txt": (lambda: GOOD, "unknown extension, expected .json"),
+    "x.gz": (lambda: gzip.compress(GOOD), "unknown extension, expected .json"),
 }
 
 
@@ -570,9 +576,9 @@ BAD_FILES = {
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_file_is_named(tokenizer, tmp_path, name, workers):
     content, problem = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content())
     with pytest.raises(DataError) as raised:
-        list(batches(str(tmp_path / name), tokenizer, epochs=1, num_workers=workers))
+        list(batches([save(tmp_path, [["good"]]), str(tmp_path / name)], tokenizer, epochs=1, num_workers=workers))
     assert str(raised.value).startswith(f"{tmp_path / name}: ") and problem in str(raised.value)
     assert "\n" not in str(raised.value)
 
