@@ -8,14 +8,13 @@ model's trained length; the first token of a row is context only.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from nt_hf import __version__
+from nt_hf._cli import run
 from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate
 from nt_hf.masks import overall_density
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--on_bad_line", default="error", choices=["error", "skip"])
     args = parser.parse_args()
 
-    logging.disable_progress_bar()
     if not args.model.is_dir():
         raise ValueError(f"--model {args.model}: accepted is a checkpoint directory")
     model = load_model(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("NT_HF_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    run(main)

@@ -4,7 +4,15 @@ from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 
 # Dense bf16 peaks without sparsity, in TFLOP/s, from the vendors' data sheets; the first name found in the
 # device's name counts.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0, "RTX 4090": 165.0}
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+}
 
 
 def forward_flops_per_token(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:

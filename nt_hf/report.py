@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .run_config import RunConfig
 from .training import read_metrics
 
@@ -21,11 +22,10 @@ def results_table(records: Sequence[Record]) -> str:
     evaluation = _last(records, "eval")
     if evaluation is None:
         return "no evaluation yet"
-    rows = [(f"head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
-    rows += [
-        (f"ensemble ({mode}{', the default' if mode == evaluation['ensemble_mode'] else ''})", f"{value:.2f}")
-        for mode, value in evaluation["ensemble_perplexities"].items()
-    ]
+    rows = [(f"perplexity of head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
+    for mode, value in evaluation["ensemble_perplexities"].items():
+        default = ", the default" if mode == evaluation["ensemble_mode"] else ""
+        rows.append((f"perplexity of the ensemble ({mode}{default})", f"{value:.2f}"))
     rows.append(("disagreement between heads", f"{evaluation['disagreement']:.3f}"))
     rows.append(("density of the masked weights", f"{evaluation['density']:.3f}"))
     if update := _last(records, "update"):
@@ -34,8 +34,8 @@ def results_table(records: Sequence[Record]) -> str:
         rows.append(("topology updates", str(sum(record["event"] == "update" for record in records))))
     width = max(len(name) for name, _ in rows)
     title = f"validation, step {evaluation['step']}".ljust(width)
-    lines = [f"| {title} | perplexity |", f"|{'-' * (width + 2)}|-----------:|"]
-    return "\n".join([*lines, *(f"| {name:<{width}} | {value:>10} |" for name, value in rows)])
+    lines = [f"| {title} |    value |", f"|{'-' * (width + 2)}|---------:|"]
+    return "\n".join([*lines, *(f"| {name:<{width}} | {value:>8} |" for name, value in rows)])
 
 
 def write_report(run_dir: Path) -> str:
@@ -91,19 +91,21 @@ def _plot(records: Sequence[Record], path: Path) -> None:
     plt.close(figure)
 
 
-def model_card(config: RunConfig, records: Sequence[Record]) -> str:
+def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, records: Sequence[Record]) -> str:
     """The README of a checkpoint: what it is, how to load it, what was measured."""
-    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]})
-    model = config.model
+    front = yaml.safe_dump(
+        {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
+    )
     step = next((record["step"] for record in reversed(records)), 0)
     return f"""---
 {front}---
 # NeuroTrails Llama
 
 A multi-head Llama (NeuroTrails, arXiv 2505.17909) after {step} of {config.train.max_steps} training steps on
-`{json.dumps(config.data.train)}`, written by [nt_hf](https://arxiv.org/abs/2505.17909).
-{model.get("num_ensemble_heads", 3)} heads; density {config.sparsity.density} of the masked weights. The masks lie in `model.safetensors` beside the
-weights (`weight_mask`, one bit a weight); the weights outside them are exact zeros, computed as zeros.
+`{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of {model.blocks_in_head} blocks on a backbone of
+{model.num_backbone_layers}. Density of the masked weights: {config.sparsity.density}. The masks lie in
+`model.safetensors` beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and
+are computed like any other.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

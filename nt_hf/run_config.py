@@ -78,7 +78,7 @@ class TrainConfig:
                  "two numbers in [0, 1)")  # fmt: skip
         for name, accepted in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("save_dtype", SAVE_DTYPES)):
             _require(getattr(self, name) in accepted, name, getattr(self, name), ", ".join(accepted))
-        _require(self.weight_decay == 0 or self.optimizer == "adamw" and self.weight_decay > 0, "weight_decay",
+        _require(self.weight_decay == 0 or (self.optimizer == "adamw" and self.weight_decay > 0), "weight_decay",
                  self.weight_decay, "0, or a positive number with optimizer=adamw")  # fmt: skip
 
 

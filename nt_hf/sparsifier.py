@@ -325,6 +325,16 @@ class Sparsifier:
         if type(optimizer) not in _KEEPS_ZEROS:
             optimizer.register_step_post_hook(self._apply_masks)
 
+    @property
+    def _window(self) -> tuple[float, float]:
+        """First and last step of the updates."""
+        return self.config.update_start * self.total_steps, self.config.update_end * self.total_steps
+
+    @property
+    def update_is_next(self) -> bool:
+        """Whether the next [`step`] updates the masks, and so needs the gradients of all weights to be finite."""
+        return bool(self._tensors) and update_due(self.steps + 1, self.config.update_interval, *self._window)
+
     @torch.no_grad()
     def step(self) -> TopologyUpdate | None:
         """Updates the masks if an update is due, and zeros the gradients of inactive weights.
@@ -338,14 +348,15 @@ class Sparsifier:
         Raises:
             ValueError: a weight or gradient is not finite at an update; all masks are then as before.
         """
+        due = self.update_is_next
         self.steps += 1
         config = self.config
-        start, end = config.update_start * self.total_steps, config.update_end * self.total_steps
         update = None
-        if self._tensors and update_due(self.steps, config.update_interval, start, end):
-            update = self._update(
-                scheduled(config.drop_schedule, self.steps, start, end, config.drop_fraction, config.drop_fraction_end)
+        if due:
+            drop_fraction = scheduled(
+                config.drop_schedule, self.steps, *self._window, config.drop_fraction, config.drop_fraction_end
             )
+            update = self._update(drop_fraction)
         for tensor in self._tensors.values():
             if tensor.inactive is not None and tensor.weight.grad is not None:
                 tensor.weight.grad.masked_fill_(tensor.inactive, 0)

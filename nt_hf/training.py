@@ -239,23 +239,25 @@ def load_training_state(
     Raises:
         ValueError: a part is missing or damaged, or was written by another number of processes.
     """
-    state = path / "training_state"
+    state, rank = path / "training_state", accelerator.process_index
     try:
         progress = json.loads((state / "state.json").read_text())
-        if progress["processes"] != accelerator.num_processes:
-            raise ValueError(
-                f"{path} was written by {progress['processes']} processes; it resumes on as many, "
-                f"not on {accelerator.num_processes}"
-            )
-        rank = accelerator.process_index
-        optimizer.load_state_dict(torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True))
-        sparsifier.load_state_dict(load_file(state / "sparsifier.safetensors"))
-        data.load_state_dict(json.loads((state / f"data-{rank}.json").read_text()))
-        _set_rng_state(torch.load(state / f"rng-{rank}.pt", weights_only=True))
-    except ValueError:
-        raise
+        if progress["processes"] == accelerator.num_processes:
+            position = json.loads((state / f"data-{rank}.json").read_text())
+            rng = torch.load(state / f"rng-{rank}.pt", weights_only=True)
+        moments = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+        topology = load_file(state / "sparsifier.safetensors")
     except Exception as error:
         raise ValueError(f"{state} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if progress["processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"{path} was written by {progress['processes']} processes; it resumes on as many, "
+            f"not on {accelerator.num_processes}"
+        )
+    optimizer.load_state_dict(moments)
+    sparsifier.load_state_dict(topology)
+    data.load_state_dict(position)
+    _set_rng_state(rng)
     return progress["step"], progress["tokens"]
 
 

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils import logging as transformers_logging
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf._cli import run
 from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate
 from nt_hf.masks import overall_density
@@ -70,25 +68,25 @@ def main() -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     main_process, device = accelerator.is_main_process, accelerator.device
-    logging.getLogger("nt_hf").setLevel(logging.INFO if main_process else logging.WARNING)
+    if not main_process:
+        logging.getLogger("nt_hf").setLevel(logging.WARNING)
     micro_batch_size, passes = accumulation_steps(train, accelerator.num_processes)
-    transformers_logging.disable_progress_bar()
     set_seed(train.seed)
 
     # --------------------------------------------------------------------------------------------- data
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer.model_max_length = config.data.sequence_length
-    reading = dict(
-        batch_size=micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        packing=config.data.packing,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        num_workers=config.data.num_workers,
-        on_bad_line=config.data.on_bad_line,
-        text_field=config.data.text_field,
-    )
+    reading = {
+        "batch_size": micro_batch_size,
+        "sequence_length": config.data.sequence_length,
+        "packing": config.data.packing,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "num_workers": config.data.num_workers,
+        "on_bad_line": config.data.on_bad_line,
+        "text_field": config.data.text_field,
+    }
     train_batches = TokenBatches(
         config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
     )
@@ -158,7 +156,7 @@ def main() -> None:
         last_saved = save_checkpoint(
             run_dir, step, tokens, accelerator=accelerator, model=model, tokenizer=tokenizer, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches, config=config,
-            model_card=model_card(config, read_metrics(metrics.path)) if main_process else "",
+            model_card=model_card(model.config, config, read_metrics(metrics.path)) if main_process else "",
         )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------- loop
@@ -193,7 +191,7 @@ def main() -> None:
             head_losses += output.head_losses.detach() / accelerator.num_processes
         loss = head_losses.mean()
         first_bad_step = torch.where((first_bad_step < 0) & ~loss.isfinite(), step, first_bad_step)
-        if logging_step or saving or evaluating or True:
+        if logging_step or sparsifier.update_is_next:
             stop_if_not_finite(accelerator, first_bad_step, last_saved)
 
         rate = learning_rate(step - 1, train)
@@ -228,6 +226,9 @@ def main() -> None:
             clock, clock_tokens = time.perf_counter(), 0
         if evaluating or saving:
             paused = time.perf_counter()
+            # The loss was finite before the step; to be worth saving, the weights must be so after it.
+            finite = torch.nn.utils.get_total_norm(parameters).isfinite()
+            stop_if_not_finite(accelerator, torch.where(finite, first_bad_step, step), last_saved)
             if evaluating:
                 run_evaluation(step)
             if saving:
@@ -268,8 +269,9 @@ def require_same_shape(found: NeuroTrailsLlamaConfig, wanted: NeuroTrailsLlamaCo
     """A run continues with the model it began with."""
     ignored = {"dtype", "architectures", "auto_map", "transformers_version", "masked_modules"}
     found, wanted = found.to_dict(), wanted.to_dict()
-    for key in sorted(wanted.keys() & found.keys() - ignored):
-        if found[key] != wanted[key]:
+    for field in dataclasses.fields(NeuroTrailsLlamaConfig):
+        key = field.name
+        if key in wanted and key not in ignored and found[key] != wanted[key]:
             raise ValueError(f"model.{key}={wanted[key]!r}: {path} was trained with {found[key]!r}; "
                              "set it so, or take another --output_dir")  # fmt: skip
 
@@ -286,22 +288,15 @@ def describe(model, config, resume_from, first_step: int) -> None:
 
 
 def stop_if_not_finite(accelerator: Accelerator, first_bad_step: torch.Tensor, last_saved: Path | None) -> None:
-    """Ends the run on every process when any had a loss that is not finite; nothing is saved any more."""
+    """Ends the run on every process when any had a loss or weights that are not finite; nothing is saved any more."""
     bad = accelerator.gather(first_bad_step[None])
     if (bad >= 0).any():
         step = int(bad[bad >= 0].min())
         raise FloatingPointError(
-            f"the loss at step {step} is not finite; the last good checkpoint is {last_saved or 'none yet'}. "
+            f"loss or weights are not finite at step {step}; the last good checkpoint is {last_saved or 'none yet'}. "
             "A lower train.learning_rate or train.max_grad_norm=1.0 may help"
         )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    try:
-        with logging_redirect_tqdm():
-            main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("NT_HF_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    run(main)

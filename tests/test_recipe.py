@@ -1,0 +1,369 @@
+"""recipes/pretrain_c4.py and eval/perplexity.py as a user runs them, on a tiny model and the embedded sample."""
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nt_hf import NeuroTrailsLlamaForCausalLM, training
+from nt_hf.masks import check_masks, count_active, masked_modules, unpack_mask
+from nt_hf.sparsifier import Sparsifier
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+        blocks_in_head: 1}
+data: {train: "sample:train", validation: "sample:validation", tokenizer: TOKENIZER, sequence_length: 32,
+       validation_tokens: 500}
+sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
+train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2, warmup_steps: 2, max_grad_norm: 1.0,
+        log_steps: 1, eval_steps: 6, save_steps: 6}
+"""
+
+
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pretrain, perplexity = script("recipes/pretrain_c4.py"), script("eval/perplexity.py")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A configuration file with a tokenizer of 320 pieces."""
+    directory = tmp_path_factory.mktemp("config")
+    command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
+    call(script("recipes/train_tokenizer.py").main, *command)
+    path = directory / "tiny.yaml"
+    path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
+    return path
+
+
+def call(main, *arguments: object) -> None:
+    argv, sys.argv = sys.argv, ["script", *map(str, arguments)]
+    try:
+        main()
+    finally:
+        sys.argv = argv
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(config: Path, run_dir: Path, *overrides: object) -> list[dict]:
+    call(pretrain.main, "--config", config, "--output_dir", run_dir, *overrides)
+    return training.read_metrics(run_dir / "metrics.jsonl")
+
+
+def of(records: list[dict], event: str, *keys: str) -> list[tuple]:
+    return [tuple(record[key] for key in keys) for record in records if record["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory) -> Path:
+    """The directory of a finished run of 12 steps."""
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    train(config, directory)
+    return directory
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_the_run_directory_is_complete(run):
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-12", "checkpoint-6", "metrics.jsonl", "report"]
+    assert {path.name for path in (run / "report").iterdir()} >= {"results.md", "training.png"}
+    files = {path.name for path in (run / "checkpoint-12").iterdir()}
+    assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "run.yaml", "sparsity.json"}
+    assert files >= {"modeling_neurotrails_llama.py", "configuration_neurotrails_llama.py", "masks.py"}
+    card = (run / "checkpoint-12" / "README.md").read_text()
+    last = training.read_metrics(run / "metrics.jsonl")[-1]
+    assert last["event"] == "eval" and f"{last['perplexity']:.2f}" in card
+
+
+def test_metrics_say_what_they_should(run):
+    records = training.read_metrics(run / "metrics.jsonl")
+    trains = [record for record in records if record["event"] == "train"]
+    assert [record["step"] for record in trains] == list(range(1, 13))
+    assert all(record["tokens"] == record["step"] * 4 * 32 for record in trains)
+    for record in trains:
+        assert record["loss"] == pytest.approx(sum(record["head_losses"]) / 3)
+        assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["peak_memory"] > 1e6
+        assert record["mfu"] is None  # a CPU's peak is not known
+    assert trains[-1]["loss"] < trains[0]["loss"]
+    updates = [record for record in records if record["event"] == "update"]
+    assert [record["step"] for record in updates] == [3, 6, 9]
+    assert all(record["dropped"] == record["grown"] for record in updates)
+    assert set(updates[0]["density_by_group"]) == {"model.layers", "model.heads", "lm_heads"}
+    assert updates[-1]["ever_active"] > updates[0]["ever_active"] > updates[0]["density"]
+    evals = [record for record in records if record["event"] == "eval"]
+    assert [record["step"] for record in evals] == [0, 6, 12]
+    assert evals[-1]["perplexity"] < evals[0]["perplexity"]
+
+
+def test_the_checkpoint_holds_exact_packed_masks(run):
+    tensors = load_file(run / "checkpoint-12" / "model.safetensors")
+    rows = json.loads((run / "checkpoint-12" / "sparsity.json").read_text())["tensors"]
+    assert len(rows) == 7 + 3 * 7 + 3 and sum(name.endswith("weight_mask") for name in tensors) == len(rows)
+    for row in rows:
+        weight, packed = tensors[row["name"]], tensors[row["name"] + "_mask"]
+        mask = unpack_mask(packed, weight.shape)
+        assert count_active(packed) == row["target"] == row["active"] == round(0.5 * weight.numel())
+        assert not weight[~mask].any() and weight[mask].count_nonzero() > 0.9 * row["target"]
+
+
+def test_the_checkpoint_is_a_model_of_transformers(run):
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint-12")
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint-12").eval()
+    config = model.config
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (1, 0, None)
+    assert config.max_position_embeddings == tokenizer.model_max_length == 32
+    inputs = tokenizer("The best way", return_tensors="pt")
+    output = model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 8 or output[0, -1] == 1
+
+
+def test_perplexity_of_the_checkpoint_is_that_of_the_run(run, tmp_path):
+    output = tmp_path / "out" / "perplexity.json"
+    command = ["--data", "sample:validation", "--output", output, "--batch_size", "2", "--max_tokens", "500"]
+    call(perplexity.main, "--model", run / "checkpoint-12", *command)
+    result, last = json.loads(output.read_text()), training.read_metrics(run / "metrics.jsonl")[-1]
+    assert result["tokens"] == last["tokens"]
+    for key in ("head_perplexities", "disagreement", "density", "perplexity"):
+        assert result[key] == pytest.approx(last[key], rel=1e-6)
+    assert result["ensemble_perplexities"] == pytest.approx(last["ensemble_perplexities"], rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def stopped_at(step: int, monkeypatch) -> None:
+    original = Sparsifier.step
+
+    def dying(self):
+        if self.steps + 1 == step:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(Sparsifier, "step", dying)
+
+
+@pytest.mark.parametrize("overrides", [(), ("--data.packing", "pad", "--data.num_workers", "2"),
+                                       ("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
+                                        "--train.save_dtype", "bfloat16")])  # fmt: skip
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):
+    whole = train(config, tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stopped_at(10, patch)
+        train(config, tmp_path / "killed", *overrides)
+    assert [path.name for path in training.find_checkpoints(tmp_path / "killed")] == ["checkpoint-6"]
+    resumed = train(config, tmp_path / "killed", *overrides)
+    keys = ("step", "tokens", "head_losses", "lr", "grad_norm", "epoch")
+    assert of(resumed, "train", *keys) == of(whole, "train", *keys)
+    keys = ("step", "dropped", "grown", "density", "ever_active")
+    assert of(resumed, "update", *keys) == of(whole, "update", *keys)
+    assert of(resumed, "eval", "step", "head_losses") == of(whole, "eval", "step", "head_losses")
+    ends = [load_file(tmp_path / name / "checkpoint-12" / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_finished_run_is_only_reported_again(config, run, caplog):
+    before = (run / "metrics.jsonl").read_bytes()
+    train(config, run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_old_checkpoints_go_when_newer_ones_are_complete(config, tmp_path):
+    train(config, tmp_path / "run", "--train.save_steps", 3, "--train.keep", 1)
+    assert [path.name for path in training.find_checkpoints(tmp_path / "run")] == ["checkpoint-12"]
+
+
+def test_a_bf16_checkpoint_is_half_as_large_and_keeps_its_masks(config, run, tmp_path):
+    train(config, tmp_path / "run", "--train.save_dtype", "bfloat16")
+    path = tmp_path / "run" / "checkpoint-12"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.dtype == torch.bfloat16 and not check_masks(model)
+    assert {module.weight_mask.dtype for module in masked_modules(model).values()} == {torch.uint8}
+    sizes = [os.path.getsize(p / "model.safetensors") for p in (path, run / "checkpoint-12")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+# ---------------------------------------------------------------------------------------------- how it trains
+
+
+def test_gradient_accumulation_is_exact(config, tmp_path):
+    # Padded rows have different numbers of tokens, so averaging averages would differ.
+    common = ("--data.packing", "pad", "--data.sequence_length", 64, "--sparsity.update_interval", 0)
+    one = train(config, tmp_path / "one", *common, "--train.micro_batch_size", 4)
+    four = train(config, tmp_path / "four", *common, "--train.micro_batch_size", 1)
+    for (a,), (b,) in zip(of(one, "train", "head_losses"), of(four, "train", "head_losses")):
+        assert a == pytest.approx(b, abs=2e-5)
+    assert of(one, "train", "grad_norm")[0] == pytest.approx(of(four, "train", "grad_norm")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "updates", "density"),
+    [
+        (("--sparsity.density", 1.0), 0, 1.0),
+        (("--sparsity.update_interval", 0), 0, 0.5),
+        (("--sparsity.drop", "magnitude", "--sparsity.grow", "random"), 3, 0.5),
+        (("--sparsity.distribution", "erk", "--sparsity.update_end", 0.5), 1, 0.5),
+        (("--sparsity.density", 0.5, "--sparsity.densities", "{'lm_heads.*': 0.8}"), 3, 0.5),
+        (("--model.num_ensemble_heads", 1, "--train.gradient_checkpointing", "true"), 3, 0.5),
+        (("--model.share_embedding", "false", "--model.blocks_in_head", "null", "--sparsity.exclude", "[]"), 3, 0.5),
+        (("--model.tie_word_embeddings", "true", "--sparsity.exclude", "[]"), 3, 0.5),
+        (("--train.precision", "bf16"), 3, 0.5),
+    ],
+)
+def test_kinds_of_runs(config, tmp_path, overrides, updates, density):
+    records = train(config, tmp_path / "run", *overrides)
+    assert len(of(records, "update")) == updates
+    model = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-12")
+    modules = masked_modules(model).values()
+    active, size = sum(count_active(m.weight_mask) for m in modules), sum(m.weight.numel() for m in modules)
+    assert active == round(density * size) and bool(size) == (density < 1)
+    evals = of(records, "eval", "perplexity")
+    assert evals[-1] < evals[0]
+
+
+def test_trackers(config, tmp_path):
+    train(config, tmp_path / "run", "--log_with", "tensorboard")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_training_from_local_files_needs_neither_datasets_nor_lm_eval(config, tmp_path):
+    program = (
+        "import runpy, sys\n"
+        "sys.modules.update(datasets=None, lm_eval=None)\n"  # importing them fails
+        f"sys.argv = ['x', '--config', {str(config)!r}, '--output_dir', {str(tmp_path / 'run')!r},\n"
+        "            '--train.max_steps', '3', '--train.warmup_steps', '1']\n"
+        f"runpy.run_path({str(ROOT / 'recipes' / 'pretrain_c4.py')!r}, run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(config, tmp_path):
+    settings = ["--config", config, "--train.micro_batch_size", 1, "--train.precision", "fp32"]
+    one = train(config, tmp_path / "one", "--train.micro_batch_size", 1)
+    command = ["--output_dir", tmp_path / "two", *settings, "--data.shuffle_block", 0]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517",
+         str(ROOT / "recipes" / "pretrain_c4.py"), *map(str, command)],
+        check=True, cwd=ROOT, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    two = training.read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert of(two, "train", "step", "tokens") == of(one, "train", "step", "tokens")
+    assert of(two, "eval", "perplexity")[-1] < of(two, "eval", "perplexity")[0]
+    assert (tmp_path / "two" / "checkpoint-12" / "training_state" / "rng-1.pt").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--model.blocks_in_head", 3), "blocks_in_head=3: accepted is 0 to num_hidden_layers=2"),
+        (("--model.num_ensemble_heads", 0), "num_ensemble_heads=0"),
+        (("--model.vocab_size", 300), "vocab_size"),
+        (("--sparsity.densities", "{'lm_heads.*': 1.0}", "--sparsity.density", 0.05), "densities"),
+        (("--sparsity.densities", "{'nothing.*': 1.0}"), "nothing.*"),
+        (("--sparsity.exclude", "['nothing.*']"), "nothing.*"),
+        (("--data.train", "no/such/*.jsonl"), "no/such"),
+        (("--data.validation", "no/such/*.jsonl"), "no/such"),
+        (("--data.tokenizer", "no/such"), "no/such"),
+        (("--train.batch_size", 5), "batch_size=5"),
+        (("--resume", "no/such"), "accepted are auto, never, or a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(config, tmp_path, overrides, message):
+    with pytest.raises((ValueError, OSError)) as caught:
+        train(config, tmp_path / "run", *overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty.jsonl"),
+        ('{"text": "fine"}\nnot json\n', "empty.jsonl"),
+        ('{"txt": "no such field"}\n', "empty.jsonl"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_the_file(config, tmp_path, content, message):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        train(config, tmp_path / "run", "--data.train", tmp_path / "empty.jsonl")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_ends_with_one_line_and_a_failure(config, tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain_c4.py"), "--config", str(config)]
+    command += ["--output_dir", str(tmp_path / "run"), "--sparsity.densty", "0.5"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1:] == ["error: unknown key --sparsity.densty: did you mean density?"]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_broken(config, tmp_path, monkeypatch):
+    rate = training.learning_rate
+    monkeypatch.setattr(pretrain, "learning_rate", lambda step, train: rate(step, train) * (1e30 if step == 7 else 1))
+    with pytest.raises(FloatingPointError, match=r"not finite at step (9|10); the last good .*checkpoint-6"):
+        train(config, tmp_path / "run", "--sparsity.update_interval", 5)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 8; .*checkpoint-6"):  # before it is saved
+        train(config, tmp_path / "run", "--sparsity.update_interval", 5, "--train.save_steps", 8)
+    assert [path.name for path in training.find_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("where", ["save_file", "torch.save"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(config, tmp_path, monkeypatch, where):
+    train(config, tmp_path / "run", "--train.max_steps", 6)
+    before = (tmp_path / "run" / "checkpoint-6" / "model.safetensors").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(f"nt_hf.training.{where}", full)
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").read_bytes() == before
+    assert not [path for path in (tmp_path / "run").iterdir() if "partial" in path.name or "12" in path.name]
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-12").is_dir()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.pt", "training_state/state.json",
+                                  "training_state/sparsifier.safetensors"])  # fmt: skip
+def test_a_truncated_checkpoint_is_named(config, tmp_path, name):
+    train(config, tmp_path / "run", "--train.max_steps", 6)
+    path = tmp_path / "run" / "checkpoint-6" / name
+    path.write_bytes(path.read_bytes()[:-20] if name != "training_state/state.json" else b'{"step"')
+    with pytest.raises(ValueError, match=r"checkpoint-6.*(cannot be loaded|damaged)") as caught:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_another_shape_is_not_continued(config, run):
+    with pytest.raises(ValueError, match=r"model.hidden_size=64: .*checkpoint-12 was trained with 32"):
+        train(config, run, "--model.hidden_size", 64)

@@ -1,0 +1,299 @@
+"""The run configuration, the pieces of the loop, metrics, evaluation and reports."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.evaluation import evaluate
+from nt_hf.masks import masked_modules
+from nt_hf.plan import forward_flops_per_token, peak_tflops, training_flops_per_token
+from nt_hf.run_config import TrainConfig, load_run_config
+from nt_hf.sparsifier import target_counts
+from nt_hf.training import (
+    Metrics,
+    accumulation_steps,
+    count_targets,
+    find_checkpoints,
+    find_resume,
+    grouped,
+    learning_rate,
+    read_metrics,
+)
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {max_steps: 7, warmup_steps: 1}\nmodel: {hidden_size: 32}")
+    (tmp_path / "b.yaml").write_text("train: {max_steps: 8}")
+    config = load_run_config([tmp_path / "a.yaml", tmp_path / "b.yaml"], {"train.learning_rate": "1e-4"})
+    assert (config.train.max_steps, config.train.warmup_steps) == (8, 1)
+    assert config.train.learning_rate == 1e-4  # YAML itself reads 1e-4 as text
+    assert config.model == {"hidden_size": 32}
+
+
+def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
+    assert load_run_config([], {"train.seed": "3"}).sparsity.seed == 3
+    assert load_run_config([], {"train.seed": "3", "sparsity.seed": "4"}).sparsity.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"train.max_step": "4"}, "unknown key --train.max_step: did you mean max_steps?"),
+        ({"trian.max_steps": "4"}, "unknown key --trian: did you mean train?"),
+        ({"sparsity.densty": "0.5"}, "unknown key --sparsity.densty: did you mean density?"),
+        ({"model.num_heads": "2"}, "did you mean num_"),
+        ({"data.tokeniser": "x"}, "did you mean tokenizer?"),
+        ({"train.zzzz": "1"}, "accepted are max_steps, batch_size"),
+        ({"train": "1"}, "accepted are keys of the form --section.key"),
+        ({"train.max_steps": "many"}, "train.max_steps='many': accepted is int"),
+        ({"train.max_steps": "0"}, "train.max_steps=0: accepted is 1 or more"),
+        ({"train.max_steps": "true"}, "train.max_steps=True: accepted is int"),
+        ({"train.warmup_steps": "10000"}, "train.warmup_steps=10000: accepted is 0 or more and below max_steps=10000"),
+        ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
+        ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
+        ({"train.precision": "fp16"}, "train.precision='fp16': accepted is auto, fp32, bf16"),
+        ({"train.weight_decay": "0.1"}, "train.weight_decay=0.1: accepted is 0, or a positive number with optimizer"),
+        ({"sparsity.density": "0"}, r"sparsity.density .*0.*\(0, 1\]"),
+        ({"sparsity.density": "1.5"}, r"sparsity.density .*1.5.*\(0, 1\]"),
+        ({"sparsity.drop": "magnitud"}, "magnitude"),
+        ({"sparsity.grow": "grad"}, "gradient"),
+        ({"sparsity.distribution": "er_k"}, "erk"),
+        ({"sparsity.drop_schedule": "cosin"}, "cosine"),
+        ({"data.packing": "packed"}, "data.packing.*packed.*pack.*pad"),
+        ({"data.on_bad_line": "ignore"}, "data.on_bad_line.*ignore.*error"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
+    with pytest.raises(ValueError, match=message if ".*" in message else re.escape(message)) as caught:
+        load_run_config([], override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1, 2]", "section train=[1, 2]: accepted is a mapping"),
+        ("trainn: {}", "section trainn: did you mean train?"),
+        ("- 1", "accepted is a mapping with the sections"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_run_config([path])
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Name, hidden, intermediate, attention heads, blocks, blocks in a head, share of the zeros that ERK puts into blocks.
+SIZES = [
+    ("9m", 128, 352, 4, 4, 2, 0.0),
+    ("20m", 256, 688, 4, 4, 2, 0.0),
+    ("60m", 512, 1376, 8, 8, 5, 0.0),
+    ("130m", 768, 2048, 12, 12, 8, 0.10),
+    ("350m", 1024, 2736, 16, 24, 16, 0.50),
+]
+
+
+@pytest.mark.parametrize(("name", "hidden", "inner", "attention", "depth", "in_head", "in_blocks"), SIZES)
+def test_the_papers_sizes(name, hidden, inner, attention, depth, in_head, in_blocks):
+    config = load_run_config([CONFIGS / f"{name}.yaml"])
+    with torch.device("meta"):
+        model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**config.model, masked_modules=["*"]))
+    c = model.config
+    assert (c.hidden_size, c.intermediate_size, c.num_attention_heads) == (hidden, inner, attention)
+    assert (c.num_hidden_layers, c.blocks_in_head, c.num_ensemble_heads, c.vocab_size) == (depth, in_head, 3, 32000)
+    assert config.train.batch_size * config.data.sequence_length == 512 * 256
+    targets = target_counts(model, config.sparsity)
+    zeros = {key: module.weight.numel() - targets[key] for key, module in masked_modules(model).items()}
+    assert sum(v for k, v in zeros.items() if ".layers." in k) / sum(zeros.values()) == pytest.approx(
+        in_blocks, abs=0.005
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", "treenet", "full_ensemble"])
+def test_the_baselines_are_laid_over_any_size(name):
+    config = load_run_config([CONFIGS / "60m.yaml", CONFIGS / f"{name}.yaml"])
+    model = NeuroTrailsLlamaConfig(**config.model)
+    assert config.sparsity.density == 1.0
+    assert model.num_ensemble_heads == (1 if name == "dense" else 3)
+    assert model.blocks_in_head == (8 if name == "full_ensemble" else 5)
+    assert model.share_embedding == (name != "full_ensemble")
+
+
+def test_a_configuration_survives_its_file(tmp_path):
+    config = load_run_config([CONFIGS / "demo.yaml"])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert load_run_config([tmp_path / "again.yaml"]) == config
+
+
+# -------------------------------------------------------------------------------------- pieces of the loop
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor():
+    train = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1)
+    assert learning_rate(0, train) == pytest.approx(0.1)
+    assert learning_rate(9, train) == pytest.approx(1.0)
+    assert learning_rate(60, train) == pytest.approx(0.55)
+    assert learning_rate(110, train) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [(8, None, 1, (8, 1)), (8, None, 4, (2, 1)), (8, 2, 1, (2, 4)), (8, 2, 2, (2, 2)), (512, 64, 8, (64, 1))],
+)
+def test_a_batch_is_split_into_passes(batch, micro, processes, expected):
+    assert accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes) == expected
+
+
+@pytest.mark.parametrize(("batch", "micro", "processes"), [(8, 3, 1), (8, 8, 2), (8, None, 3)])
+def test_a_batch_that_does_not_divide_is_refused(batch, micro, processes):
+    with pytest.raises(ValueError, match=f"batch_size={batch}: accepted are multiples"):
+        accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes)
+
+
+def test_groups_and_targets():
+    labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
+    batches = [{"labels": labels}] * 5
+    assert [len(group) for group in grouped(batches, 2)] == [2, 2, 1]
+    assert count_targets(batches[:2]) == 2  # only the second label has a token before it and counts
+
+
+def test_metrics_are_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        metrics.write("train", step=step, loss=1.0)
+    with open(metrics.path, "a") as file:
+        file.write('{"event": "train", "st')  # killed while writing
+    assert [r["step"] for r in read_metrics(Metrics(metrics.path, resume_step=2).path)] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_complete_checkpoints_are_found(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-40", "checkpoint-x", ".partial-checkpoint-50"):
+        (tmp_path / name / "training_state").mkdir(parents=True)
+        (tmp_path / name / "training_state" / "state.json").write_text("{}")
+    (tmp_path / "checkpoint-60").mkdir()  # a bare model
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-40"]
+    assert find_resume("auto", tmp_path).name == "checkpoint-40"
+    assert find_resume("auto", tmp_path / "new") is None
+    assert find_resume(str(tmp_path / "checkpoint-5"), tmp_path / "new").name == "checkpoint-5"
+    with pytest.raises(ValueError, match="holds a run"):
+        find_resume("never", tmp_path)
+    with pytest.raises(ValueError, match="accepted are auto, never, or a checkpoint"):
+        find_resume(str(tmp_path / "checkpoint-60"), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = NeuroTrailsLlamaConfig(**SHAPE, num_ensemble_heads=3, blocks_in_head=1)
+    config.initializer_range = 0.3  # predictions far from uniform
+    return NeuroTrailsLlamaForCausalLM(config)
+
+
+def batches_of(rows: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
+    labels = rows.clone()
+    labels[1::2, 7:] = -100
+    attention = torch.ones_like(rows)
+    attention[1::2, 7:] = 0
+    parts = zip(rows.split(size), labels.split(size), attention.split(size))
+    return [{"input_ids": i, "labels": x, "attention_mask": a} for i, x, a in parts]
+
+
+def test_evaluation_weighs_every_token_the_same(model):
+    rows = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
+    results = [evaluate(model, batches_of(rows, size)).to_dict() for size in (1, 4, 6)]
+    assert results[0]["tokens"] == 3 * 11 + 3 * 6
+    for result in results[1:]:
+        assert result["head_losses"] == pytest.approx(results[0]["head_losses"], abs=1e-6)
+        assert result["ensemble_losses"] == pytest.approx(results[0]["ensemble_losses"], abs=1e-6)
+        assert result["disagreement"] == results[0]["disagreement"]
+
+
+def test_evaluation_against_the_formulas(model):
+    rows = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(2))
+    result = evaluate(model, batches_of(rows, 2)).to_dict()
+    batch = batches_of(rows, 2)[0]
+    with torch.no_grad():
+        output = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}, output_head_logits=True)
+    labels = batch["labels"][:, 1:]
+    keep = labels != -100
+    logits = output.head_logits[:, :, :-1][:, keep].double()
+    truth = labels[keep]
+
+    def nll(logp):
+        return -logp.gather(-1, truth[:, None]).mean().item()
+
+    for head in range(3):
+        assert result["head_losses"][head] == pytest.approx(nll(logits[head].log_softmax(-1)), abs=1e-6)
+    assert result["ensemble_losses"]["logits"] == pytest.approx(nll(logits.mean(0).log_softmax(-1)), abs=1e-6)
+    assert result["ensemble_losses"]["probs"] == pytest.approx(nll(logits.softmax(-1).mean(0).log()), abs=1e-6)
+    guesses = logits.argmax(-1)
+    pairs = [(guesses[a] != guesses[b]).double().mean().item() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert result["disagreement"] == pytest.approx(sum(pairs) / 3)
+    assert result["perplexity"] == pytest.approx(math.exp(result["ensemble_losses"]["logits"]))
+
+
+def test_evaluation_stops_at_its_limit_and_refuses_nothing(model):
+    rows = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
+    assert evaluate(model, batches_of(rows, 1), max_tokens=12).tokens == 11 + 6
+    with pytest.raises(ValueError, match="no token to predict"):
+        evaluate(model, [])
+
+
+def test_evaluation_leaves_the_mode_as_it_was(model):
+    rows = torch.zeros(1, 4, dtype=torch.long)
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, batches_of(rows, 1))
+        assert model.training == training
+
+
+# --------------------------------------------------------------------------------------------------- costs
+
+
+def test_flops_are_those_of_the_matrix_products(model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens = torch.zeros(1, 12, dtype=torch.long)
+    model.eval()
+    model.config._attn_implementation = "eager"  # counted as plain products
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens)
+    model.config._attn_implementation = "sdpa"
+    assert counter.get_total_flops() == 12 * forward_flops_per_token(model.config, 12)
+    assert training_flops_per_token(model.config, 12) == 3 * forward_flops_per_token(model.config, 12)
+
+
+def test_known_peaks():
+    assert peak_tflops("NVIDIA H200") == 989.0
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312.0
+    assert peak_tflops("AMD EPYC") is None
+
+
+def test_train_config_is_plain_data():
+    json.dumps(dataclasses.asdict(TrainConfig()))
