@@ -442,7 +442,7 @@ class TokenBatches:
         self.on_bad_line = on_bad_line
         self.text_field = text_field
         self._workers = max(1, num_workers)
-        self._resume = None
+        self._resume = False
         self._start()
 
     def _start(self) -> None:
@@ -507,7 +507,7 @@ class TokenBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if not self._resume:
             self._start()
-        self._resume = None
+        self._resume = False
         for worker, batch, place in self._loaded():
             if isinstance(place, DataError):
                 raise place
