@@ -522,13 +522,12 @@ class TokenBatches:
         streams = _Streams(self, [dict(place) for place in self._places], self._next_worker)
         if not self.num_workers:
             return streams
-        loader = DataLoader(
+        return DataLoader(
             streams,
             batch_size=None,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # else it draws from the global one, and loading would change training
         )
-        return loader
 
     def _stream(self, worker: int, place: _Place) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict]]:
         """The batches of one worker, each with the place after it; last a None with the final place."""
