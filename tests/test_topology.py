@@ -428,6 +428,15 @@ def test_bad_input(change, message):
         update_mask(**arguments | change)
 
 
+def test_the_number_of_threads_is_left_alone():
+    threads = torch.get_num_threads()
+    mask, weight, grad = tensors()
+    update_mask(mask, weight, grad, drop_fraction=0.5, seed=0)
+    with pytest.raises(ValueError, match="grow is"):
+        update_mask(mask, weight, grad, drop_fraction=0.5, grow="", seed=0)
+    assert torch.get_num_threads() == threads
+
+
 def test_unknown_distribution():
     with pytest.raises(ValueError, match=r"distribution is 'erd'; accepted: er, erk, uniform \(did you mean 'er"):
         active_counts(SHAPES, 0.5, "erd")
