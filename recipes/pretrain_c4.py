@@ -121,7 +121,8 @@ def main() -> None:
     wrapped = accelerator.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    # The first batch is read before anything is written: unreadable data leaves no run behind.
+    # The first batches are read before anything is written: unreadable data leaves no run behind.
+    next(iter(validation_batches), None)
     groups = grouped(train_batches, passes)
     group = next(groups) if first_step < train.max_steps else []
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -308,10 +308,11 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(config, tmp_path, overr
         ('{"txt": "no such field"}\n', "empty.jsonl"),
     ],
 )
-def test_bad_data_is_one_line_that_names_the_file(config, tmp_path, content, message):
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_bad_data_is_one_line_that_names_the_file(config, tmp_path, content, message, key):
     (tmp_path / "empty.jsonl").write_text(content)
     with pytest.raises(ValueError) as caught:
-        train(config, tmp_path / "run", "--data.train", tmp_path / "empty.jsonl")
+        train(config, tmp_path / "run", f"--data.{key}", tmp_path / "empty.jsonl")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
