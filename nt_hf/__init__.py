@@ -21,11 +21,11 @@ NeuroTrailsLlamaModel.register_for_auto_class("AutoModel")
 NeuroTrailsLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
-    "__version__",
     "NeuroTrailsCausalLMOutput",
     "NeuroTrailsLlamaConfig",
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaModel",
+    "__version__",
     "apply_masks",
     "check_masks",
     "densify",

@@ -1,6 +1,7 @@
 """Configuration of NeuroTrails Llamas: a stock Llama configuration plus the shape of the heads."""
 
 import copy
+from typing import ClassVar
 
 from transformers import LlamaConfig
 
@@ -17,7 +18,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
     Args:
         num_ensemble_heads: number of heads, at least 1.
         blocks_in_head: blocks of each head, 0 (only norm and LM head) to ``num_hidden_layers``. Default: two
-            thirds of the depth, as in the paper's models.
+            thirds of the depth, as in the paper's models; all of it with ``share_embedding=False``.
         ensemble_mode: how the heads' predictions combine: ``"logits"``, their mean, or ``"probs"``, the
             logarithm of the mean probability.
         share_embedding: one token embedding for all heads. ``False`` gives each its own, which makes the heads
@@ -31,6 +32,8 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
     """
 
     model_type = "neurotrails_llama"
+    # What Trainer's evaluation would otherwise gather beside the logits, as if it had a row an example.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "head_losses"]
     # Llama's plans name the layers of one stack and would leave the heads out.
     base_model_tp_plan = None
     base_model_pp_plan = None
@@ -43,7 +46,8 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         if self.blocks_in_head is None:
-            self.blocks_in_head = max(1, self.num_hidden_layers * 2 // 3)
+            depth = self.num_hidden_layers
+            self.blocks_in_head = max(1, depth * 2 // 3) if self.share_embedding else depth
         self.masked_modules = list(self.masked_modules or [])
         super().__post_init__(**kwargs)
         self._check_heads()
@@ -57,7 +61,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: a model has at least 1 head")
         if not 0 <= self.blocks_in_head <= depth:
             raise ValueError(
-                f"blocks_in_head={self.blocks_in_head}: accepted is 0 to num_hidden_layers={depth}, the depth of one trail"
+                f"blocks_in_head={self.blocks_in_head}: accepted is 0 to num_hidden_layers={depth}, a trail's depth"
             )
         if self.ensemble_mode not in ENSEMBLE_MODES:
             raise ValueError(f"ensemble_mode={self.ensemble_mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
@@ -78,25 +82,28 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         return self.num_backbone_layers + self.num_ensemble_heads * self.blocks_in_head
 
     def get_text_config(self, decoder=None, encoder=None):
-        """As in ``PreTrainedConfig``, but the decoder's view has one layer a cache slot.
+        """As in ``PreTrainedConfig``, but the decoder's view is of one stack, with a layer a cache slot.
 
-        Caches ask for ``get_text_config(decoder=True)`` and build as many slots as it has layers.
+        Caches ask for ``get_text_config(decoder=True)``, also of the view itself, and build as many slots as it has
+        layers.
         """
         if not decoder:
             return self
         view = copy.copy(self)
-        view.__dict__["num_hidden_layers"] = self.num_cache_layers
+        view.__dict__.update(num_hidden_layers=self.num_cache_layers, num_ensemble_heads=1, blocks_in_head=0)
         return view
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        model_type = config_dict.get("model_type", cls.model_type)
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
         if model_type != cls.model_type:
             raise ValueError(
-                f"model_type={model_type!r}: this is no NeuroTrails checkpoint (accepted is {cls.model_type!r}); "
-                "a stock Llama becomes one by NeuroTrailsLlamaForCausalLM.from_llama(llama)"
+                f"{pretrained_model_name_or_path} has model_type={model_type!r}: this is no NeuroTrails checkpoint "
+                f"(accepted is {cls.model_type!r}); a stock Llama becomes one by "
+                "NeuroTrailsLlamaForCausalLM.from_llama(llama)"
             )
-        return super().from_dict(config_dict, **kwargs)
+        return config_dict, kwargs
 
     def to_llama_config(self) -> LlamaConfig:
         """The stock configuration of one trail."""

@@ -78,18 +78,26 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def maskable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose weight can carry a mask, by canonical weight name; a shared weight counts once."""
+    # Loading, Transformers ties weights only after the model is built: until then they share nothing but this list.
+    to_be_tied = getattr(model, "all_tied_weights_keys", {})
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, MASKABLE) and id(module.weight) not in seen:
+    for name, module in _maskable(model):
+        if name not in to_be_tied and id(module.weight) not in seen:
             seen.add(id(module.weight))
-            found[canonical_name(f"{name}.weight" if name else "weight")] = module
+            found[name] = module
     return found
+
+
+def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, MASKABLE):
+            yield canonical_name(f"{name}.weight" if name else "weight"), module
 
 
 def masked_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that carry a mask, by canonical weight name, in the model's order."""
-    return {name: module for name, module in _with_mask(model)}
+    return dict(_with_mask(model))
 
 
 def _with_mask(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -114,8 +122,11 @@ def attach_masks(model: nn.Module, patterns: Sequence[str], prefix: str = "", st
         ValueError: a pattern fits no maskable weight.
     """
     candidates = {prefix + name: module for name, module in maskable_modules(model).items()}
+    with_aliases = [prefix + name for name, _ in _maskable(model)]
     for pattern in patterns if strict else ():
-        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in candidates):
+        # A shared weight is chosen by its owner's name only, but excluding it by another is no mistake.
+        names = with_aliases if pattern.startswith("!") else candidates
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
             raise ValueError(
                 f"the pattern {pattern!r} fits none of the {len(candidates)} weights that can carry a mask, "
                 f"for example {', '.join(list(candidates)[:3]) or 'none'}"
@@ -138,6 +149,16 @@ def set_mask(module: nn.Module, mask: torch.Tensor) -> None:
     """Writes a bool mask of the weight's shape and zeros the weight outside it."""
     module.weight_mask.copy_(pack_mask(mask))
     module.weight.masked_fill_(~mask, 0)
+
+
+def resize_mask(module: nn.Module) -> None:
+    """Fits the mask, if any, to a weight that has lost or gained rows at its end; new rows are active."""
+    old = getattr(module, "weight_mask", None)
+    if old is not None and len(old) != len(module.weight):
+        new = full_mask(module.weight.shape, old.device)
+        rows = min(len(old), len(new))
+        new[:rows] = old[:rows]
+        module.weight_mask = new
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ Masks do not appear in the forward pass: a weight outside its mask is exactly 0 
 stock dense modules compute the right thing.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +28,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from .masks import attach_masks, check_masks, full_mask
+from .masks import attach_masks, check_masks, full_mask, resize_mask
 
 IGNORE_INDEX = -100
-# Positions whose logits exist at one time when a loss is computed. On CPU 256 is the fastest of 64 to 4096
-# for vocabularies of 4,000 to 32,000; a GPU wants larger matrix products.
-LOSS_CHUNK = {"cpu": 256, "cuda": 4096}
+# Positions whose logits exist at one time when a loss is computed. On two CPU cores (2,048 positions, hidden size 256,
+# vocabularies of 4,096 and 32,000) 64 takes twice as long as 1024, and more than 1024 gains nothing. The GPU's value is
+# a choice of memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
+LOSS_CHUNK = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass
@@ -84,9 +87,9 @@ def chunked_cross_entropy(
     size = LOSS_CHUNK.get(hidden.device.type, 4096)
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, hidden.shape[0], size):
-        part, target = hidden[start : start + size], labels[start : start + size]
+        part = hidden[start : start + size], labels[start : start + size]
         # The backward pass computes the chunk's logits again instead of keeping them.
-        total = total + (checkpoint(piece, part, target, use_reentrant=False) if torch.is_grad_enabled() else piece(part, target))
+        total = total + (checkpoint(piece, *part, use_reentrant=False) if torch.is_grad_enabled() else piece(*part))
     return total
 
 
@@ -145,28 +148,47 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
         self.base_model.embed_tokens = value
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
         """As in ``PreTrainedModel``; a checkpoint that lacks weights or violates its masks is an error.
 
         Masks that a checkpoint lacks are all ones (dense).
 
         Raises:
-            ValueError: weights are missing, or a weight outside its mask is not 0; the message names them.
+            ValueError: a file is truncated, weights are missing or of another shape, or a weight outside its mask is
+                not 0; the message names them.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(key for key in info["missing_keys"] if not key.endswith("weight_mask"))
-        if missing:
+        path = pretrained_model_name_or_path
+        try:
+            # Stock, a wrong shape is named in the log only, and masks may be missing.
+            model, info = super().from_pretrained(
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # by name: this file imports torch and transformers only
+                raise
+            raise ValueError(f"{path}: a truncated or damaged weight file: {error}") from error
+        if missing := sorted(key for key in info["missing_keys"] if not key.endswith("weight_mask")):
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, "
-                f"for example {', '.join(missing[:3])}"
+                f"{path} lacks {len(missing)} weights of {cls.__name__}, for example {', '.join(missing[:3])}"
+            )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, theirs, ours = sorted(info["mismatched_keys"])[0]
+            raise ValueError(
+                f"{path} has {len(info['mismatched_keys'])} tensors of another shape than its config asks for, for "
+                f"example {name}: {list(theirs)} instead of {list(ours)}"
             )
         if violations := check_masks(model):
             raise ValueError(
-                f"{pretrained_model_name_or_path} has non-zero weights outside their masks in {', '.join(violations)}; "
-                "a sparse checkpoint stores exact zeros there (masks.apply_masks restores them, masks.densify gives "
-                "the masks up)"
+                f"{path} has non-zero weights outside their masks in {', '.join(violations)}; a sparse checkpoint "
+                "stores exact zeros there (call nt_hf.apply_masks before saving; from_pretrained(..., "
+                "masked_modules=[]) gives the masks up)"
             )
         return (model, info) if output_loading_info else model
 
@@ -264,10 +286,14 @@ def select_heads(config: NeuroTrailsLlamaConfig, active_heads: Sequence[int] | N
     """The heads to run, in order; raises ``ValueError`` for an empty or impossible choice."""
     if active_heads is None:
         return list(range(config.num_ensemble_heads))
-    heads = list(active_heads)
+    try:
+        heads = [operator.index(head) for head in active_heads]
+    except TypeError:
+        heads = []
     if not heads or len(set(heads)) < len(heads) or not all(0 <= h < config.num_ensemble_heads for h in heads):
         raise ValueError(
-            f"active_heads={heads}: accepted are one or more different heads of 0 to {config.num_ensemble_heads - 1}"
+            f"active_heads={active_heads!r}: accepted are one or more different heads of 0 to "
+            f"{config.num_ensemble_heads - 1}"
         )
     return heads
 
@@ -363,13 +389,15 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         # The stock method resizes one embedding and one LM head; here every head has its own.
         for embedding in self.get_embeddings():
-            resized = self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)
-            _take_rows(embedding, resized.weight, "num_embeddings")
+            self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)  # in place
+            resize_mask(embedding)
         rows = self.get_input_embeddings().weight.shape[0]
         for lm_head in self.lm_heads:
-            if lm_head.weight.shape[0] != rows:
-                resized = self._get_resized_lm_head(lm_head, rows, mean_resizing=mean_resizing)
-                _take_rows(lm_head, resized.weight, "out_features")
+            # A new module, or the old one where a tied weight has been resized already.
+            resized = self._get_resized_lm_head(lm_head, rows, mean_resizing=mean_resizing)
+            lm_head.weight = resized.weight.requires_grad_(lm_head.weight.requires_grad)
+            lm_head.out_features = rows
+            resize_mask(lm_head)
         return self.get_input_embeddings()
 
     @classmethod
@@ -398,33 +426,31 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         )
         config.architectures = None
         config._attn_implementation = llama.config._attn_implementation
-        model = cls(config).to(dtype=llama.dtype, device=llama.device)
-        with torch.no_grad():
-            for head in range(num_ensemble_heads):
-                for ours, theirs in model._trail(head, llama):
-                    ours.load_state_dict(theirs.state_dict(), strict=False)
-        model.generation_config = llama.generation_config
-        return model
+        model = cls(config).to(llama.device)
+        for head in range(num_ensemble_heads):
+            for ours, theirs in model._trail(head, llama):
+                _copy_tensors(theirs, ours, names=_tensors(theirs))
+        model.generation_config = copy.deepcopy(llama.generation_config)
+        return model.train(llama.training)
 
     def extract_trail(self, head: int) -> LlamaForCausalLM:
         """The stock ``LlamaForCausalLM`` of one trail, its weights copied."""
         (head,) = select_heads(self.config, [head])
         config = self.config.to_llama_config()
         config._attn_implementation = self.config._attn_implementation
-        llama = LlamaForCausalLM(config).to(dtype=self.dtype, device=self.device)
-        with torch.no_grad():
-            for ours, theirs in self._trail(head, llama):
-                weights = ours.state_dict()
-                theirs.load_state_dict({key: weights[key] for key in theirs.state_dict()})
-        llama.generation_config = self.generation_config
+        llama = LlamaForCausalLM(config).to(self.device)
+        for ours, theirs in self._trail(head, llama):
+            _copy_tensors(ours, theirs, names=_tensors(theirs))
+        llama.generation_config = copy.deepcopy(self.generation_config)
         return llama.train(self.training)
 
     def _trail(self, head: int, llama: LlamaForCausalLM) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of corresponding modules: one trail's and the stock Llama's."""
+        """Pairs of corresponding modules: one trail's and the stock Llama's, which lacks the masks alone."""
         body = self.model.heads[head]
         embedding = self.model.embed_tokens if self.config.share_embedding else body.embed_tokens
         return [
             (embedding, llama.model.embed_tokens),
+            (self.model.rotary_emb, llama.model.rotary_emb),
             *zip([*self.model.layers, *body.layers], llama.model.layers),
             (body.norm, llama.model.norm),
             (self.lm_heads[head], llama.lm_head),
@@ -439,18 +465,19 @@ def head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) ->
     return chunked_cross_entropy(lm_head, hidden, labels)
 
 
-@torch.no_grad()
-def _take_rows(module: nn.Module, weight: nn.Parameter, size_name: str) -> None:
-    """Gives ``module`` a weight with more or fewer rows; new rows are active in its mask."""
-    requires_grad, old_mask = module.weight.requires_grad, getattr(module, "weight_mask", None)
-    module.weight = weight.requires_grad_(requires_grad)
-    setattr(module, size_name, weight.shape[0])
-    if old_mask is not None:
-        mask = full_mask(weight.shape, weight.device)
-        rows = min(len(mask), len(old_mask))
-        mask[:rows] = old_mask[:rows]
-        module.weight_mask = mask
-        # Rows that keep their place keep their zeros; the mean initialisation only writes new ones.
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _copy_tensors(source: nn.Module, target: nn.Module, names: Iterable[str]) -> None:
+    """Copies parameters and buffers, each in its own dtype.
+
+    ``Module.to(dtype)`` would also round the frequencies of the rotary embedding, which stay in fp32 when a model is
+    loaded in bf16, and the state dict lacks them.
+    """
+    source, target = _tensors(source), _tensors(target)
+    for name in names:
+        target[name].data = source[name].detach().clone()
 
 
 __all__ = ["NeuroTrailsCausalLMOutput", "NeuroTrailsLlamaForCausalLM", "NeuroTrailsLlamaModel"]
