@@ -48,11 +48,16 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         if self.blocks_in_head is None:
             depth = self.num_hidden_layers
             self.blocks_in_head = max(1, depth * 2 // 3) if self.share_embedding else depth
-        self.masked_modules = list(self.masked_modules or [])
+        self.masked_modules = [] if self.masked_modules is None else self.masked_modules
         super().__post_init__(**kwargs)
-        self._check_heads()
+        self.check_heads()
 
-    def _check_heads(self) -> None:
+    def check_heads(self) -> None:
+        """Checks the fields of this class, which may have changed since the configuration was made.
+
+        Raises:
+            ValueError: a value lies outside its range; the message names field, value and range.
+        """
         depth = self.num_hidden_layers
         for name in ("num_ensemble_heads", "blocks_in_head"):
             if type(getattr(self, name)) is not int:
@@ -65,6 +70,10 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             )
         if self.ensemble_mode not in ENSEMBLE_MODES:
             raise ValueError(f"ensemble_mode={self.ensemble_mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
+        if type(self.share_embedding) is not bool:
+            raise ValueError(f"share_embedding={self.share_embedding!r}: accepted are True and False")
+        if not isinstance(self.masked_modules, (list, tuple)) or not all(type(p) is str for p in self.masked_modules):
+            raise ValueError(f"masked_modules={self.masked_modules!r}: accepted is a list of globs")
         if not self.share_embedding and self.blocks_in_head != depth:
             raise ValueError(
                 f"share_embedding=False with blocks_in_head={self.blocks_in_head}: separate embeddings need heads of "

@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaConfig
 from .masks import attach_masks, check_masks, full_mask, resize_mask
 
 IGNORE_INDEX = -100
@@ -59,7 +59,12 @@ def combine_logits(logits: Sequence[torch.Tensor], mode: str) -> torch.Tensor:
     """Combines the heads' logits ``[..., vocab]`` into the ensemble's.
 
     ``"logits"``: their mean. ``"probs"``: log of the mean probability (soft voting); these are normalised.
+
+    Raises:
+        ValueError: ``mode`` is neither.
     """
+    if mode not in ENSEMBLE_MODES:
+        raise ValueError(f"ensemble_mode={mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
     if mode == "logits":
         return sum(logits[1:], start=logits[0]) / len(logits)
     total = torch.log_softmax(logits[0].float(), -1)
@@ -197,6 +202,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
     """Backbone and heads, without the LM heads."""
 
     def __init__(self, config: NeuroTrailsLlamaConfig):
+        config.check_heads()
         super().__init__(config)
         if config.share_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

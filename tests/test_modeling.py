@@ -267,6 +267,12 @@ def test_ensembles_follow_their_formulas(model, prompts, heads):
         torch.testing.assert_close(ours.double(), logits, atol=1e-5, rtol=1e-5)
 
 
+def test_an_unknown_ensemble_mode_is_an_error(model, prompts):
+    model.config.ensemble_mode = "vote"
+    with pytest.raises(ValueError, match="ensemble_mode='vote': accepted are logits, probs"):
+        model(**prompts)
+
+
 def test_mean_probabilities_do_not_overflow():
     heads = [torch.tensor([1e4, 0.0, -1e4]), torch.tensor([0.0, 1e4, -1e4])]
     expected = torch.tensor([0.5, 0.5, 0.0]).log()
