@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 VENV_MIN := .venv-min
 MODEL_TESTS := tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
 
+# Waiting threads sleep: on a busy machine spinning ones slow each other down several times over.
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: install demo test test-slow test-min style bench clean
 
 install: $(VENV)/.installed

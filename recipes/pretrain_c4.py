@@ -187,7 +187,7 @@ def main() -> None:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with contextlib.nullcontext() if i == len(group) - 1 else accelerator.no_sync(wrapped):
                 # Gradients are averaged over processes: counteract, the loss is a sum over all tokens.
-                output = wrapped(**batch, num_items_in_batch=targets / accelerator.num_processes)
+                output = wrapped(**batch, use_cache=False, num_items_in_batch=targets / accelerator.num_processes)
                 accelerator.backward(output.loss)
             head_losses += output.head_losses.detach() / accelerator.num_processes
         loss = head_losses.mean()

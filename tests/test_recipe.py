@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,21 @@ def test_perplexity_of_the_checkpoint_is_that_of_the_run(run, tmp_path):
     for key in ("head_perplexities", "disagreement", "density", "perplexity"):
         assert result[key] == pytest.approx(last[key], rel=1e-6)
     assert result["ensemble_perplexities"] == pytest.approx(last["ensemble_perplexities"], rel=1e-6)
+
+
+def test_the_code_of_the_readme_runs(run, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks[:2]:
+        exec(block.replace("runs/demo/checkpoint-600", str(run / "checkpoint-12")), names)
+    assert names["output"].head_logits.shape[0] == 3 and not names["check_masks"](names["model"])
+    model = torch.nn.Linear(16, 16)
+    exec(blocks[2], {"model": model, "torch": torch, "loss": model(torch.ones(16)).square().sum()})
+    assert 0 < model.weight.count_nonzero() <= round(0.2 * 256)
+    for path in re.findall(r"\]\((?!http)([^)]+)\)|((?:recipes|eval|examples|docs)/[\w/.-]+\.\w+)", readme):
+        assert (ROOT / (path[0] or path[1])).exists(), path
 
 
 # -------------------------------------------------------------------------------------------------- resuming
