@@ -394,6 +394,21 @@ def test_training_never_holds_the_logits(model, batch, head, kernel, monkeypatch
     assert largest_allocation(step) >= logits  # The measure does see the logits where they exist.
 
 
+@pytest.mark.parametrize("head", ["plain", "adapter"])
+def test_no_logits_are_kept_for_the_backward_pass(model, batch, head, kernel):
+    if head == "adapter":
+        model.lm_heads[0] = Adapter(model.lm_heads[0], SIZES["hidden_size"], SIZES["vocab_size"])
+
+    def kept(function):
+        widths = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: widths.append(t.shape[-1:]) or t, lambda t: t):
+            function()
+        return (SIZES["vocab_size"],) in widths
+
+    assert not kept(lambda: model.train()(**batch))
+    assert kept(lambda: reference_losses(model, batch))  # The hooks do see logits.
+
+
 # What any Transformers model does
 
 
@@ -437,7 +452,6 @@ def test_hidden_states_and_attentions_are_the_trails(model, prompts):
     asked = {"output_hidden_states": True, "output_attentions": True}
     ours = model(**prompts, **asked)
     shared, own = config.num_backbone_layers, config.blocks_in_head
-    trunks = 1 if config.share_embedding else config.num_ensemble_heads
     assert len(ours.attentions) == config.num_cache_layers
     assert len(ours.hidden_states) == len(ours.attentions) + 1
     for head in range(config.num_ensemble_heads):
@@ -445,10 +459,11 @@ def test_hidden_states_and_attentions_are_the_trails(model, prompts):
         blocks = [*range(shared), *range(shared + head * own, shared + (head + 1) * own)]
         for block, attention in zip(blocks, trail.attentions, strict=True):
             assert torch.equal(ours.attentions[block], attention)
-        if trunks == 1:
-            # The stock model replaces its last hidden state by the normalised one.
-            for block, hidden in zip(blocks[:-1], trail.hidden_states[1:-1], strict=True):
-                assert torch.equal(ours.hidden_states[block + 1], hidden)
+        *hidden_states, normalised = trail.hidden_states[1:]
+        for block, hidden in zip(blocks[:-1], hidden_states, strict=True):
+            assert torch.equal(ours.hidden_states[block + 1], hidden)
+        # The stock model puts the normalised hidden state in the last one's place.
+        assert torch.equal(model.model.heads[head].norm(ours.hidden_states[blocks[-1] + 1]), normalised)
     assert torch.equal(ours.hidden_states[0], model.get_input_embeddings()(prompts["input_ids"]))
 
 
