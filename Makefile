@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 VENV_MIN := .venv-min
 MODEL_TESTS := tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
 
-# Waiting threads sleep: on a busy machine spinning ones slow each other down several times over.
-export OMP_WAIT_POLICY := PASSIVE
+# Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
+export GOMP_SPINCOUNT := 10000
 
 .PHONY: install demo test test-slow test-min style bench clean
 
@@ -22,9 +22,9 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 demo: install
 	rm -rf runs/demo
-	$(BIN)/python recipes/train_tokenizer.py --data sample:train --vocab_size 4096 --output runs/demo/tokenizer
+	$(BIN)/python recipes/train_tokenizer.py --data sample:train --vocab_size 2048 --output runs/demo/tokenizer
 	$(BIN)/python recipes/pretrain_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo
-	$(BIN)/python examples/generate.py --model runs/demo/checkpoint-600 --prompt "The best way to" --prompt "You can find"
+	$(BIN)/python examples/generate.py --model runs/demo/checkpoint-1400 --prompt "The best way to" --prompt "You can find"
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Perplexity of a checkpoint's heads and of their ensemble on any text.
 
-    python eval/perplexity.py --model runs/demo/checkpoint-600 --data sample:validation --output perplexity.json
+    python eval/perplexity.py --model runs/demo/checkpoint-1400 --data sample:validation --output perplexity.json
 
 Every token weighs the same. The text is packed: documents joined by the end-of-sequence token, cut into rows of the
 model's trained length; the first token of a row is context only.

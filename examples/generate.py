@@ -1,6 +1,6 @@
 """Continues prompts with a saved checkpoint, by Transformers alone: nt_hf need not be installed.
 
-python examples/generate.py --model runs/demo/checkpoint-600 --prompt "The best way to"
+python examples/generate.py --model runs/demo/checkpoint-1400 --prompt "The best way to"
 """
 
 import argparse

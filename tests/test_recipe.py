@@ -151,7 +151,7 @@ def test_the_code_of_the_readme_runs(run, monkeypatch):
     assert len(blocks) == 3
     names: dict = {}
     for block in blocks[:2]:
-        exec(block.replace("runs/demo/checkpoint-600", str(run / "checkpoint-12")), names)
+        exec(block.replace("runs/demo/checkpoint-1400", str(run / "checkpoint-12")), names)
     assert names["output"].head_logits.shape[0] == 3 and not names["check_masks"](names["model"])
     model = torch.nn.Linear(16, 16)
     exec(blocks[2], {"model": model, "torch": torch, "loss": model(torch.ones(16)).square().sum()})
