@@ -61,7 +61,7 @@ def _plot(records: Sequence[Record], path: Path) -> None:
     train = [r for r in records if r["event"] == "train"]
     evals = [r for r in records if r["event"] == "eval"]
     updates = [r for r in records if r["event"] == "update"]
-    figure, axes = plt.subplots(1, 2 if updates else 1, figsize=(12 if updates else 7, 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, 2 if updates else 1, figsize=(12 if updates else 7, 5.2), squeeze=False)
     axis = axes[0, 0]
     axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="0.75", label="training, mean of heads")
     steps = [r["step"] for r in evals]
@@ -70,7 +70,7 @@ def _plot(records: Sequence[Record], path: Path) -> None:
     if evals:
         axis.plot(steps, [r["loss"] for r in evals], color="black", marker=".", label="validation, ensemble")
     axis.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    axis.legend(frameon=False)
+    _legend_below(axis, axis.get_lines())
     if updates:
         axis = axes[0, 1]
         steps = [r["step"] for r in updates]
@@ -85,10 +85,15 @@ def _plot(records: Sequence[Record], path: Path) -> None:
         churn.set(ylabel="share of the active weights moved by the update")
         churn.set_ylim(bottom=0)
         lines = [line for a in (axis, churn) for line in a.get_lines()]
-        axis.legend(lines, [line.get_label() for line in lines], frameon=False, loc="center right")
+        _legend_below(axis, lines)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
+    names = [line.get_label() for line in lines]
+    axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
 def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, records: Sequence[Record]) -> str:
