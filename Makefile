@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest Transformers that setup.cfg accepts, tried by test-min.
 VENV_MIN := .venv-min
-MODEL_TESTS := tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
+MODEL_TESTS := tests/test_architecture.py tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
 
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
 export GOMP_SPINCOUNT := 10000
@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]' tensorboard
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]' tensorboard
 	touch $@
 
 demo: install

@@ -4,6 +4,7 @@ import copy
 from typing import ClassVar
 
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 
 ENSEMBLE_MODES = ("logits", "probs")
 
@@ -45,12 +46,30 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
     masked_modules: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_sizes()
         if self.blocks_in_head is None:
             depth = self.num_hidden_layers
             self.blocks_in_head = max(1, depth * 2 // 3) if self.share_embedding else depth
         self.masked_modules = [] if self.masked_modules is None else self.masked_modules
         super().__post_init__(**kwargs)
         self.check_heads()
+
+    def _check_sizes(self) -> None:
+        # Before LlamaConfig divides by them.
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*names, "num_key_value_heads"):
+            value = getattr(self, name)
+            if value is None and name == "num_key_value_heads":
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: accepted is a whole number from 1")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(f"num_attention_heads={heads}: accepted is a divisor of hidden_size={self.hidden_size}")
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads}: accepted is a divisor of num_attention_heads={heads}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r}: accepted are {', '.join(ACT2FN)}")
 
     def check_heads(self) -> None:
         """Checks the fields of this class, which may have changed since the configuration was made.

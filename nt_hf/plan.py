@@ -7,6 +7,7 @@ from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,

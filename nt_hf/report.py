@@ -96,21 +96,25 @@ def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
     axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
-def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, records: Sequence[Record]) -> str:
+def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
     """The README of a checkpoint: what it is, how to load it, what was measured."""
     front = yaml.safe_dump(
         {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
     )
-    step = next((record["step"] for record in reversed(records)), 0)
+    sparsity = "No weight carries a mask."
+    if model.masked_modules:
+        sparsity = (
+            f"Density of the masked weights: {config.sparsity.density}. The masks lie in `model.safetensors`\n"
+            "beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and are\n"
+            "computed like any other."
+        )
     return f"""---
 {front}---
 # NeuroTrails Llama
 
 A multi-head Llama (NeuroTrails, arXiv 2505.17909) after {step} of {config.train.max_steps} training steps on
 `{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of {model.blocks_in_head} blocks on a backbone of
-{model.num_backbone_layers}. Density of the masked weights: {config.sparsity.density}. The masks lie in
-`model.safetensors` beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and
-are computed like any other.
+{model.num_backbone_layers}. {sparsity}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

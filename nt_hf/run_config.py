@@ -27,8 +27,8 @@ class TrainConfig:
         max_steps: optimizer steps of the whole run.
         batch_size: sequences of one optimizer step, over all processes and accumulated passes.
         micro_batch_size: sequences of one forward pass of one process. ``None``: ``batch_size / processes``.
-        learning_rate: peak rate; warmed up linearly over ``warmup_steps``, then a cosine down to
-            ``min_lr_ratio`` of the peak at ``max_steps``.
+        learning_rate: peak rate; warmed up linearly over the share ``warmup_ratio`` of the run, then a cosine down
+            to ``min_lr_ratio`` of the peak at ``max_steps``.
         optimizer: ``"adam"`` (the paper's) or ``"adamw"``, with ``betas``, ``eps``; ``weight_decay`` is decoupled,
             spares norms, and needs ``"adamw"``.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
@@ -47,7 +47,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     learning_rate: float = 1e-3
     min_lr_ratio: float = 0.1
-    warmup_steps: int = 1_000
+    warmup_ratio: float = 0.1
     optimizer: str = "adam"
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -70,12 +70,12 @@ class TrainConfig:
                  self.micro_batch_size, "1 or more, or null")  # fmt: skip
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
-        _require(0 <= self.warmup_steps < self.max_steps, "warmup_steps", self.warmup_steps,
-                 f"0 or more and below max_steps={self.max_steps}")  # fmt: skip
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share of the run in [0, 1)")
         _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm,
                  "a number above 0, or null for no clipping")  # fmt: skip
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas,
-                 "two numbers in [0, 1)")  # fmt: skip
+        _require(len(self.betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas), "betas",
+                 self.betas, "two numbers in [0, 1)")  # fmt: skip
+        _require(self.eps > 0, "eps", self.eps, "a number above 0")
         for name, accepted in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("save_dtype", SAVE_DTYPES)):
             _require(getattr(self, name) in accepted, name, getattr(self, name), ", ".join(accepted))
         _require(self.weight_decay == 0 or (self.optimizer == "adamw" and self.weight_decay > 0), "weight_decay",
@@ -122,7 +122,7 @@ def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | 
         if not key:
             raise ValueError(f"--{dotted}: accepted are keys of the form --section.key, sections {', '.join(SECTIONS)}")
         _known(section, SECTIONS, "--")
-        tree[section][_known(key, _fields(section), f"--{section}.")] = yaml.safe_load(text)
+        tree[section][_known(key, _fields(section), f"--{section}.")] = _parse(text)
     # One seed for the whole run, unless the masks are to have another.
     tree["sparsity"].setdefault("seed", tree["train"].get("seed", TrainConfig.seed))
     built = {}
@@ -134,6 +134,14 @@ def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | 
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from error
     return RunConfig(**built)
+
+
+def _parse(text: str) -> Any:
+    """A value of the command line: YAML where it is, else plain text (``*.jsonl`` would be an alias)."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -180,8 +188,6 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
                 continue
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
-    if len(options) > 0 and all(not isinstance(typing.get_origin(o) or o, type) for o in options):
-        return value
     names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
     raise ValueError(f"{name}={value!r}: accepted is {names}")
 

@@ -44,10 +44,11 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
 
 def learning_rate(step: int, train: TrainConfig) -> float:
     """Rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine to ``min_lr_ratio`` of the peak."""
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
+    warmup = round(train.warmup_ratio * train.max_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
     floor = train.learning_rate * train.min_lr_ratio
-    return cosine(step, train.warmup_steps, train.max_steps, train.learning_rate, floor)
+    return cosine(step, warmup, train.max_steps, train.learning_rate, floor)
 
 
 def accumulation_steps(train: TrainConfig, processes: int) -> tuple[int, int]:
@@ -94,12 +95,14 @@ class Metrics:
 
     Args:
         path: the file; its directory must exist.
-        resume_step: keep the records up to this step, those of a run that is continued, and drop the rest.
+        resume_step: keep the records up to this step, those of a run that is continued, and drop the rest;
+            ``None``: a new run, keep nothing.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    def __init__(self, path: Path, resume_step: int | None = None):
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if path.exists() else []
+        old = read_metrics(path) if path.exists() and resume_step is not None else []
+        kept = [record for record in old if record["step"] <= resume_step]
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
@@ -129,14 +132,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted((p for p in found if (p / "training_state").is_dir()), key=lambda p: int(p.name.split("-")[1]))
+    complete = (path for path in found if (path / "training_state" / "state.json").is_file())
+    return sorted(complete, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_resume(resume: str, run_dir: Path) -> Path | None:
     """The checkpoint to continue from: ``"auto"`` the newest of ``run_dir`` if any, ``"never"`` none, or a path.
 
     Raises:
-        ValueError: ``"never"`` for a directory that holds a run, or a path that is no checkpoint of a run.
+        ValueError: ``"never"`` for a directory that holds a run, a path that is no checkpoint of a run, or one that
+            ``run_dir`` has newer checkpoints than: the next ``"auto"`` would go back to those.
     """
     newest = (find_checkpoints(run_dir) or [None])[-1]
     if resume == "auto":
@@ -148,6 +157,11 @@ def find_resume(resume: str, run_dir: Path) -> Path | None:
     path = Path(resume)
     if not (path / "training_state" / "state.json").is_file():
         raise ValueError(f"--resume {resume}: accepted are auto, never, or a checkpoint-<step> directory of a run")
+    if newest and newest.resolve() != path.resolve():
+        raise ValueError(
+            f"--resume {resume}: {run_dir} holds a later checkpoint, {newest.name}; take another --output_dir "
+            "or move the later ones away"
+        )
     return path
 
 
@@ -194,8 +208,7 @@ def save_checkpoint(
         torch.save(_rng_state(), state / f"rng-{rank}.pt")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             os.rename(partial, final)
     except BaseException:
         if accelerator.is_main_process:
@@ -203,13 +216,27 @@ def save_checkpoint(
         raise
     if accelerator.is_main_process:
         for old in find_checkpoints(run_dir)[: -config.train.keep]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return final
 
 
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; its name goes first, so that a half-deleted one is never taken for complete."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".partial-{checkpoint.name}.old")
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
+def clean_up(run_dir: Path) -> None:
+    """Removes what a killed run left unfinished."""
+    for path in run_dir.glob(".partial-checkpoint-*"):
+        shutil.rmtree(path)
+
+
 def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
-    """The fp32 model of a checkpoint, from its master weights where these are stored apart.
+    """The model of a checkpoint in fp32, its weights as ``model.safetensors`` has them.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged, or of another kind of model.
@@ -220,9 +247,6 @@ def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
         raise
     except Exception as error:  # damaged files: as many types as causes
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
-    masters = path / "training_state" / "master.safetensors"
-    if masters.exists():
-        model.load_state_dict(load_file(masters), strict=False)
     return model
 
 
@@ -230,11 +254,12 @@ def load_training_state(
     path: Path,
     *,
     accelerator: Accelerator,
+    model: NeuroTrailsLlamaForCausalLM,
     optimizer: torch.optim.Optimizer,
     sparsifier: Sparsifier,
     data: TokenBatches,
 ) -> tuple[int, int]:
-    """Restores everything but the model; returns the completed (steps, tokens).
+    """Restores what training needs beside ``load_model``; returns the completed (steps, tokens).
 
     Raises:
         ValueError: a part is missing or damaged, or was written by another number of processes.
@@ -247,6 +272,11 @@ def load_training_state(
             rng = torch.load(state / f"rng-{rank}.pt", weights_only=True)
         moments = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
         topology = load_file(state / "sparsifier.safetensors")
+        masters = state / "master.safetensors"  # where the model's own file is rounded
+        if masters.exists():
+            missing = model.load_state_dict(load_file(masters), strict=False).missing_keys
+            if set(missing) - set(model.all_tied_weights_keys):
+                raise KeyError(f"{masters.name} lacks {missing[0]}")
     except Exception as error:
         raise ValueError(f"{state} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
     if progress["processes"] != accelerator.num_processes:

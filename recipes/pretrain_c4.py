@@ -11,14 +11,16 @@ last checkpoint when it is started again in the same way.
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from tqdm import tqdm
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
@@ -28,11 +30,12 @@ from nt_hf.evaluation import evaluate
 from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.report import model_card, write_report
-from nt_hf.run_config import load_run_config
+from nt_hf.run_config import RunConfig, load_run_config
 from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.training import (
     Metrics,
     accumulation_steps,
+    clean_up,
     count_targets,
     find_resume,
     grouped,
@@ -54,19 +57,29 @@ def main() -> None:
     config = load_run_config(args.config, overrides)
     train, run_dir = config.train, Path(args.output_dir)
     resume_from = find_resume(args.resume, run_dir)
+    if resume_from:
+        require_same_run(config, load_run_config([resume_from / "run.yaml"]), resume_from)
 
     # ---------------------------------------------------------------------------------------- processes
 
     bf16 = train.precision == "bf16" or (
-        train.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        train.precision == "auto"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
+    if args.log_with != "none" and importlib.util.find_spec(args.log_with) is None:
+        raise ValueError(f"--log_with {args.log_with}: it is not installed; pip install 'nt_hf[track]' brings it")
     accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # Apple GPUs lack the float64 that evaluation sums in
         mixed_precision="bf16" if bf16 else "no",
         log_with=None if args.log_with == "none" else args.log_with,
         project_dir=run_dir,
         # Masks are equal on all ranks by construction; broadcasting buffers would hide it if they were not.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    accelerator.gradient_accumulation_steps = 1  # the loop normalises by itself, whatever the launcher was told
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process and DDP")
     main_process, device = accelerator.is_main_process, accelerator.device
     if not main_process:
         logging.getLogger("nt_hf").setLevel(logging.WARNING)
@@ -90,7 +103,7 @@ def main() -> None:
     train_batches = TokenBatches(
         config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
     )
-    validation_batches = TokenBatches(config.data.validation, tokenizer, **reading, epochs=1)
+    validation_batches = TokenBatches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
 
     # -------------------------------------------------------------------- model, masks, optimizer, state
 
@@ -104,7 +117,6 @@ def main() -> None:
     check_vocabulary(tokenizer, model_config.vocab_size)
     if resume_from:
         model = load_model(resume_from)
-        require_same_shape(model.config, model_config, resume_from)
     else:
         model = NeuroTrailsLlamaForCausalLM(model_config)
         draw_masks(model, config.sparsity)
@@ -116,8 +128,9 @@ def main() -> None:
     first_step = tokens = 0
     if resume_from:
         first_step, tokens = load_training_state(
-            resume_from, accelerator=accelerator, optimizer=optimizer, sparsifier=sparsifier, data=train_batches
-        )
+            resume_from, accelerator=accelerator, model=model, optimizer=optimizer,
+            sparsifier=sparsifier, data=train_batches,
+        )  # fmt: skip
     wrapped = accelerator.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -126,15 +139,16 @@ def main() -> None:
     groups = grouped(train_batches, passes)
     group = next(groups) if first_step < train.max_steps else []
     run_dir.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(run_dir / "metrics.jsonl", first_step) if main_process else None
+    if main_process:
+        clean_up(run_dir)
+        metrics = Metrics(run_dir / "metrics.jsonl", first_step if resume_from else None)
     if args.log_with != "none":
         accelerator.init_trackers("nt_hf", config={k: str(v) for k, v in config.to_dict().items()})
 
     def log(event: str, **values) -> None:
         if main_process:
             metrics.write(event, **values)
-            flat = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-            accelerator.log(flat, step=values["step"])
+            accelerator.log(dict(numbers(event, values)), step=values["step"])
 
     def run_evaluation(step: int) -> None:
         limit = config.data.validation_tokens
@@ -157,14 +171,16 @@ def main() -> None:
         last_saved = save_checkpoint(
             run_dir, step, tokens, accelerator=accelerator, model=model, tokenizer=tokenizer, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches, config=config,
-            model_card=model_card(model.config, config, read_metrics(metrics.path)) if main_process else "",
+            model_card=model_card(model.config, config, step, read_metrics(metrics.path)) if main_process else "",
         )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------- loop
 
     describe(model, config, resume_from, first_step)
     flops = training_flops_per_token(model_config, config.data.sequence_length)
-    peak = train.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
+    peak = train.peak_tflops or (
+        peak_tflops(torch.cuda.get_device_name(device)) if bf16 and device.type == "cuda" else None
+    )
     last_saved = resume_from
     first_bad_step = torch.tensor(-1, device=device)  # found without waiting for the device at every step
     clock, clock_tokens = time.perf_counter(), 0
@@ -266,15 +282,31 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     return args, overrides
 
 
-def require_same_shape(found: NeuroTrailsLlamaConfig, wanted: NeuroTrailsLlamaConfig, path: Path) -> None:
-    """A run continues with the model it began with."""
-    ignored = {"dtype", "architectures", "auto_map", "transformers_version", "masked_modules"}
-    found, wanted = found.to_dict(), wanted.to_dict()
-    for field in dataclasses.fields(NeuroTrailsLlamaConfig):
-        key = field.name
-        if key in wanted and key not in ignored and found[key] != wanted[key]:
-            raise ValueError(f"model.{key}={wanted[key]!r}: {path} was trained with {found[key]!r}; "
-                             "set it so, or take another --output_dir")  # fmt: skip
+def require_same_run(wanted: RunConfig, found: RunConfig, path: Path) -> None:
+    """A run continues with the model, the tokens and the sparsity it began with; other keys may change."""
+    fixed = {
+        "data": ("tokenizer", "sequence_length", "text_field"),
+        "sparsity": ("density", "distribution", "densities", "exclude", "seed"),
+        "train": ("optimizer",),
+    }
+    wanted, found = wanted.to_dict(), found.to_dict()
+    for section, keys in {"model": sorted(wanted["model"].keys() | found["model"].keys()), **fixed}.items():
+        for key in keys:
+            ours, theirs = wanted[section].get(key), found[section].get(key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{section}.{key}={ours!r}: {path} was trained with {theirs!r}; "
+                    "set it so, or take another --output_dir"
+                )
+
+
+def numbers(name: str, value) -> Iterator[tuple[str, float]]:
+    """The numbers in nested records as ``name/key/index``, for trackers."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(f"{name}/{key}", item)
 
 
 def describe(model, config, resume_from, first_step: int) -> None:

@@ -41,12 +41,16 @@ SHAPE = {
 
 
 def test_later_files_and_overrides_win(tmp_path):
-    (tmp_path / "a.yaml").write_text("train: {max_steps: 7, warmup_steps: 1}\nmodel: {hidden_size: 32}")
+    (tmp_path / "a.yaml").write_text("train: {max_steps: 7, log_steps: 1}\nmodel: {hidden_size: 32}")
     (tmp_path / "b.yaml").write_text("train: {max_steps: 8}")
     config = load_run_config([tmp_path / "a.yaml", tmp_path / "b.yaml"], {"train.learning_rate": "1e-4"})
-    assert (config.train.max_steps, config.train.warmup_steps) == (8, 1)
+    assert (config.train.max_steps, config.train.log_steps) == (8, 1)
     assert config.train.learning_rate == 1e-4  # YAML itself reads 1e-4 as text
     assert config.model == {"hidden_size": 32}
+
+
+def test_text_that_is_no_yaml_is_text():
+    assert load_run_config([], {"data.train": "*.jsonl"}).data.train == "*.jsonl"  # YAML's alias
 
 
 def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
@@ -67,7 +71,10 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"train.max_steps": "many"}, "train.max_steps='many': accepted is int"),
         ({"train.max_steps": "0"}, "train.max_steps=0: accepted is 1 or more"),
         ({"train.max_steps": "true"}, "train.max_steps=True: accepted is int"),
-        ({"train.warmup_steps": "10000"}, "train.warmup_steps=10000: accepted is 0 or more and below max_steps=10000"),
+        ({"train.warmup_ratio": "1"}, "train.warmup_ratio=1.0: accepted is a share of the run in [0, 1)"),
+        ({"train.betas": "[a, b]"}, "train.betas=['a', 'b']: accepted is two numbers in [0, 1)"),
+        ({"train.betas": "[a"}, "train.betas='[a': accepted is list"),
+        ({"train.eps": "0"}, "train.eps=0.0: accepted is a number above 0"),
         ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
         ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
         ({"train.precision": "fp16"}, "train.precision='fp16': accepted is auto, fp32, bf16"),
@@ -86,6 +93,23 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(override, message):
     with pytest.raises(ValueError, match=message if ".*" in message else re.escape(message)) as caught:
         load_run_config([], override)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0: accepted is a whole number from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_attention_heads": 3}, "num_attention_heads=3: accepted is a divisor of hidden_size=16"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3: accepted is a divisor of num_attention_heads=2"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"vocab_size": -5}, "vocab_size=-5"),
+        ({"hidden_act": "foo"}, "hidden_act='foo': accepted are"),
+    ],
+)
+def test_impossible_sizes_are_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NeuroTrailsLlamaConfig(**SHAPE | changes)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +175,11 @@ def test_a_configuration_survives_its_file(tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
-    train = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1)
+    train = TrainConfig(max_steps=100, warmup_ratio=0.1, learning_rate=1.0, min_lr_ratio=0.1)
     assert learning_rate(0, train) == pytest.approx(0.1)
     assert learning_rate(9, train) == pytest.approx(1.0)
-    assert learning_rate(60, train) == pytest.approx(0.55)
-    assert learning_rate(110, train) == pytest.approx(0.1)
+    assert learning_rate(55, train) == pytest.approx(0.55)
+    assert learning_rate(100, train) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +205,8 @@ def test_groups_and_targets():
 
 def test_metrics_are_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write("eval", step=0)
+    metrics = Metrics(metrics.path)  # killed before its first checkpoint, it starts anew
     for step in (1, 2, 3):
         metrics.write("train", step=step, loss=1.0)
     with open(metrics.path, "a") as file:
@@ -198,6 +224,9 @@ def test_only_complete_checkpoints_are_found(tmp_path):
     assert find_resume("auto", tmp_path).name == "checkpoint-40"
     assert find_resume("auto", tmp_path / "new") is None
     assert find_resume(str(tmp_path / "checkpoint-5"), tmp_path / "new").name == "checkpoint-5"
+    assert find_resume(str(tmp_path / "checkpoint-40"), tmp_path).name == "checkpoint-40"
+    with pytest.raises(ValueError, match="holds a later checkpoint, checkpoint-40"):
+        find_resume(str(tmp_path / "checkpoint-5"), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         find_resume("never", tmp_path)
     with pytest.raises(ValueError, match="accepted are auto, never, or a checkpoint"):
