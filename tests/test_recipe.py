@@ -118,13 +118,11 @@ def test_metrics_say_what_they_should(run):
 
 def test_the_checkpoint_holds_exact_packed_masks(run):
     tensors = load_file(run / "checkpoint-12" / "model.safetensors")
-    rows = json.loads((run / "checkpoint-12" / "sparsity.json").read_text())["tensors"]
-    assert len(rows) == 7 + 3 * 7 + 3 and sum(name.endswith("weight_mask") for name in tensors) == len(rows)
-    for row in rows:
-        weight, packed = tensors[row["name"]], tensors[row["name"] + "_mask"]
-        mask = unpack_mask(packed, weight.shape)
-        assert count_active(packed) == row["target"] == row["active"] == round(0.5 * weight.numel())
-        assert not weight[~mask].any() and weight[mask].count_nonzero() > 0.9 * row["target"]
+    counts = exact_masks(run / "checkpoint-12")
+    assert len(counts) == 7 + 3 * 7 + 3
+    for name, active in counts.items():
+        assert active == round(0.5 * tensors[name].numel())
+        assert 0.9 * active < tensors[name].count_nonzero() <= active
 
 
 def test_the_checkpoint_is_a_model_of_transformers(run):
@@ -162,6 +160,34 @@ def test_the_code_of_the_readme_runs(run, monkeypatch):
     assert 0 < model.weight.count_nonzero() <= round(0.2 * 256)
     for path in re.findall(r"\]\((?!http)([^)]+)\)|((?:recipes|eval|examples|docs)/[\w/.-]+\.\w+)", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def exact_masks(checkpoint: Path) -> dict[str, int]:
+    """The number of active weights of each masked tensor, each checked against its target and for zeros elsewhere."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    rows = json.loads((checkpoint / "sparsity.json").read_text())["tensors"]
+    assert sum(name.endswith("weight_mask") for name in tensors) == len(rows)
+    for row in rows:
+        weight, packed = tensors[row["name"]], tensors[row["name"] + "_mask"]
+        assert count_active(packed) == row["target"] == row["active"]
+        assert not weight[~unpack_mask(packed, weight.shape)].any()
+    return {row["name"]: row["active"] for row in rows}
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_should(tmp_path):
+    command = ["--data", "sample:train", "--vocab_size", "2048", "--output", str(tmp_path / "tokenizer")]
+    call(script("recipes/train_tokenizer.py").main, *command)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    demo = ROOT / "recipes" / "configs" / "demo.yaml"
+    records = train(demo, tmp_path / "run", "--data.tokenizer", tmp_path / "tokenizer")
+    torch.set_num_threads(threads)
+    evaluation = [record for record in records if record["event"] == "eval"][-1]
+    assert evaluation["perplexity"] < min(evaluation["head_perplexities"])
+    updates = [record for record in records if record["event"] == "update"]
+    assert len(updates) > 1 and updates[-1]["ever_active"] > updates[-1]["density"]
+    assert len(exact_masks(tmp_path / "run" / "checkpoint-1400")) == 8 * 7
 
 
 # -------------------------------------------------------------------------------------------------- resuming
