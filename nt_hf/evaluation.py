@@ -14,6 +14,11 @@ from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalL
 CHUNK = 512
 
 
+def perplexity(loss: float) -> float:
+    """``exp(loss)`` of a loss in nats, infinite rather than an error where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 @dataclass
 class Perplexities:
     """Token-weighted results over a text.
@@ -38,12 +43,12 @@ class Perplexities:
         return {
             "tokens": self.tokens,
             "loss": self.ensemble_losses[self.mode],
-            "perplexity": math.exp(self.ensemble_losses[self.mode]),
+            "perplexity": perplexity(self.ensemble_losses[self.mode]),
             "head_losses": self.head_losses,
-            "head_perplexities": [math.exp(loss) for loss in self.head_losses],
+            "head_perplexities": [perplexity(loss) for loss in self.head_losses],
             "ensemble_mode": self.mode,
             "ensemble_losses": self.ensemble_losses,
-            "ensemble_perplexities": {mode: math.exp(loss) for mode, loss in self.ensemble_losses.items()},
+            "ensemble_perplexities": {mode: perplexity(loss) for mode, loss in self.ensemble_losses.items()},
             "disagreement": self.disagreement,
         }
 

@@ -35,8 +35,8 @@ _INT32_MIN = -(2**31)
 def _one_thread() -> Iterator[None]:
     """Keeps CPU operations on the calling thread.
 
-    Operations on a stretch take microseconds. Sharing each of them among threads makes them wait for one another: on
-    a busy machine of two cores an update of 33 million weights took 7 s with two threads and 1.3 s with one.
+    Operations on a stretch take microseconds. Sharing each of them among threads makes them wait for one another, which
+    on a busy machine costs several times what it gains; ``benchmarks/topology.py`` times an update.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

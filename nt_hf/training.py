@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import math
 import os
 import resource
 import shutil
@@ -321,8 +320,3 @@ def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite rather than an error where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

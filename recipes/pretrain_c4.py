@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run
 from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
-from nt_hf.evaluation import evaluate
+from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.report import model_card, write_report
@@ -44,7 +44,6 @@ from nt_hf.training import (
     load_training_state,
     make_optimizer,
     peak_memory,
-    perplexity,
     read_metrics,
     save_checkpoint,
 )

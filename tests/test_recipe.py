@@ -318,7 +318,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     settings = ["--config", config, "--data.packing", "pad", "--data.shuffle_block", 0]
     settings += ["--data.validation_tokens", "null", "--data.validation", SMALL, "--train.keep", 3]
     one = train(config, tmp_path / "one", *settings[2:])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "recipes" / "pretrain_c4.py"), "--output_dir", str(tmp_path / "two"), *map(str, settings)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

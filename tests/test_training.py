@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.evaluation import evaluate
+from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import masked_modules
 from nt_hf.plan import forward_flops_per_token, peak_tflops, training_flops_per_token
 from nt_hf.run_config import TrainConfig, load_run_config
@@ -292,6 +292,10 @@ def test_evaluation_stops_at_its_limit_and_refuses_nothing(model):
     assert evaluate(model, batches_of(rows, 1), max_tokens=12).tokens == 11 + 6
     with pytest.raises(ValueError, match="no token to predict"):
         evaluate(model, [])
+
+
+def test_an_overflowing_perplexity_is_infinite():
+    assert perplexity(1.0) == math.e and perplexity(1e4) == math.inf
 
 
 def test_evaluation_leaves_the_mode_as_it_was(model):
