@@ -6,6 +6,8 @@ from typing import ClassVar
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
+from .masks import parse_structure
+
 ENSEMBLE_MODES = ("logits", "probs")
 
 
@@ -26,6 +28,8 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             a full ensemble of independent networks; only with ``blocks_in_head == num_hidden_layers``.
         masked_modules: globs of the parameter names that carry a sparsity mask, for example
             ``["model.layers.*", "model.heads.*"]``; ``"!glob"`` excludes, the last match decides. Empty: dense.
+        mask_structure: of all masks: ``"unstructured"``, ``"constant_fan_in"`` or ``"N:M"`` such as ``"2:4"``; masks
+            are checked for it when they are loaded.
         kwargs: everything that ``LlamaConfig`` takes. ``num_hidden_layers`` is the depth of one trail.
 
     Raises:
@@ -44,6 +48,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
     ensemble_mode: str = "logits"
     share_embedding: bool = True
     masked_modules: list[str] | None = None
+    mask_structure: str = "unstructured"
 
     def __post_init__(self, **kwargs):
         self._check_sizes()
@@ -93,6 +98,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             raise ValueError(f"share_embedding={self.share_embedding!r}: accepted are True and False")
         if not isinstance(self.masked_modules, (list, tuple)) or not all(type(p) is str for p in self.masked_modules):
             raise ValueError(f"masked_modules={self.masked_modules!r}: accepted is a list of globs")
+        parse_structure(self.mask_structure)
         if not self.share_embedding and self.blocks_in_head != depth:
             raise ValueError(
                 f"share_embedding=False with blocks_in_head={self.blocks_in_head}: separate embeddings need heads of "
@@ -135,7 +141,14 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
 
     def to_llama_config(self) -> LlamaConfig:
         """The stock configuration of one trail."""
-        ours = {"num_ensemble_heads", "blocks_in_head", "ensemble_mode", "share_embedding", "masked_modules"}
+        ours = {
+            "num_ensemble_heads",
+            "blocks_in_head",
+            "ensemble_mode",
+            "share_embedding",
+            "masked_modules",
+            "mask_structure",
+        }
         drop = ours | {"model_type", "architectures", "auto_map", "transformers_version"}
         return LlamaConfig(**{key: value for key, value in self.to_dict().items() if key not in drop})
 

@@ -7,7 +7,7 @@ A convolution's mask has one row an output channel, its other dimensions flatten
 The invariant that everything else relies on: **a weight outside its mask is exactly 0**. So a forward pass
 is the stock dense one, and a reader that ignores the masks still reads the right weights.
 
-This file is copied into checkpoints that load with ``trust_remote_code``: it imports torch only.
+This file is copied into checkpoints that load with ``trust_remote_code``: it imports torch and transformers only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +15,10 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-MASKABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+# Conv1D is GPT-2's linear layer: its weight is [in, out], all others have the output dimension first.
+MASKABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -56,6 +58,87 @@ def count_active(packed: torch.Tensor) -> int:
     x = packed - ((packed >> 1) & 0x55)
     x = (x & 0x33) + ((x >> 2) & 0x33)
     return int(((x + (x >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+# --------------------------------------------------------------------------------------------------- structure
+
+
+def parse_structure(structure: str) -> tuple[int, int] | None:
+    """``(N, M)`` of an "N:M" structure, ``None`` of "unstructured" and "constant_fan_in".
+
+    Raises:
+        ValueError: it is none of them, or N is not from 1 to M.
+    """
+    if structure in ("unstructured", "constant_fan_in"):
+        return None
+    parts = structure.split(":") if isinstance(structure, str) else []
+    if len(parts) == 2 and all(part.isdecimal() for part in parts) and 1 <= int(parts[0]) <= int(parts[1]):
+        return int(parts[0]), int(parts[1])
+    raise ValueError(
+        f"structure is {structure!r}; accepted: unstructured, constant_fan_in, or N:M with 1 <= N <= M, such as 2:4"
+    )
+
+
+def groups_of(tensor: torch.Tensor, structure: str, transposed: bool = False) -> torch.Tensor:
+    """A view ``[..., length]`` of a weight-shaped tensor by the groups that a structure gives equal counts.
+
+    "N:M": ``M`` neighbours along the input dimension. "constant_fan_in": all weights of an output unit.
+    "unstructured": everything is one group.
+
+    Args:
+        tensor: of a weight's shape, output dimension first, ``transposed`` input dimension first; contiguous.
+        structure: see [`parse_structure`].
+        transposed: see [`is_transposed`].
+
+    Raises:
+        ValueError: the input dimension is not divisible by ``M``.
+    """
+    sizes = parse_structure(structure)
+    if structure == "unstructured":
+        return tensor.view(-1)
+    rows = tensor.T if transposed else tensor
+    if sizes is None:
+        return rows.flatten(1)
+    inputs = rows.movedim(1, -1)
+    if inputs.shape[-1] % sizes[1]:
+        raise ValueError(
+            f"structure {structure} needs input dimensions divisible by {sizes[1]}; one is {inputs.shape[-1]}, of "
+            f"a weight {list(tensor.shape)}"
+        )
+    return inputs.unflatten(-1, (-1, sizes[1]))
+
+
+def group_count(shape: Sequence[int], structure: str, transposed: bool = False) -> int:
+    """How many groups [`groups_of`] a weight of ``shape`` has."""
+    groups = groups_of(torch.empty(tuple(shape), device="meta"), structure, transposed)
+    return groups.numel() // max(1, groups.shape[-1])
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module's weight has the input dimension first."""
+    return isinstance(module, Conv1D)
+
+
+def check_structure(mask: torch.Tensor, structure: str, transposed: bool = False) -> None:
+    """Checks that a bool mask of a weight's shape has the structure.
+
+    All groups of a tensor hold the same number of active weights; of "N:M" at least ``N``, more of a tensor that is on
+    its way from dense to ``N``.
+
+    Raises:
+        ValueError: it has not; the message says where.
+    """
+    if structure == "unstructured" or not mask.numel():
+        return
+    counts = groups_of(mask, structure, transposed).sum(-1)
+    least, most = (int(bound) for bound in counts.aminmax())
+    if least != most:
+        raise ValueError(f"groups hold {least} to {most} active weights; structure {structure} has as many in each")
+    if (sizes := parse_structure(structure)) and least < sizes[0]:
+        raise ValueError(f"groups of {sizes[1]} hold {least} active weights; structure {structure} has {sizes[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------- modules
 
 
 def canonical_name(name: str) -> str:
@@ -110,7 +193,7 @@ def attach_masks(model: nn.Module, patterns: Sequence[str], prefix: str = "", st
     """Gives a fully dense mask to every maskable weight that ``patterns`` choose and that has none yet.
 
     Args:
-        model: any module; ``nn.Linear``, ``nn.Embedding``, ``nn.Conv1d`` and ``nn.Conv2d`` can carry masks.
+        model: any module; the modules of ``MASKABLE`` can carry masks.
         patterns: globs of parameter names (``"model.layers.*"``); ``"!glob"`` excludes, the last match decides.
         prefix: the model's own name within the model that the patterns are written for.
         strict: whether a pattern that fits nothing is an error.
@@ -173,9 +256,11 @@ def check_masks(model: nn.Module) -> list[str]:
     """Names of the weights that are non-zero (or NaN) somewhere outside their mask; empty when all is well.
 
     Raises:
-        ValueError: a mask has another shape than its weight asks for, or set padding bits.
+        ValueError: a mask has another shape than its weight asks for, set padding bits, or not the structure that the
+            model's config declares (``mask_structure``).
     """
     violations = []
+    structure = getattr(getattr(model, "config", None), "mask_structure", "unstructured")
     for name, module in masked_modules(model).items():
         packed, weight = module.weight_mask, module.weight
         if packed.is_meta or weight.is_meta or not weight.is_floating_point():
@@ -187,7 +272,12 @@ def check_masks(model: nn.Module) -> list[str]:
             )
         if (packed & ~full_mask(weight.shape, packed.device)).any():
             raise ValueError(f"the mask of {name} has padding bits set; they must be 0")
-        if ((weight != 0) & ~get_mask(module)).any():
+        mask = get_mask(module)
+        try:
+            check_structure(mask, structure, is_transposed(module))
+        except ValueError as error:
+            raise ValueError(f"the mask of {name}: {error}") from None
+        if ((weight != 0) & ~mask).any():
             violations.append(name)
     return violations
 
@@ -198,6 +288,7 @@ def densify(model: nn.Module) -> None:
         del module.weight_mask
     if hasattr(getattr(model, "config", None), "masked_modules"):
         model.config.masked_modules = []
+        model.config.mask_structure = "unstructured"
 
 
 def freeze_topology(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:

@@ -30,9 +30,15 @@ def cosine(step: float, start: float, end: float, first: float, last: float) -> 
     return last + (first - last) * (1 + math.cos(math.pi * _progress(step, start, end))) / 2
 
 
+def cubic(step: float, start: float, end: float, first: float, last: float) -> float:
+    """A cubic curve, steep at first and flat at the end (gradual magnitude pruning, Zhu & Gupta 2017, eq. 1)."""
+    return last + (first - last) * (1 - _progress(step, start, end)) ** 3
+
+
 SCHEDULES: dict[str, Callable[[float, float, float, float, float], float]] = {
     "constant": constant,
     "cosine": cosine,
+    "cubic": cubic,
     "linear": linear,
 }
 
@@ -41,7 +47,7 @@ def scheduled(name: str, step: float, start: float, end: float, first: float, la
     """Value at ``step`` of the schedule of that name.
 
     Args:
-        name: in `SCHEDULES`: "constant", "cosine" or "linear".
+        name: in `SCHEDULES`: "constant", "cosine", "cubic" or "linear".
         step: of the run.
         start, end: steps between which the value moves.
         first, last: values at ``start`` and at ``end``.
@@ -60,3 +66,11 @@ def update_due(step: int, interval: int, start: float, end: float) -> bool:
     ``interval=0`` never updates. The end is outside: a weight grown at the last step would stay 0 for nothing.
     """
     return interval > 0 and step > 0 and step % interval == 0 and start <= step < end
+
+
+def last_update(interval: int, start: float, end: float) -> int | None:
+    """The last step for which [`update_due`] is true, ``None`` if there is none."""
+    if interval <= 0:
+        return None
+    step = (math.ceil(end) - 1) // interval * interval
+    return step if update_due(step, interval, start, end) else None

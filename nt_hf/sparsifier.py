@@ -15,26 +15,52 @@ for batch in batches:
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import nn
 
+from .first_masks import draw_masks, target_counts
 from .masks import (
-    attach_masks,
     check_masks,
+    check_structure,
     count_active,
     get_mask,
-    maskable_modules,
+    group_count,
+    is_transposed,
     masked_modules,
-    matches,
+    pack_mask,
     set_mask,
 )
-from .schedules import SCHEDULES, scheduled, update_due
-from .topology import DISTRIBUTIONS, DROP, GROW, REGROW, active_counts, look_up, move_counts, random_mask, update_mask
+from .schedules import last_update, linear, scheduled, update_due
+from .sparsity_config import SparsityConfig, is_integer
+from .topology import (
+    DROP,
+    SparseWeight,
+    allocate,
+    grow_weights,
+    interpolate,
+    keep_weights,
+    move_counts,
+    redistribute,
+    structured_counts,
+)
+
+__all__ = [
+    "DensityReport",
+    "DensityRow",
+    "Sparsifier",
+    "SparsityConfig",
+    "TopologyUpdate",
+    "draw_masks",
+    "group_of",
+    "head_overlap",
+    "move_state",
+    "target_counts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,153 +71,11 @@ _KEEPS_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 # The state that optimizers keep of squared gradients: a grown weight starts with g**2 there (see `move_state`).
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
+# Decay of the averaged gradient by which "momentum" grows and redistributes (SNFS, Dettmers & Zettlemoyer 2019).
+_MOMENTUM = 0.9
 
-@dataclass
-class SparsityConfig:
-    """What is sparse, how sparse, and how the masks move.
-
-    Attributes:
-        density: share of active weights among all masked ones, in (0, 1]; 1 without ``densities`` means dense.
-        distribution: of the active weights over the tensors: "uniform", "er" or "erk".
-        densities: fixed densities by glob of weight names, such as ``{"lm_heads.*": 0.8}``, the last fitting glob
-            decides; the other tensors share what ``density`` leaves.
-        exclude: globs of weights that stay dense and carry no mask.
-        drop: which weights an update keeps: "magnitude" or "soft_magnitude".
-        grow: which positions it activates: "gradient" (RigL) or "random" (SET).
-        regrow: "allow" lets a weight just dropped be grown again, unchanged; "forbid" does not.
-        drop_exponent: of soft magnitude, above 0.
-        drop_fraction: share of a tensor's active weights that an update moves, in [0, 1], when updates begin.
-        drop_fraction_end: the same when updates end.
-        drop_schedule: between the two: "constant", "linear" or "cosine".
-        update_interval: optimizer steps between updates; 0 keeps the masks as they are (static sparsity).
-        update_start: share of the run before the first update, in [0, 1).
-        update_end: share of the run after which the masks are fixed, in (0, 1], above ``update_start``.
-        seed: of the first masks and of all later noise.
-
-    Raises:
-        ValueError: a field is out of its range; the message names it, its value and what is accepted.
-    """
-
-    density: float = 1.0
-    distribution: str = "erk"
-    densities: dict[str, float] = field(default_factory=dict)
-    exclude: list[str] = field(default_factory=list)
-    drop: str = "soft_magnitude"
-    grow: str = "gradient"
-    regrow: str = "allow"
-    drop_exponent: float = 3.0
-    drop_fraction: float = 0.5
-    drop_fraction_end: float = 0.005
-    drop_schedule: str = "cosine"
-    update_interval: int = 50
-    update_start: float = 0.0
-    update_end: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        def check(name: str, valid: Callable[[Any], bool], accepted: str) -> None:
-            value = getattr(self, name)
-            if not valid(value):
-                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
-
-        check("density", lambda x: _is_number(x) and 0 < x <= 1, "a number in (0, 1]")
-        look_up(DISTRIBUTIONS, "distribution", self.distribution)
-        check(
-            "densities",
-            lambda x: isinstance(x, dict) and all(_is_number(value) and 0 < value <= 1 for value in x.values()),
-            "a mapping from globs of weight names to numbers in (0, 1]",
-        )
-        check(
-            "exclude",
-            lambda x: isinstance(x, list | tuple) and all(isinstance(glob, str) for glob in x),
-            "a list of globs of weight names",
-        )
-        look_up(DROP, "drop", self.drop)
-        look_up(GROW, "grow", self.grow)
-        look_up(dict.fromkeys(REGROW), "regrow", self.regrow)
-        check("drop_exponent", lambda x: _is_number(x) and x > 0, "a number above 0")
-        for name in ("drop_fraction", "drop_fraction_end"):
-            check(name, lambda x: _is_number(x) and 0 <= x <= 1, "a number in [0, 1]")
-        look_up(SCHEDULES, "drop_schedule", self.drop_schedule)
-        check("update_interval", lambda x: _is_integer(x) and x >= 0, "an integer from 0 (static masks)")
-        check("update_start", lambda x: _is_number(x) and 0 <= x < 1, "a share of the run in [0, 1)")
-        check(
-            "update_end",
-            lambda x: _is_number(x) and self.update_start < x <= 1,
-            f"a share of the run above update_start ({self.update_start}), up to 1",
-        )
-        check("seed", _is_integer, "an integer")
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether it asks for masks at all."""
-        return self.density < 1 or bool(self.densities)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or isinstance(value, float)
-
-
-# --------------------------------------------------------------------------------------------- the first masks
-
-
-def target_counts(model: nn.Module, config: SparsityConfig) -> dict[str, int]:
-    """Number of active weights that ``config`` gives each masked tensor of ``model``, by weight name.
-
-    Raises:
-        ValueError: a glob of ``densities`` fits no masked weight, or they leave an impossible remainder.
-    """
-    shapes = {name: tuple(module.weight.shape) for name, module in masked_modules(model).items()}
-    fixed = {}
-    for pattern, density in config.densities.items():
-        fixed |= dict.fromkeys(_fitting("densities", pattern, shapes), density)
-    return active_counts(shapes, config.density, config.distribution, fixed)
-
-
-def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
-    if fitting := [name for name in names if fnmatchcase(name, pattern)]:
-        return fitting
-    raise ValueError(
-        f"{field}: the pattern {pattern!r} fits none of the {len(names)} weights that can carry a mask; "
-        f"accepted: globs of names such as {', '.join(names[:3]) or 'none'}"
-    )
-
-
-def draw_masks(model: nn.Module, config: SparsityConfig) -> None:
-    """Gives a fresh model its first masks, random ones at the densities of ``config``, and zeros what they exclude.
-
-    A model that already carries masks, such as one whose config lists ``masked_modules``, keeps the choice of masked
-    weights; any other gets masks on every linear, embedding and convolution weight. ``config.exclude`` is taken off
-    in both cases, and the result is noted in ``model.config.masked_modules`` where there is such a field, so that a
-    checkpoint declares its masks. Call it before the optimizer is built. A dense ``config`` attaches nothing.
-
-    Raises:
-        ValueError: a glob fits no weight, or the group densities leave an impossible remainder.
-    """
-    if not config.is_sparse and not masked_modules(model):
-        return
-    for pattern in config.exclude:
-        _fitting("exclude", pattern, maskable_modules(model))
-    declared = getattr(getattr(model, "config", None), "masked_modules", None)
-    patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in config.exclude)]
-    attach_masks(model, patterns)
-    for name, module in masked_modules(model).items():
-        if not matches(name, patterns):
-            del module.weight_mask
-    if declared is not None:
-        model.config.masked_modules = list(dict.fromkeys(patterns))
-    counts = target_counts(model, config)
-    for name, module in masked_modules(model).items():
-        weight = module.weight
-        set_mask(module, random_mask(weight.shape, counts[name], seed=config.seed, name=name, device=weight.device))
-
-
-# ------------------------------------------------------------------------------------------------- the sparsifier
+# A weight of a head by its name, and which head that is.
+_HEAD = re.compile(r"(?:^|\.)\w*heads\.(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -205,9 +89,16 @@ class TopologyUpdate:
         dropped: weights that were active and are not any more.
         grown: weights that were not active and are now. With ``regrow="allow"`` a dropped weight that was chosen
             again counts in neither, so both may be fewer than ``requested``.
+        grown_kept: share of the weights grown at the previous update that are still active; ``None`` if none were.
         density: share of active weights.
         density_by_group: the same of each group of tensors, see [`group_of`].
         ever_active: share of weights that were active at any time, ITOP's exploration rate R (Liu et al. 2021).
+        dead_rows: output units (rows of a linear weight, output channels) without an active weight.
+        dead_columns: input units (columns, input channels) without an active weight.
+        head_overlap: mean overlap (Jaccard: common active weights / active in either) of the masks of every two heads;
+            ``None`` without heads, which are the parts of a model named ``…heads.<number>``.
+        grad_norm_active: norm of the gradient of the weights active before the update.
+        grad_norm_inactive: norm of the gradient of the inactive ones.
     """
 
     step: int
@@ -215,9 +106,15 @@ class TopologyUpdate:
     requested: int
     dropped: int
     grown: int
+    grown_kept: float | None
     density: float
     density_by_group: dict[str, float]
     ever_active: float
+    dead_rows: int
+    dead_columns: int
+    head_overlap: float | None
+    grad_norm_active: float
+    grad_norm_inactive: float
 
 
 @dataclass(frozen=True)
@@ -260,11 +157,33 @@ class _Masked:
     inactive: torch.Tensor | None  # bool, the weight's shape: unpacked once an update, not once a step; None if dense
     active: int
     target: int
-    ever_active: torch.Tensor  # packed as the mask
+    ever_active: torch.Tensor  # packed as the mask, as is last_grown
+    last_grown: torch.Tensor
+    momentum: torch.Tensor | None
 
     @property
     def weight(self) -> nn.Parameter:
         return self.module.weight
+
+
+def head_overlap(masks: Mapping[str, torch.Tensor]) -> float | None:
+    """Mean Jaccard overlap of the masks of every two heads, from packed masks by weight name.
+
+    Heads are the parts named ``…heads.<number>``; weights of the same name in two heads are compared. ``None`` where no
+    two heads have one.
+    """
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    for name, packed in masks.items():
+        if found := _HEAD.search(name):
+            rest = name[: found.start(1)] + name[found.end(1) :]
+            heads.setdefault(found.group(1), {})[rest] = packed
+    overlaps = []
+    for one, other in combinations(heads.values(), 2):
+        pairs = [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
+        either = sum(count_active(a | b) for a, b in pairs)
+        if either:
+            overlaps.append(sum(count_active(a & b) for a, b in pairs) / either)
+    return sum(overlaps) / len(overlaps) if overlaps else None
 
 
 class Sparsifier:
@@ -275,8 +194,9 @@ class Sparsifier:
     is not known to leave zeros at zero the masks are re-applied by a hook.
 
     Masks change here only. They depend on the weights, the gradients, the seed, the step and the names alone, so
-    ranks with equal gradients have equal masks. Each tensor keeps the number of active weights that it has now: a
-    model loaded from a checkpoint keeps its masks whatever ``config.density`` says.
+    ranks with equal gradients have equal masks. Unless the density is scheduled or redistributed, each tensor keeps the
+    number of active weights that it has now: a model loaded from a checkpoint keeps its masks whatever
+    ``config.density`` says.
 
     Build it when the model lies on its device and its masks are there (see [`draw_masks`]).
 
@@ -289,13 +209,13 @@ class Sparsifier:
 
     Raises:
         ValueError: ``config`` asks for a sparse model and ``model`` has no masks, a masked weight that trains is not
-            the optimizer's, or a weight is not 0 outside its mask.
+            the optimizer's, a weight is not 0 outside its mask, or a mask has not the structure.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SparsityConfig, total_steps: int
     ) -> None:
-        if not _is_integer(total_steps) or total_steps < 1:
+        if not is_integer(total_steps) or total_steps < 1:
             raise ValueError(f"total_steps is {total_steps!r}; accepted: an integer from 1")
         # Accelerate's wrapper has no hooks of its own.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
@@ -320,8 +240,12 @@ class Sparsifier:
                 f"the optimizer does not own the masked weights {', '.join(foreign)}; accepted: one that does"
             )
         density = self.report().overall.density
-        if config.is_sparse and abs(density - config.density) > 0.001:
+        if config.is_sparse and config.density_start is None and abs(density - config.density) > 0.001:
             logger.warning("the model's masks have density %.4g, not %.4g: they stand", density, config.density)
+        self._first_counts = self._last_counts = None
+        if config.density_start is not None:
+            self._first_counts = target_counts(model, config, config.density_start)
+            self._last_counts = target_counts(model, config)
         if type(optimizer) not in _KEEPS_ZEROS:
             optimizer.register_step_post_hook(self._apply_masks)
 
@@ -340,18 +264,21 @@ class Sparsifier:
         """Updates the masks if an update is due, and zeros the gradients of inactive weights.
 
         An update needs the gradients of all weights, so it comes before the masking, and both before clipping. A
-        tensor without a gradient (a frozen one) keeps its mask.
+        frozen tensor keeps its mask.
 
         Returns:
             What the update did, or ``None`` when none was due.
 
         Raises:
-            ValueError: a weight or gradient is not finite at an update; all masks are then as before.
+            ValueError: at an update a weight or gradient is not finite, or a gradient is missing; all masks are then
+                as before.
         """
         due = self.update_is_next
         self.steps += 1
         config = self.config
         update = None
+        if config.needs_momentum:
+            self._average_gradients()
         if due:
             drop_fraction = scheduled(
                 config.drop_schedule, self.steps, *self._window, config.drop_fraction, config.drop_fraction_end
@@ -362,58 +289,166 @@ class Sparsifier:
                 tensor.weight.grad.masked_fill_(tensor.inactive, 0)
         return update
 
+    def _average_gradients(self) -> None:
+        pairs = [
+            (tensor.momentum, tensor.weight.grad) for tensor in self._tensors.values() if tensor.weight.grad is not None
+        ]
+        if pairs:
+            torch._foreach_lerp_(*map(list, zip(*pairs)), weight=1 - _MOMENTUM)
+
     def _update(self, drop_fraction: float) -> TopologyUpdate:
         config = self.config
+        targets = self._next_targets()
         moving = {
             name: tensor
             for name, tensor in self._tensors.items()
-            if tensor.inactive is not None and tensor.weight.grad is not None
+            if tensor.weight.requires_grad and min(tensor.active, targets[name]) < tensor.weight.numel()
         }
-        # All new masks before the first change, so that an error leaves everything as it was.
-        new_masks = {
-            name: update_mask(
-                ~tensor.inactive,
-                tensor.weight,
-                tensor.weight.grad,
-                drop_fraction=drop_fraction,
-                drop=config.drop,
-                grow=config.grow,
-                seed=config.seed,
-                step=self.steps,
-                name=name,
-                regrow=config.regrow,
-                exponent=config.drop_exponent,
-                target=tensor.target,
-            )
-            for name, tensor in moving.items()
-        }
-        requested = total_dropped = total_grown = 0
         for name, tensor in moving.items():
-            mask, weight = new_masks.pop(name), tensor.weight
-            dropped, grown = ~(mask | tensor.inactive), mask & tensor.inactive
-            _, wanted = move_counts(tensor.active, weight.numel(), drop_fraction, target=tensor.target)
-            requested += wanted
-            total_dropped += int(torch.count_nonzero(dropped))
-            total_grown += int(torch.count_nonzero(grown))
-            set_mask(tensor.module, mask)
-            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), weight.grad, dropped, grown))
-            tensor.inactive, tensor.active = ~mask, tensor.target
-            tensor.ever_active |= tensor.module.weight_mask
-        if config.regrow == "forbid" and total_dropped < requested:
-            logger.info(
-                "step %d: %d of %d weights moved, for want of inactive ones", self.steps, total_dropped, requested
+            if tensor.weight.grad is None:
+                raise ValueError(
+                    f"step {self.steps}: {name} has no gradient at a topology update; accepted: backward before step, "
+                    "and requires_grad=False for weights that take no part"
+                )
+        # All new masks before the first change, so that an error leaves everything as it was.
+        weights = {name: self._as_weight(name, tensor) for name, tensor in moving.items()}
+        together = [list(moving)] if DROP[config.drop].over_all else [[name] for name in moving]
+        kept = {
+            name: mask
+            for names in filter(None, together)
+            for name, mask in zip(
+                names,
+                keep_weights(
+                    [weights[name] for name in names],
+                    [targets[name] for name in names],
+                    drop_fraction=drop_fraction,
+                    drop=config.drop,
+                    regrow=config.regrow,
+                ),
             )
+        }
+        requested = sum(
+            move_counts(tensor.active, tensor.weight.numel(), drop_fraction, target=targets[name])[1]
+            for name, tensor in moving.items()
+        )
+        if config.redistribute != "none":
+            targets |= self._redistributed(weights, kept, sum(targets[name] for name in moving))
+        new_masks = {}
+        for name, weight in weights.items():
+            target = targets[name]
+            new_masks[name] = grow_weights(weight, kept.pop(name), target, grow=config.grow, regrow=config.regrow)
+
+        norms = self._gradient_norms(moving)
+        dropped, grown, grown_kept, were_grown = 0, 0, 0, 0
+        for name, tensor in moving.items():
+            mask, weight, old = new_masks.pop(name), tensor.weight, weights.pop(name).mask
+            gone, come = old & ~mask, mask & ~old
+            dropped += int(torch.count_nonzero(gone))
+            grown += int(torch.count_nonzero(come))
+            set_mask(tensor.module, mask)
+            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), weight.grad, gone, come))
+            were_grown += count_active(tensor.last_grown)
+            grown_kept += count_active(tensor.last_grown & tensor.module.weight_mask)
+            tensor.last_grown = pack_mask(come)
+            tensor.active = tensor.target = targets[name]
+            tensor.inactive = None if tensor.active == weight.numel() else ~mask
+            tensor.ever_active |= tensor.module.weight_mask
+        if config.regrow == "forbid" and dropped < requested:
+            logger.info("step %d: %d of %d weights moved, for want of inactive ones", self.steps, dropped, requested)
         report = self.report()
+        dead_rows, dead_columns = self._dead_units()
         return TopologyUpdate(
             step=self.steps,
             drop_fraction=drop_fraction,
             requested=requested,
-            dropped=total_dropped,
-            grown=total_grown,
+            dropped=dropped,
+            grown=grown,
+            grown_kept=grown_kept / were_grown if were_grown else None,
             density=report.overall.density,
             density_by_group={row.name: row.density for row in report.groups},
             ever_active=self.ever_active(),
+            dead_rows=dead_rows,
+            dead_columns=dead_columns,
+            head_overlap=head_overlap({name: each.module.weight_mask for name, each in self._tensors.items()}),
+            grad_norm_active=norms[0],
+            grad_norm_inactive=norms[1],
         )
+
+    def _next_targets(self) -> dict[str, int]:
+        """Active weights of each tensor after this update, unless they are redistributed."""
+        now = {name: tensor.target for name, tensor in self._tensors.items()}
+        if self._first_counts is None:
+            return now
+        start, end = self._window
+        # The last update reaches the final density, however far it lies before the end.
+        end = last_update(self.config.update_interval, start, end)
+        progress = scheduled(self.config.density_schedule, self.steps, start, end, 0.0, 1.0)
+        counts = interpolate(self._first_counts, self._last_counts, progress)
+        modules = {name: tensor.module for name, tensor in self._tensors.items()}
+        if self.config.redistribute != "none":
+            sizes = {name: module.weight.numel() for name, module in modules.items()}
+            return allocate(sum(counts.values()), now, sizes)
+        if self.config.structure == "unstructured":
+            return counts
+        shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+        groups = {n: group_count(shapes[n], self.config.structure, is_transposed(modules[n])) for n in shapes}
+        return structured_counts(counts, shapes, groups)
+
+    def _as_weight(self, name: str, tensor: _Masked) -> SparseWeight:
+        config = self.config
+        weight, first = tensor.weight, config.drop_exponent
+        last = first if config.drop_exponent_end is None else config.drop_exponent_end
+        return SparseWeight(
+            mask=torch.ones_like(weight, dtype=torch.bool) if tensor.inactive is None else ~tensor.inactive,
+            weight=weight,
+            grad=weight.grad,
+            momentum=tensor.momentum,
+            name=name,
+            seed=config.seed,
+            step=self.steps,
+            exponent=linear(self.steps, *self._window, first, last),
+            mest_lambda=config.mest_lambda,
+            random_share=config.random_share,
+            structure=config.structure,
+            transposed=is_transposed(tensor.module),
+        )
+
+    def _redistributed(
+        self, weights: Mapping[str, SparseWeight], kept: Mapping[str, torch.Tensor], total: int
+    ) -> dict[str, int]:
+        """Targets when what grows goes where the active weights' gradients are large."""
+        shares, counts, room = {}, {}, {}
+        for name, weight in weights.items():
+            values = weight.momentum if self.config.redistribute == "momentum" else weight.grad
+            active = values.abs().masked_fill_(~weight.mask, 0).sum(dtype=torch.float64)
+            shares[name] = float(active) / max(1, weight.active)
+            counts[name] = int(torch.count_nonzero(kept[name]))
+            room[name] = weight.size - (counts[name] if self.config.regrow == "allow" else weight.active)
+        return redistribute(counts, room, total, shares)
+
+    def _gradient_norms(self, tensors: Mapping[str, _Masked]) -> tuple[float, float]:
+        """Norms of the gradient of the active and of the inactive weights."""
+        squares = []
+        for tensor in tensors.values():
+            grad, inactive = tensor.weight.grad, tensor.inactive
+            everywhere = torch.linalg.vector_norm(grad, dtype=torch.float32)
+            outside = everywhere * 0
+            if inactive is not None:
+                outside = torch.linalg.vector_norm(grad.masked_fill(~inactive, 0), dtype=torch.float32)
+            squares.append(torch.stack([everywhere, outside]).square())
+        everywhere, outside = torch.stack(squares).sum(0).tolist() if squares else (0.0, 0.0)
+        return max(0.0, everywhere - outside) ** 0.5, outside**0.5
+
+    def _dead_units(self) -> tuple[int, int]:
+        """Output and input units of all masked tensors that have no active weight."""
+        dead = [0, 0]
+        for tensor in self._tensors.values():
+            if tensor.inactive is None:
+                continue
+            inactive = tensor.inactive.T if is_transposed(tensor.module) else tensor.inactive
+            dead[0] += int(torch.count_nonzero(inactive.flatten(1).all(1)))
+            dead[1] += int(torch.count_nonzero(inactive.transpose(0, 1).flatten(1).all(1)))
+        return dead[0], dead[1]
 
     def _tell_of_state(self, name: str, keys: list[str]) -> None:
         if keys and not self._told_of_state:
@@ -440,6 +475,10 @@ class Sparsifier:
             )
         tensors = {}
         for name, module in masked_modules(self.model).items():
+            try:
+                check_structure(get_mask(module), self.config.structure, is_transposed(module))
+            except ValueError as error:
+                raise ValueError(f"the mask of {name}: {error}") from None
             if getattr(module, "sparse", False):
                 raise ValueError(f"{name} has sparse gradients; accepted: an embedding with sparse=False")
             active = count_active(module.weight_mask)
@@ -447,7 +486,11 @@ class Sparsifier:
             if inactive is not None:  # an optimizer that ran before may hold moments of weights that are now dead
                 nothing = torch.zeros_like(inactive)
                 move_state(self.optimizer.state.get(module.weight, {}), None, inactive, nothing)
-            tensors[name] = _Masked(module, inactive, active, active, module.weight_mask.clone())
+            momentum = torch.zeros_like(module.weight) if self.config.needs_momentum else None
+            packed = module.weight_mask
+            tensors[name] = _Masked(
+                module, inactive, active, active, packed.clone(), torch.zeros_like(packed), momentum
+            )
         return tensors
 
     def ever_active(self) -> float:
@@ -475,13 +518,14 @@ class Sparsifier:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs beside the model and the optimizer, tensors only (so safetensors can hold it).
 
-        ``steps`` int64 []; of each masked tensor ``target.<name>`` int64 [] and ``ever_active.<name>`` uint8, packed
-        as its mask.
+        ``steps`` int64 []; of each masked tensor ``target.<name>`` int64 [], ``ever_active.<name>`` and
+        ``last_grown.<name>`` uint8, packed as its mask, and where updates need it ``momentum.<name>``, of the weight's
+        shape and type.
         """
         state = {"steps": torch.tensor(self.steps)}
         for name, tensor in self._tensors.items():
             state[f"target.{name}"] = torch.tensor(tensor.target)
-            state[f"ever_active.{name}"] = tensor.ever_active.clone()
+            state |= {f"{kind}.{name}": value.clone() for kind, value in _saved(tensor).items()}
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -492,22 +536,33 @@ class Sparsifier:
                 weights.
         """
         tensors = self._read_masks()
-        wanted = {"steps"} | {f"{kind}.{name}" for name in tensors for kind in ("target", "ever_active")}
+        wanted = {"steps"} | {f"{kind}.{name}" for name in tensors for kind in ("target", *_saved(tensors[name]))}
         if differing := sorted(wanted.symmetric_difference(state)):
             raise ValueError(
                 f"the sparsifier's state does not fit the model's masks: {differing[0]} is "
                 f"{'missing' if differing[0] in wanted else 'unknown'} ({len(differing)} such entries)"
             )
         for name, tensor in tensors.items():
-            target, ever_active = int(state[f"target.{name}"]), state[f"ever_active.{name}"]
-            if target != tensor.active or ever_active.shape != tensor.ever_active.shape:
+            target, ours = int(state[f"target.{name}"]), _saved(tensor)
+            theirs = {kind: state[f"{kind}.{name}"] for kind in ours}
+            differing = [kind for kind in ours if theirs[kind].shape != ours[kind].shape]
+            if target != tensor.active or differing:
                 raise ValueError(
-                    f"the sparsifier's state does not fit the mask of {name}: it is for {target} active weights "
-                    f"and a packed mask {list(ever_active.shape)}; the model has {tensor.active} and "
-                    f"{list(tensor.ever_active.shape)}"
+                    f"the sparsifier's state does not fit the mask of {name}: it is for {target} active weights, the "
+                    f"model has {tensor.active}"
+                    + "".join(
+                        f"; {kind} {list(theirs[kind].shape)}, not {list(ours[kind].shape)}" for kind in differing
+                    )
                 )
-            tensor.ever_active.copy_(ever_active)
+            for kind, value in ours.items():
+                value.copy_(theirs[kind])
         self.steps, self._tensors = int(state["steps"]), tensors
+
+
+def _saved(tensor: _Masked) -> dict[str, torch.Tensor]:
+    """The tensors of a masked tensor that a resumed run needs."""
+    momentum = {} if tensor.momentum is None else {"momentum": tensor.momentum}
+    return {"ever_active": tensor.ever_active, "last_grown": tensor.last_grown, **momentum}
 
 
 def _total(name: str, rows: list[DensityRow]) -> DensityRow:

@@ -13,12 +13,15 @@ SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT 
 MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks"}
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
-    "topology": (set(), {"torch"}),
+    "selection": (set(), {"torch"}),
+    "topology": ({"masks", "selection"}, {"torch"}),
     "schedules": (set(), {"torch"}),
-    "masks": (set(), {"torch"}),
-    "configuration_neurotrails_llama": (set(), {"torch", "transformers"}),
+    "masks": (set(), {"torch", "transformers"}),
+    "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
     "modeling_neurotrails_llama": ({"configuration_neurotrails_llama", "masks"}, {"torch", "transformers"}),
-    "sparsifier": ({"topology", "schedules", "masks"}, {"torch"}),
+    "sparsity_config": ({"topology", "schedules", "masks"}, set()),
+    "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
+    "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),
 }
 # Absent on some machines that train from local files: they may be imported within functions only.
 OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard"}

@@ -45,5 +45,5 @@ def test_updates_are_due(interval, start, end, steps):
 
 
 def test_an_unknown_schedule():
-    with pytest.raises(ValueError, match="schedule is 'cubic'; accepted: constant, cosine, linear"):
-        scheduled("cubic", 0, 0, 1, 0, 1)
+    with pytest.raises(ValueError, match="schedule is 'quartic'; accepted: constant, cosine, cubic, linear"):
+        scheduled("quartic", 0, 0, 1, 0, 1)

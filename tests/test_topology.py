@@ -7,16 +7,7 @@ import pytest
 import torch
 
 from nt_hf import topology
-from nt_hf.topology import (
-    active_counts,
-    hash_bits,
-    hash_uniform,
-    move_counts,
-    noise_key,
-    random_mask,
-    select_top,
-    update_mask,
-)
+from nt_hf.topology import active_counts, move_counts, random_mask, update_mask
 
 SHAPES = {"embed": (50, 16), "up": (48, 16), "down": (16, 48), "conv": (8, 4, 3, 3), "tiny": (2, 2), "row": (1, 7)}
 
@@ -110,112 +101,7 @@ def test_impossible_densities(density, fixed, message):
         active_counts(SHAPES, density, fixed=fixed)
 
 
-# -------------------------------------------------------------------------------------------------------- noise
-
-
-def uniform_noise(n=2**18, **changed):
-    key = {"seed": 0, "step": 50, "name": "a.weight", "purpose": "drop"} | changed
-    return hash_uniform(torch.arange(n), noise_key(**key))
-
-
-def test_noise_is_the_same_everywhere():
-    def slow(index, key):
-        x = index * (key[0] | 1) + key[1] + (index >> 32) * 0x1E3779B1 & 0xFFFFFFFF
-        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-        return (x ^ x >> 16) & 0x7FFFFFFF
-
-    assert noise_key(1, 2, "a.weight", "drop") == (1085652479, 888452424)
-    index = [0, 1, 2, 1000, 2**31 - 1, 2**31, 2**32, 2**40 + 7]
-    for key in ((1085652479, 888452424), (-(2**31), 2**31 - 1), (-1, -2)):
-        assert hash_bits(torch.tensor(index), key).tolist() == [slow(i, key) for i in index]
-
-
-def test_noise_of_a_part_is_part_of_the_noise():
-    whole = uniform_noise(1000)
-    index = torch.tensor([999, 3, 500])
-    key = noise_key(0, 50, "a.weight", "drop")
-    assert torch.equal(hash_uniform(index, key), whole[index])
-    assert torch.equal(torch.cat([hash_uniform(torch.arange(a, a + 100), key) for a in range(0, 1000, 100)]), whole)
-
-
-def test_noise_does_not_repeat_beyond_32_bit_indices():
-    key = noise_key(0, 0, "a", "drop")
-    index = torch.arange(1000)
-    assert (hash_bits(index, key) == hash_bits(index + 2**32, key)).float().mean() < 0.01
-
-
-def test_noise_is_uniform():
-    counts = torch.histc(uniform_noise(), 256, 0, 1)
-    chi_squared = ((counts - 1024) ** 2 / 1024).sum()
-    assert 180 < chi_squared < 340  # 255 degrees of freedom: 255 ± 3.7 * 22.6
-    assert torch.histc(uniform_noise() * 2**10 % 1, 256, 0, 1).std() < 45  # lower bits too
-
-
-def test_noise_has_no_correlations():
-    first = uniform_noise() - 0.5
-    others = [uniform_noise(**changed) for changed in ({"step": 51}, {"seed": 1}, {"purpose": "grow"}, {"name": "b"})]
-    others += [first.roll(shift) + 0.5 for shift in (1, 2, 16, 768, 1024)]
-    for other in others:
-        correlation = 12 * (first * (other - 0.5)).mean()
-        assert abs(correlation) < 4 / len(first) ** 0.5
-
-
-@pytest.mark.parametrize(("bits", "value"), [(0, 2**-32), (2**31 - 1, 1 - 2**-24)])
-def test_noise_is_never_0_or_1(monkeypatch, bits, value):
-    monkeypatch.setattr(topology, "hash_bits", lambda index, key: torch.full_like(index, bits, dtype=torch.int32))
-    assert hash_uniform(torch.arange(1), (0, 0)).item() == value
-
-
-# ---------------------------------------------------------------------------------------------------- selection
-
-
-@pytest.mark.parametrize("n", [1, 7, 1000, 2**17 + 1, 400_000])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999, 1.0])
-def test_select_top_equals_topk_without_ties(n, share):
-    # Distinct values over all exponents, both signs and both infinities.
-    scores = torch.linspace(-80, 80, n)[torch.randperm(n, generator=torch.Generator().manual_seed(n))]
-    scores = scores.sinh()
-    scores[scores.argmax()] = float("inf")
-    k = round(share * n)
-    expected = torch.zeros(n, dtype=torch.bool).index_fill_(0, scores.topk(k).indices, True)
-    assert torch.equal(select_top(scores, k, key=(1, 2)), expected)
-
-
-def test_select_top_chooses_among_candidates_only():
-    scores = torch.tensor([[5.0, -float("inf"), 3.0], [2.0, float("inf"), 1.0]])
-    candidates = torch.tensor([[False, True, True], [True, False, False]])
-    for k, expected in enumerate([[0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0]]):
-        assert select_top(scores, k, candidates=candidates, key=(1, 2)).int().flatten().tolist() == expected
-    with pytest.raises(ValueError, match="k is 4 for 3 candidates; accepted: 0 to 3"):
-        select_top(scores, 4, candidates=candidates, key=(1, 2))
-
-
-def test_select_top_breaks_ties_by_noise_not_by_index():
-    scores = torch.zeros(4000)
-    scores[:10] = 1.0
-    chosen = select_top(scores, 1010, key=noise_key(0, 0, "", ""))
-    assert chosen[:10].all()
-    assert chosen.sum() == 1010
-    quarters = chosen[10:].float()[: 4 * 997].view(4, 997).mean(1)
-    assert ((quarters - 1000 / 3990).abs() < 0.06).all()
-    assert not torch.equal(chosen, select_top(scores, 1010, key=noise_key(0, 1, "", "")))
-
-
-def test_select_top_stays_exact_when_the_noise_ties_too(monkeypatch):
-    monkeypatch.setattr(topology, "hash_bits", lambda index, key: torch.zeros_like(index, dtype=torch.int32))
-    assert select_top(torch.ones(100), 37, key=(1, 2)).sum() == 37
-
-
-def test_minus_zero_ties_with_zero():
-    scores = torch.tensor([0.0, -0.0]).repeat(500)
-    share = select_top(scores, 500, key=noise_key(0, 0, "", ""))[::2].float().mean()
-    assert 0.4 < share < 0.6
-
-
-def test_select_top_refuses_nan():
-    with pytest.raises(ValueError, match="scores are NaN"):
-        select_top(torch.tensor([1.0, float("nan")]), 1, key=(1, 2))
+# -------------------------------------------------------------------------------------------------- random masks
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (300, 1000), (4, 3, 3, 3)])
@@ -310,6 +196,7 @@ def test_invariants_of_every_combination(drop, grow, regrow, density, dtype):
     inputs = mask.clone(), weight.clone(), grad.clone()
     for step, fraction in enumerate([0.0, 0.1, 0.5, 1.0]):
         arguments = {"drop_fraction": fraction, "drop": drop, "grow": grow, "regrow": regrow, "seed": 3, "step": step}
+        arguments["momentum"] = grad
         new = update_mask(mask, weight, grad, **arguments)
         kept, grown = move_counts(int(mask.sum()), mask.numel(), fraction, regrow)
         assert new.dtype == torch.bool
@@ -407,9 +294,9 @@ def test_tensors_need_not_be_contiguous():
     [
         (
             {"drop": "magnitud"},
-            r"drop is 'magnitud'; accepted: magnitude, soft_magnitude \(did you mean 'magnitude'\?\)",
+            r"drop is 'magnitud'; accepted: .*soft_magnitude, taylor \(did you mean 'magnitude'\?\)",
         ),
-        ({"grow": "rigl"}, r"grow is 'rigl'; accepted: gradient, random"),
+        ({"grow": "rigl"}, r"grow is 'rigl'; accepted: gradient, gradient_random, momentum, random"),
         ({"regrow": "maybe"}, r"regrow is 'maybe'; accepted: allow, forbid"),
         ({"drop_fraction": 1.2}, r"drop_fraction is 1\.2; accepted: a number in \[0, 1\]"),
         ({"exponent": 0}, r"exponent is 0; accepted: a number above 0"),
@@ -438,5 +325,7 @@ def test_the_number_of_threads_is_left_alone():
 
 
 def test_unknown_distribution():
-    with pytest.raises(ValueError, match=r"distribution is 'erd'; accepted: er, erk, uniform \(did you mean 'er"):
+    with pytest.raises(
+        ValueError, match=r"distribution is 'erd'; accepted: er, erk, flops, uniform \(did you mean 'er"
+    ):
         active_counts(SHAPES, 0.5, "erd")
