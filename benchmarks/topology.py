@@ -1,68 +1,231 @@
-"""Time of one topology update against the same update written with torch.topk.
+"""What topology updates cost.
 
     make bench
 
-Both sides take turns within one run; the figures are medians. Density 0.9, soft magnitude and gradient growth, the
-update of the paper, on a tensor as large as the embedding of its 350M model.
+Three tables: one update against the same update written with PyTorch's own selections, the time of each method, and
+the share of a model's training time that updates and masked gradients take. The sides of a comparison take turns within
+one run; figures are medians. Bandwidth is measured by copying, and "bytes" are the least that an update can move:
+weight, gradient and mask read, mask written.
 """
 
 import argparse
+import ctypes
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
-from nt_hf.topology import random_mask, update_mask
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.run_config import load_run_config
+from nt_hf.sparsifier import Sparsifier, draw_masks
+from nt_hf.topology import DROP, GROW, random_mask, update_mask
+from nt_hf.training import make_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DENSITY, DROP_FRACTION = 0.9, 0.3
+BYTES = 4 + 4 + 1 + 1  # of a weight: fp32 weight and gradient, old and new mask
+MULTINOMIAL_LIMIT = 2**24  # torch.multinomial refuses more categories
 
 
-def topk_update(mask: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, drop_fraction: float) -> torch.Tensor:
-    """The same choice by the obvious means: an exponential race and two ``torch.topk``."""
+def seconds(function: Callable[[], object]) -> float:
+    """Of one call, the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Memory that a call needs beyond what is in use; ``None`` where the system does not tell."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already is no use of memory
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the process's peak
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def resident(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def bandwidth(size: int) -> float:
+    """Bytes a second, read and written, of a copy of ``size`` floats."""
+    source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
+    return 8 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
+
+
+# --------------------------------------------------------------------------------------------- one update
+
+
+def plain_update(choose: Callable, mask: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The update by the obvious means: ``choose(scores, k)`` gives the places of the k largest."""
     active = int(mask.sum())
-    moved = round(drop_fraction * active)
+    moved = round(DROP_FRACTION * active)
     race = 3 * weight.abs().log() - torch.empty_like(weight).exponential_().log()
     kept = torch.zeros_like(mask).flatten()
-    kept[race.masked_fill(~mask, -torch.inf).flatten().topk(active - moved, sorted=False).indices] = True
+    kept[choose(race.masked_fill(~mask, -torch.inf).flatten(), active - moved)] = True
     new = kept.clone()
-    new[grad.abs().flatten().masked_fill(kept, -1).topk(moved, sorted=False).indices] = True
+    new[choose(grad.abs().flatten().masked_fill(kept, -1), moved)] = True
     return new.view_as(mask)
+
+
+def by_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.topk(k, sorted=False).indices
+
+
+def by_sort(scores: torch.Tensor, k: int) -> torch.Tensor:
+    return scores.sort(descending=True).indices[:k]
+
+
+def multinomial_update(mask: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The reference's manner: weights drawn by torch.multinomial, then a sort of the gradients."""
+    active = int(mask.sum())
+    moved = round(DROP_FRACTION * active)
+    kept = torch.zeros_like(mask).flatten()
+    kept[torch.multinomial(weight.abs().flatten() ** 3, active - moved)] = True
+    new = kept.clone()
+    new[by_sort(grad.abs().flatten().masked_fill(kept, -1), moved)] = True
+    return new.view_as(mask)
+
+
+def compare_one_update(shape: tuple[int, int], repetitions: int) -> None:
+    mask, weight, grad = tensors(shape)
+    sides = {
+        "nt_hf": lambda i: update_mask(mask, weight, grad, drop_fraction=DROP_FRACTION, seed=0, step=i, name="weight"),
+        "race, torch.topk": lambda i: plain_update(by_topk, mask, weight, grad),
+        "race, torch.sort": lambda i: plain_update(by_sort, mask, weight, grad),
+    }
+    if mask.numel() <= MULTINOMIAL_LIMIT:
+        sides["torch.multinomial, torch.sort"] = lambda i: multinomial_update(mask, weight, grad)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(repetitions + 1):  # the first round warms up
+        for name, side in sides.items():
+            times[name].append(seconds(lambda side=side, i=i: check(side(i), mask)))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    speed, bytes_moved = bandwidth(mask.numel()), BYTES * mask.numel()
+    print(
+        f"\nSoft-magnitude drop and gradient growth of {shape[0]} x {shape[1]}, density {DENSITY}, "
+        f"{DROP_FRACTION:.0%} moved; a copy reaches {speed / 1e9:.1f} GB/s\n"
+    )
+    print(
+        "| | ms | ratio | MB moved at least | share of bandwidth | extra memory / tensor |\n|---|---|---|---|---|---|"
+    )
+    for name, value in medians.items():
+        extra = peak_bytes(lambda name=name: sides[name](0))
+        memory = "" if extra is None else f"{extra / (4 * mask.numel()):.1f}"
+        print(f"| {name} | {1000 * value:.1f} | {value / medians['nt_hf']:.2f} | {bytes_moved / 1e6:.0f} "
+              f"| {bytes_moved / value / speed:.2%} | {memory} |")  # fmt: skip
+
+
+def tensors(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    mask = random_mask(shape, round(DENSITY * shape[0] * shape[1]), seed=0, device=DEVICE)
+    weight = torch.randn(shape, generator=generator, device=DEVICE).masked_fill_(~mask, 0)
+    return mask, weight, torch.randn(shape, generator=generator, device=DEVICE)
+
+
+def check(new: torch.Tensor, mask: torch.Tensor) -> None:
+    assert int(new.sum()) == int(mask.sum()), "the number of active weights changed"
+
+
+def time_methods(shape: tuple[int, int], repetitions: int) -> None:
+    mask, weight, grad = tensors(shape)
+    sparse = random_mask(shape, mask.numel() // 2, seed=0, device=DEVICE, structure="2:4")
+    cases = [(drop, "gradient", "unstructured", mask) for drop in DROP]
+    cases += [("magnitude", grow, "unstructured", mask) for grow in GROW if grow != "gradient"]
+    cases += [("magnitude", "gradient", "2:4", sparse)]
+    fan_in = random_mask(shape, mask.numel() // 2, seed=0, device=DEVICE, structure="constant_fan_in")
+    cases += [("magnitude", "gradient", "constant_fan_in", fan_in)]
+    print(f"\nOther methods, {shape[0]} x {shape[1]}\n\n| drop | grow | structure | ms |\n|---|---|---|---|")
+    for drop, grow, structure, at in cases:
+        values = weight.masked_fill(~at, 0)
+
+        def update(drop=drop, grow=grow, structure=structure, at=at, values=values) -> None:
+            new = update_mask(at, values, grad, momentum=grad, drop_fraction=DROP_FRACTION, drop=drop, grow=grow,
+                              structure=structure, seed=0, step=1)  # fmt: skip
+            check(new, at)
+
+        median = statistics.median([seconds(update) for _ in range(repetitions + 1)][1:])
+        print(f"| {drop} | {grow} | {structure} | {1000 * median:.1f} |")
+
+
+# ---------------------------------------------------------------------------------------------- in training
+
+
+def share_of_training(path: str, micro_batch: int, tokens: int, repetitions: int) -> None:
+    config = load_run_config([path])
+    length = config.data.sequence_length
+    model = NeuroTrailsLlamaForCausalLM(
+        NeuroTrailsLlamaConfig(**config.model, max_position_embeddings=length)
+    ).to(DEVICE)  # fmt: skip
+    draw_masks(model, config.sparsity)
+    optimizer = make_optimizer(model, config.train)
+    config.sparsity.update_interval, interval = 1, config.sparsity.update_interval
+    sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=10**6)
+    ids = torch.randint(model.config.vocab_size, (micro_batch, length), device=DEVICE)
+
+    def passes() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+
+    times: dict[str, list[float]] = {"pass": [], "update": [], "masking": [], "optimizer": []}
+    for _ in range(repetitions + 1):
+        optimizer.zero_grad()
+        times["pass"].append(seconds(passes))
+        times["update"].append(seconds(sparsifier.step))
+        config.sparsity.update_interval = 0
+        times["masking"].append(seconds(sparsifier.step))
+        config.sparsity.update_interval = 1
+        times["optimizer"].append(seconds(optimizer.step))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    report = sparsifier.report().overall
+    step = medians["pass"] * tokens / (micro_batch * length) + medians["optimizer"] + medians["masking"]
+    update = max(0.0, medians["update"] - medians["masking"])
+    print(
+        f"\n{path}: {report.size / 1e6:.0f}M masked weights, density {report.density:.3f}; a step of {tokens} tokens "
+        f"is {tokens // (micro_batch * length)} passes of {micro_batch} x {length}\n"
+    )
+    print("| | ms | share of a step |\n|---|---|---|")
+    print(f"| step: passes, masked gradients, optimizer | {1000 * step:.0f} | |")
+    print(f"| masking gradients, every step | {1000 * medians['masking']:.1f} | {medians['masking'] / step:.3%} |")
+    print(f"| topology update with its measures, every {interval} steps | {1000 * update:.1f} "
+          f"| {update / interval / step:.3%} |")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32000)
     parser.add_argument("--columns", type=int, default=1024)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--drop_fraction", type=float, default=0.3)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--config", default="recipes/configs/350m.yaml", help="the model of the last table")
+    parser.add_argument("--micro_batch", type=int, default=2 if DEVICE.type == "cpu" else 16)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step in the last table")
     args = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = (args.rows, args.columns)
-    generator = torch.Generator(device).manual_seed(0)
-    mask = random_mask(shape, round(0.9 * args.rows * args.columns), seed=0, device=device)
-    weight = torch.randn(shape, generator=generator, device=device).masked_fill_(~mask, 0)
-    grad = torch.randn(shape, generator=generator, device=device)
-    sides = {
-        "nt_hf.topology.update_mask": lambda i: update_mask(
-            mask, weight, grad, drop_fraction=args.drop_fraction, seed=0, step=i, name="weight"
-        ),
-        "exponential race and torch.topk": lambda i: topk_update(mask, weight, grad, args.drop_fraction),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(args.repetitions + 1):  # the first round warms up
-        for name, side in sides.items():
-            start = time.perf_counter()
-            new = side(i)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-            assert int(new.sum()) == int(mask.sum()), f"{name} changed the number of active weights"
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    ours = next(iter(medians.values()))
-    print(
-        f"{args.rows} x {args.columns} on {device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    for name, value in medians.items():
-        print(f"  {name:<34} {1000 * value:9.1f} ms   {value / ours:5.2f} x")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__} on {name}")
+    compare_one_update((args.rows, args.columns), args.repetitions)
+    compare_one_update((4096, 4096), args.repetitions)
+    time_methods((args.rows, args.columns), args.repetitions)
+    share_of_training(args.config, args.micro_batch, args.tokens, min(args.repetitions, 3))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -136,10 +137,21 @@ def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | 
     return RunConfig(**built)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2:4 as 124, a number to the base 60: nobody means that, and here it is a sparsity structure."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not pattern.match("2:4")]
+    + [(tag, re.compile(r"[-+]?\d[\d_]*$")) for tag, pattern in resolvers if tag.endswith(":int")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse(text: str) -> Any:
     """A value of the command line: YAML where it is, else plain text (``*.jsonl`` would be an alias)."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
@@ -147,7 +159,7 @@ def _parse(text: str) -> Any:
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content or {}, dict):

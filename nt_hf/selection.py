@@ -22,8 +22,11 @@ T = TypeVar("T")
 #: Sums an int64 tensor over the processes that share the tensors; of a whole tensor there is nothing to sum.
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
+#: From [`noise_key`]: two 32-bit numbers, or int32 tensors ``[]`` that hold them.
+NoiseKey = tuple[int, int] | tuple[torch.Tensor, torch.Tensor]
+
 # Elements handled at a time: on a CPU the temporaries of a stretch stay in the cache, a GPU only needs them bounded.
-_STRETCH = {"cpu": 2**18}
+_STRETCH = {"cpu": 2**17}
 _STRETCH_DEVICE = 2**25
 
 _SAMPLE = 2**17
@@ -53,7 +56,7 @@ class Part:
     """
 
     keys: torch.Tensor
-    noise: tuple[int, int] | None
+    noise: NoiseKey | None
     offset: int = 0
 
 
@@ -122,7 +125,7 @@ def select_top(parts: Sequence[Part], k: int, reduce: Reduce = whole) -> list[to
     return chosen
 
 
-def select_top_rows(keys: torch.Tensor, k: torch.Tensor, noise: tuple[int, int], index: torch.Tensor) -> torch.Tensor:
+def select_top_rows(keys: torch.Tensor, k: torch.Tensor, noise: NoiseKey, index: torch.Tensor) -> torch.Tensor:
     """In each row the elements with the largest keys, equal ones settled by noise: bool ``[rows, n]``.
 
     Args:
@@ -260,7 +263,7 @@ def noise_key(seed: int, step: int, name: str, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
 
-def hash_bits(index: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+def hash_bits(index: torch.Tensor, key: NoiseKey) -> torch.Tensor:
     """32 random bits for each flat index, as int32; they differ for all indices below 2**32.
 
     A counter-based generator: the index times an odd number plus an offset, both from the key, through the
@@ -284,7 +287,7 @@ def hash_bits(index: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
     return x
 
 
-def hash_range(start: int, stop: int, key: tuple[int, int], device: torch.device | str | None) -> torch.Tensor:
+def hash_range(start: int, stop: int, key: NoiseKey, device: torch.device | str | None) -> torch.Tensor:
     """[`hash_bits`] of the flat indices from ``start`` to ``stop``."""
     dtype = torch.int32 if stop <= INT32_MAX else torch.int64
     return hash_bits(torch.arange(start, stop, dtype=dtype, device=device), key)

@@ -9,11 +9,12 @@ one function to a share and one line in `DISTRIBUTIONS`.
 """
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .masks import check_structure, groups_of
 from .selection import (
     INT32_MAX,
     INT32_MIN,
+    NoiseKey,
     Part,
     Reduce,
     hash_range,
@@ -35,6 +37,8 @@ from .selection import (
     to_uniform,
     whole,
 )
+
+logger = logging.getLogger(__name__)
 
 REGROW = ("allow", "forbid")
 
@@ -304,7 +308,7 @@ class Stretch:
         exponent, mest_lambda: see [`SparseWeight`].
     """
 
-    def __init__(self, of: SparseWeight, flat: Mapping[str, torch.Tensor], key: tuple[int, int], start: int, stop: int):
+    def __init__(self, of: SparseWeight, flat: Mapping[str, torch.Tensor], key: NoiseKey, start: int, stop: int):
         self._of, self._flat, self._key, self._start, self._stop = of, flat, key, start, stop
         self.exponent, self.mest_lambda = of.exponent, of.mest_lambda
 
@@ -633,12 +637,49 @@ def _score(weight: SparseWeight, criterion: Criterion, candidates: torch.Tensor,
     tensors = {"weight": weight.weight, "grad": weight.grad, "momentum": weight.momentum}
     flat = {name: tensor.detach().flatten() for name, tensor in tensors.items() if tensor is not None}
     keys = torch.empty(candidates.numel(), dtype=torch.int32, device=candidates.device)
+    keys_of = _fused_keys if keys.is_cuda else _keys
 
     def score(start: int, stop: int) -> None:
-        keys[start:stop] = sort_keys(criterion(Stretch(weight, flat, key, start, stop)), candidates[start:stop])
+        keys[start:stop] = keys_of(criterion, weight, flat, key, start, stop, candidates)
 
     sweep(score, stretches(keys, weight.offset))
     return Part(keys, noise_key(weight.seed, weight.step, weight.name, purpose + " ties"), weight.offset)
+
+
+def _keys(
+    criterion: Criterion,
+    weight: SparseWeight,
+    flat: Mapping[str, torch.Tensor],
+    key: NoiseKey,
+    start: int,
+    stop: int,
+    candidates: torch.Tensor,
+) -> torch.Tensor:
+    return sort_keys(criterion(Stretch(weight, flat, key, start, stop)), candidates[start:stop])
+
+
+def _fused_keys(
+    criterion: Criterion, weight: SparseWeight, flat: Mapping[str, torch.Tensor], key: NoiseKey, *rest: Any
+):
+    """[`_keys`] in one kernel: one after another, its forty small operations would be bound by a GPU's memory."""
+    # As tensors, numbers that change at every update do not compile anew.
+    numbers = tuple(torch.tensor(number, dtype=torch.int32, device=weight.weight.device) for number in key)
+    try:
+        return _compiled_keys()(criterion, weight, flat, numbers, *rest)
+    except RuntimeError as error:
+        keys = _keys(criterion, weight, flat, key, *rest)
+        _warn_once(f"torch.compile failed ({type(error).__name__}): topology updates take several times as long")
+        return keys
+
+
+@cache
+def _compiled_keys() -> Callable[..., torch.Tensor]:
+    return torch.compile(_keys, dynamic=True)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _unavoidable(weight: SparseWeight, part: Part, target: int, method: Drop, regrow: str) -> torch.Tensor:
@@ -660,20 +701,22 @@ def _unavoidable(weight: SparseWeight, part: Part, target: int, method: Drop, re
 
 
 def _best_by_sign(weight: SparseWeight, part: Part, k: int) -> torch.Tensor:
-    """The ``k`` best candidates, positive and negative ones each in proportion; zeros go first."""
-    values = weight.weight.flatten()
-    candidates = part.keys > INT32_MIN
-    classes = [candidates & (values > 0), candidates & (values < 0), candidates & (values == 0)]
-    positive, negative = weight.count(*classes[:2])
-    zeros_kept = max(0, k - positive - negative)
-    dropped = positive + negative - (k - zeros_kept)
+    """The ``k`` best candidates by magnitude, positive and negative ones each in proportion; zeros go first."""
+    keys, flat = part.keys, weight.weight.detach().flatten()
+    candidates = keys > INT32_MIN
+    positive, negative = weight.count(candidates & (flat > 0), candidates & (flat < 0))
+    zeros = max(0, k - positive - negative)
+    dropped = positive + negative - (k - zeros)
     from_positive = round(dropped * positive / max(1, positive + negative))
-    wanted = (positive - from_positive, negative - (dropped - from_positive), zeros_kept)
-    chosen = torch.zeros_like(candidates)
-    for those, many in zip(classes, wanted):
-        keys = only(part.keys.clone(), those)
-        chosen |= select_top([Part(keys, part.noise, part.offset)], many, weight.reduce)[0]
-    return chosen
+
+    def turn(start: int, stop: int) -> None:
+        keys[start:stop].bitwise_xor_((flat[start:stop] < 0).to(torch.int32).neg_())
+
+    # Keys of magnitudes are from 0: inverting their bits puts negative weights behind, the largest last.
+    sweep(turn, stretches(keys))
+    (chosen,) = select_top([part], positive - from_positive + zeros, weight.reduce)
+    only(keys.bitwise_not_(), candidates)
+    return chosen.logical_or_(select_top([part], negative - (dropped - from_positive), weight.reduce)[0])
 
 
 def _best(weight: SparseWeight, part: Part, k: int | torch.Tensor) -> torch.Tensor:

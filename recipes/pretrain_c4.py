@@ -104,6 +104,13 @@ def main() -> None:
     )
     validation_batches = TokenBatches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
 
+    def first_batch() -> dict[str, torch.Tensor]:
+        """Some text, the same on every process, for masks that saliency chooses."""
+        rows = train.micro_batch_size or min(train.batch_size, 32)
+        alone = reading | {"batch_size": rows, "rank": 0, "world_size": 1, "num_workers": 0}
+        batch = next(iter(TokenBatches(config.data.train, tokenizer, **alone, seed=train.seed)))
+        return {key: value.to(device) for key, value in batch.items()}
+
     # -------------------------------------------------------------------- model, masks, optimizer, state
 
     model_config = NeuroTrailsLlamaConfig(
@@ -117,8 +124,8 @@ def main() -> None:
     if resume_from:
         model = load_model(resume_from)
     else:
-        model = NeuroTrailsLlamaForCausalLM(model_config)
-        draw_masks(model, config.sparsity)
+        model = NeuroTrailsLlamaForCausalLM(model_config).to(device)
+        draw_masks(model, config.sparsity, loss=lambda: model(**first_batch(), use_cache=False).loss)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(device).train()
@@ -285,9 +292,11 @@ def require_same_run(wanted: RunConfig, found: RunConfig, path: Path) -> None:
     """A run continues with the model, the tokens and the sparsity it began with; other keys may change."""
     fixed = {
         "data": ("tokenizer", "sequence_length", "text_field"),
-        "sparsity": ("density", "distribution", "densities", "exclude", "seed"),
+        "sparsity": (
+            "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
+        ),
         "train": ("optimizer",),
-    }
+    }  # fmt: skip
     wanted, found = wanted.to_dict(), found.to_dict()
     for section, keys in {"model": sorted(wanted["model"].keys() | found["model"].keys()), **fixed}.items():
         for key in keys:

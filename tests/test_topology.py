@@ -329,3 +329,19 @@ def test_unknown_distribution():
         ValueError, match=r"distribution is 'erd'; accepted: er, erk, flops, uniform \(did you mean 'er"
     ):
         active_counts(SHAPES, 0.5, "erd")
+
+
+@pytest.mark.slow
+def test_fused_scores_choose_the_same():
+    # As on a GPU; here it needs a C++ compiler. Rounding may move a weight at the boundary.
+    mask, weight, grad = tensors((300, 1000), 0.9)
+    for step in (1, 2):
+        state = topology.SparseWeight(mask, weight, grad, name="a", step=step)
+        for criterion in (topology.soft_magnitude, topology.gradient):
+            eager = topology._score(state, criterion, mask.flatten(), "drop")
+            key = topology.noise_key(0, step, "a", "drop")
+            flat = {"weight": weight.flatten(), "grad": grad.flatten()}
+            fused = topology._fused_keys(criterion, state, flat, key, 0, mask.numel(), mask.flatten())
+            chosen = [topology.select_top([topology.Part(k, (1, 2))], 200_000)[0] for k in (eager.keys, fused)]
+            assert (chosen[0] != chosen[1]).sum() <= 2
+    assert topology._warn_once.cache_info().currsize == 0
