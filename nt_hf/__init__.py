@@ -10,6 +10,8 @@ from .modeling_neurotrails_llama import (
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
 )
+from .sparsifier import Sparsifier, SparsityConfig, draw_masks
+from .trainer_callback import SparsityCallback
 
 AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)
 AutoModel.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel)
@@ -25,9 +27,13 @@ __all__ = [
     "NeuroTrailsLlamaConfig",
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaModel",
+    "Sparsifier",
+    "SparsityCallback",
+    "SparsityConfig",
     "__version__",
     "apply_masks",
     "check_masks",
     "densify",
+    "draw_masks",
     "freeze_topology",
 ]

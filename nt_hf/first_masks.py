@@ -204,13 +204,13 @@ def _masks_of_checkpoint(path: Path, modules: Mapping[str, nn.Module], structure
 
 
 def snip(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
-    """How much the loss feels each weight, ``|w * g|`` (SNIP, Lee et al. 2019, eq. 6)."""
+    """How much the loss feels each weight, ``|w * g|`` (SNIP, Lee et al. 2019)."""
     grads = _gradients(loss(), weights)
     return {name: (weight.detach() * grads[name]).abs() for name, weight in weights.items()}
 
 
 def grasp(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
-    """How much each weight helps the flow of gradients, ``w * (H g)`` (GraSP, Wang et al. 2020, eq. 8).
+    """How much each weight helps the flow of gradients, ``w * (H g)`` (GraSP, Wang et al. 2020).
 
     A weight whose removal would weaken the gradient scores high: the paper removes the largest ``-w * (H g)``. Its
     temperature of the logits is the loss's business. ``H g`` is the central difference of the gradient along itself,

@@ -31,6 +31,8 @@ def results_table(records: Sequence[Record]) -> str:
     if update := _last(records, "update"):
         rows += [(f"density of {group}", f"{value:.3f}") for group, value in update["density_by_group"].items()]
         rows.append(("share of masked weights ever active", f"{update['ever_active']:.3f}"))
+        if update["head_overlap"] is not None:
+            rows.append(("overlap (Jaccard) of two heads' masks", f"{update['head_overlap']:.3f}"))
         rows.append(("topology updates", str(sum(record["event"] == "update" for record in records))))
     width = max(len(name) for name, _ in rows)
     title = f"validation, step {evaluation['step']}".ljust(width)

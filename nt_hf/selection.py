@@ -187,6 +187,8 @@ def _within(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many values of a stretch lie above ``high`` and how many from ``low`` to ``high``; these, if they differ."""
     values = parts[i][start:stop]
+    if low == INT32_MIN and high == INT32_MAX:
+        return torch.stack([_zero(values), _zero(values) + len(values)]), values
     inside = _at_least(values, low)
     above = _at_least(values, high + 1) if high < INT32_MAX else torch.zeros_like(inside)
     inside ^= above

@@ -12,9 +12,9 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def uniform(shape: Sequence[int], uses: int) -> int:
 
 
 def er(shape: Sequence[int], uses: int) -> int:
-    """Erdős–Rényi: density in proportion to ``(n_in + n_out) / (n_in * n_out)`` (Mocanu et al. 2018, eq. 1)."""
+    """Erdős–Rényi: density in proportion to ``(n_in + n_out) / (n_in * n_out)`` (Mocanu et al. 2018)."""
     return sum(shape[:2]) * math.prod(shape[2:])
 
 
@@ -245,6 +245,7 @@ class SparseWeight:
         transposed: whether the input dimension comes first.
         offset: flat index of the first element, when this is one shard of a tensor, split along its first dimension.
         reduce: sums counts over the shards.
+        size, active: elements and active weights of the tensor, over all shards; counted here.
     """
 
     mask: torch.Tensor
@@ -261,22 +262,20 @@ class SparseWeight:
     transposed: bool = False
     offset: int = 0
     reduce: Reduce = whole
+    size: int = field(init=False)
+    active: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        all_of_it = torch.tensor(self.mask.numel(), device=self.mask.device)
+        size, active = self.reduce(torch.stack([all_of_it, torch.count_nonzero(self.mask)])).tolist()
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "active", active)
 
     def count(self, *masks: torch.Tensor) -> list[int]:
         """How many are set in each of some masks, over all shards."""
         return self.reduce(torch.stack([torch.count_nonzero(mask) for mask in masks])).tolist()
 
-    @cached_property
-    def size(self) -> int:
-        """Elements of the tensor, over all shards."""
-        return int(self.reduce(torch.tensor(self.mask.numel(), device=self.mask.device)))
-
-    @cached_property
-    def active(self) -> int:
-        """Active weights, over all shards."""
-        return self.count(self.mask)[0]
-
-    @cached_property
+    @property
     def group_length(self) -> int:
         """Weights of one group of the structure; unstructured, the tensor is one group."""
         return self.size if self.structure == "unstructured" else self.groups(self.mask).shape[-1]
@@ -357,12 +356,12 @@ def soft_magnitude(at: Stretch) -> torch.Tensor:
 
 
 def taylor(at: Stretch) -> torch.Tensor:
-    """Keeps the largest first-order effect on the loss, ``|w * g|`` (Molchanov et al. 2017, eq. 8; 2019, eq. 8)."""
+    """Keeps the largest first-order effect on the loss, ``|w * g|`` (Molchanov et al. 2017)."""
     return at.weight.mul_(at.grad).abs_()
 
 
 def mest(at: Stretch) -> torch.Tensor:
-    """Keeps the largest ``|w| + lambda * |g|`` (MEST, Yuan et al. 2021, section 3.2)."""
+    """Keeps the largest ``|w| + lambda * |g|`` (MEST, Yuan et al. 2021)."""
     return at.weight.abs_().add_(at.grad.abs_(), alpha=at.mest_lambda)
 
 
@@ -372,7 +371,7 @@ def gradient(at: Stretch) -> torch.Tensor:
 
 
 def momentum(at: Stretch) -> torch.Tensor:
-    """Grows where the averaged dense gradient is largest (SNFS, Dettmers & Zettlemoyer 2019, section 3.3)."""
+    """Grows where the averaged dense gradient is largest (SNFS, Dettmers & Zettlemoyer 2019)."""
     return at.momentum.abs_()
 
 
@@ -398,7 +397,7 @@ class Drop(NamedTuple):
 DROP: dict[str, Drop] = {
     "magnitude": Drop(magnitude),
     "soft_magnitude": Drop(soft_magnitude),
-    # Drops the smallest positive and the largest negative weights (SET, Mocanu et al. 2018, algorithm 1).
+    # Drops the smallest positive and the largest negative weights (SET, Mocanu et al. 2018).
     "set": Drop(magnitude, by_sign=True),
     "taylor": Drop(taylor),
     "mest": Drop(mest),

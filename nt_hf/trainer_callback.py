@@ -83,7 +83,6 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
         """Binds a new [`Sparsifier`] to the model and its optimizer, and continues that of a resumed run."""
-        args.max_grad_norm = _true_limit(args.max_grad_norm)
         # The state is new for each run, also for one that auto_find_batch_size begins again.
         if hasattr(state, "sparsity_callback"):
             raise ValueError("callbacks is a list with two SparsityCallbacks; accepted: one")

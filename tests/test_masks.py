@@ -10,7 +10,17 @@ from torch import nn
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, apply_masks, check_masks, densify, freeze_topology
 from nt_hf import masks as lib
-from nt_hf.masks import attach_masks, get_mask, maskable_modules, masked_modules, set_mask
+from nt_hf.masks import (
+    attach_masks,
+    check_structure,
+    get_mask,
+    group_count,
+    groups_of,
+    maskable_modules,
+    masked_modules,
+    parse_structure,
+    set_mask,
+)
 
 SHAPES = [(3, 8), (5, 13), (1, 1), (4, 7), (2, 16), (3, 2, 5), (4, 3, 3, 3)]
 
@@ -257,3 +267,56 @@ def test_training_with_masks_kept_zeros_outside_and_weights_inside(variant):
 def test_masks_move_with_the_model_but_keep_their_type(model):
     model = copy.deepcopy(model).half().double()
     assert {module.weight_mask.dtype for module in masked_modules(model).values()} == {torch.uint8}
+
+
+# --------------------------------------------------------------------------------------------------- structure
+
+
+@pytest.mark.parametrize(("structure", "sizes"), [("unstructured", None), ("constant_fan_in", None), ("2:4", (2, 4)),
+                                                  ("1:16", (1, 16)), ("4:4", (4, 4))])  # fmt: skip
+def test_structures_by_name(structure, sizes):
+    assert parse_structure(structure) == sizes
+
+
+@pytest.mark.parametrize("structure", ["", "5:4", "0:4", "2:0", "2:4:8", "a:b", "-2:4", "dense", 124, None])
+def test_what_is_no_structure(structure):
+    with pytest.raises(ValueError, match=r"structure is .*; accepted: unstructured, constant_fan_in, or N:M"):
+        parse_structure(structure)
+
+
+@pytest.mark.parametrize(
+    ("rows", "structure", "transposed", "error"),
+    [
+        (["1100", "0110"], "2:4", False, None),
+        (["1111", "1111"], "2:4", False, None),  # on its way from dense
+        (["1100", "0111"], "2:4", False, "groups hold 2 to 3 active weights"),
+        (["1000", "0001"], "2:4", False, "groups of 4 hold 1 active weights; structure 2:4 has 2"),
+        (["1110", "0111"], "constant_fan_in", False, None),
+        (["1110", "0110"], "constant_fan_in", False, "groups hold 2 to 3 active weights"),
+        (["1010", "0101"], "constant_fan_in", True, None),
+        (["1010", "0101"], "1:2", True, None),
+        (["1100", "1100"], "1:2", True, "groups hold 0 to 2 active weights"),
+        (["1010", "0000"], "unstructured", False, None),
+    ],
+)
+def test_a_mask_is_checked_for_its_structure(rows, structure, transposed, error):
+    mask = torch.tensor([[bit == "1" for bit in row] for row in rows])
+    if error is None:
+        check_structure(mask, structure, transposed)
+    else:
+        with pytest.raises(ValueError, match=error):
+            check_structure(mask, structure, transposed)
+
+
+def test_groups_of_a_convolution_lie_along_its_input_channels():
+    weight = torch.arange(2 * 4 * 3).view(2, 4, 3)
+    assert groups_of(weight, "2:4")[0, 0].tolist() == [[0, 3, 6, 9]]
+    assert groups_of(weight, "1:2")[1, 2].tolist() == [[14, 17], [20, 23]]
+    assert groups_of(weight, "constant_fan_in")[1].tolist() == list(range(12, 24))
+    assert [group_count((2, 4, 3), s) for s in ("unstructured", "constant_fan_in", "2:4", "1:2")] == [1, 2, 6, 12]
+
+
+def test_groups_need_a_divisible_input_dimension():
+    with pytest.raises(ValueError, match=r"2:4 needs input dimensions divisible by 4; one is 6, of a weight \[8, 6\]"):
+        groups_of(torch.zeros(8, 6), "2:4")
+    assert groups_of(torch.zeros(8, 6), "2:4", transposed=True).shape == (6, 2, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, training
@@ -210,7 +210,9 @@ def stopped_at(step: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("overrides", [(), ("--data.packing", "pad", "--data.num_workers", "2"),
                                        ("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
-                                        "--train.save_dtype", "bfloat16")])  # fmt: skip
+                                        "--train.save_dtype", "bfloat16"),
+                                       ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",
+                                        "--sparsity.density_start", 1.0)])  # fmt: skip
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):
     whole = train(config, tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -220,7 +222,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_pat
     resumed = train(config, tmp_path / "killed", *overrides)
     keys = ("step", "tokens", "head_losses", "lr", "grad_norm", "epoch")
     assert of(resumed, "train", *keys) == of(whole, "train", *keys)
-    keys = ("step", "dropped", "grown", "density", "ever_active")
+    keys = ("step", "dropped", "grown", "grown_kept", "density", "density_by_group", "ever_active")
     assert of(resumed, "update", *keys) == of(whole, "update", *keys)
     assert of(resumed, "eval", "step", "head_losses") == of(whole, "eval", "step", "head_losses")
     ends = [load_file(tmp_path / name / "checkpoint-12" / "model.safetensors") for name in ("whole", "killed")]
@@ -273,6 +275,9 @@ def test_gradient_accumulation_is_exact(config, tmp_path):
         (("--model.share_embedding", "false", "--model.blocks_in_head", "null", "--sparsity.exclude", "[]"), 3, 0.5),
         (("--model.tie_word_embeddings", "true", "--sparsity.exclude", "[]"), 3, 0.5),
         (("--train.precision", "bf16"), 3, 0.5),
+        (("--sparsity.initial_masks", "snip", "--sparsity.drop", "taylor"), 3, 0.5),
+        (("--sparsity.density_start", 1.0, "--sparsity.drop", "global_magnitude"), 3, 0.5),
+        (("--sparsity.structure", "2:4", "--sparsity.distribution", "erk"), 3, 0.5),
     ],
 )
 def test_kinds_of_runs(config, tmp_path, overrides, updates, density):
@@ -284,6 +289,28 @@ def test_kinds_of_runs(config, tmp_path, overrides, updates, density):
     assert active == round(density * size) and bool(size) == (density < 1)
     evals = of(records, "eval", "perplexity")
     assert evals[-1] < evals[0]
+
+
+def test_masks_of_a_checkpoint_begin_another_run(config, run, tmp_path):
+    first = load_file(run / "checkpoint-12" / "model.safetensors")
+    masks = {name: value for name, value in first.items() if name.endswith("weight_mask")}
+    train(config, tmp_path / "run", "--sparsity.initial_masks", run / "checkpoint-12", "--sparsity.update_interval", 0)
+    second = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
+    assert masks and all(torch.equal(second[name], mask) for name, mask in masks.items())
+
+
+def test_a_mask_that_lacks_the_declared_structure_is_refused(config, tmp_path):
+    train(config, tmp_path / "run", "--sparsity.structure", "2:4")
+    path = tmp_path / "run" / "checkpoint-12"
+    assert NeuroTrailsLlamaForCausalLM.from_pretrained(path).config.mask_structure == "2:4"
+    weights = load_file(path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("weight_mask"))
+    weights[name][0, 0] |= 0b1111
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"the mask of {name.removesuffix('_mask')}: groups hold 2 to 4 active weights"
+    ):
+        NeuroTrailsLlamaForCausalLM.from_pretrained(path)
 
 
 def test_trackers(config, tmp_path):
@@ -354,6 +381,10 @@ def test_two_processes_train_as_one(config, tmp_path):
         (("--sparsity.densities", "{'lm_heads.*': 1.0}", "--sparsity.density", 0.05), "densities"),
         (("--sparsity.densities", "{'nothing.*': 1.0}"), "nothing.*"),
         (("--sparsity.exclude", "['nothing.*']"), "nothing.*"),
+        (("--sparsity.structure", "4:2"), "accepted: unstructured, constant_fan_in, or N:M with 1 <= N <= M"),
+        (("--sparsity.structure", "2:4", "--sparsity.density", 0.6), "structure 2:4 has density 0.5 in every tensor"),
+        (("--sparsity.structure", "3:6"), "needs input dimensions divisible by 6; one is 32"),
+        (("--sparsity.initial_masks", "no/such"), "accepted: grasp, random, snip, the path of a checkpoint"),
         (("--data.train", "no/such/*.jsonl"), "no/such"),
         (("--data.validation", "no/such/*.jsonl"), "no/such"),
         (("--data.tokenizer", "no/such"), "no/such"),

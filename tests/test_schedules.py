@@ -2,7 +2,7 @@
 
 import pytest
 
-from nt_hf.schedules import SCHEDULES, scheduled, update_due
+from nt_hf.schedules import SCHEDULES, last_update, scheduled, update_due
 
 
 @pytest.mark.parametrize(
@@ -12,13 +12,14 @@ from nt_hf.schedules import SCHEDULES, scheduled, update_due
         ("constant", [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
         ("linear", [0.5, 0.5, 0.4, 0.3, 0.1, 0.1]),
         ("cosine", [0.5, 0.5, 0.3 + 0.2 * 0.5**0.5, 0.3, 0.1, 0.1]),
+        ("cubic", [0.5, 0.5, 0.1 + 0.4 * 27 / 64, 0.15, 0.1, 0.1]),
     ],
 )
 def test_values(name, values):
     assert [scheduled(name, step, 10, 30, 0.5, 0.1) for step in (0, 10, 15, 20, 30, 99)] == pytest.approx(values)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "cubic"])
 def test_an_empty_window_jumps_to_the_last_value(name):
     assert [scheduled(name, step, 10, 10, 0.5, 0.1) for step in (9, 10, 11)] == pytest.approx([0.5, 0.1, 0.1])
 
@@ -42,6 +43,7 @@ def test_values_may_rise(name):
 )
 def test_updates_are_due(interval, start, end, steps):
     assert [step for step in range(60) if update_due(step, interval, start, end)] == steps
+    assert last_update(interval, start, end) == (steps[-1] if steps else None)
 
 
 def test_an_unknown_schedule():

@@ -53,6 +53,13 @@ def test_text_that_is_no_yaml_is_text():
     assert load_run_config([], {"data.train": "*.jsonl"}).data.train == "*.jsonl"  # YAML's alias
 
 
+def test_a_structure_is_no_number_to_the_base_60(tmp_path):
+    (tmp_path / "a.yaml").write_text("sparsity: {structure: 2:4, density: 0.5}\ntrain: {max_steps: 1_000}\n")
+    config = load_run_config([tmp_path / "a.yaml"], {"sparsity.seed": "-7"})
+    assert (config.sparsity.structure, config.train.max_steps, config.sparsity.seed) == ("2:4", 1000, -7)
+    assert load_run_config([], {"sparsity.structure": "1:2", "sparsity.density": "0.5"}).sparsity.structure == "1:2"
+
+
 def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
     assert load_run_config([], {"train.seed": "3"}).sparsity.seed == 3
     assert load_run_config([], {"train.seed": "3", "sparsity.seed": "4"}).sparsity.seed == 4
