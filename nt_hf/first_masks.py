@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .masks import (
     attach_masks,
@@ -30,10 +31,6 @@ logger = logging.getLogger(__name__)
 
 Loss = Callable[[], torch.Tensor]
 
-# Of GraSP's difference, relative to the norm of the weights. On a small Llama 1e-4 differs by 1e-4 from second
-# derivatives of the plain loss, 1e-3 by 3e-3.
-_GRASP_STEP = 1e-4
-
 
 def target_counts(
     model: nn.Module, config: SparsityConfig, density: float | None = None, uses: Mapping[str, int] | None = None
@@ -50,13 +47,17 @@ def target_counts(
         ValueError: a glob of ``densities`` fits no masked weight, they leave an impossible remainder, or the structure
             cannot have the density.
     """
-    modules = masked_modules(model)
+    return _counts(masked_modules(model), config, config.density if density is None else density, uses)
+
+
+def _counts(
+    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None
+) -> dict[str, int]:
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     groups = {
         name: group_count(module.weight.shape, config.structure, is_transposed(module))
         for name, module in modules.items()
     }
-    density = config.density if density is None else density
     if sizes := parse_structure(config.structure):
         each, of = sizes
         if config.densities or abs(config.density - each / of) > 0.005:
@@ -80,7 +81,13 @@ def target_counts(
             )
         uses = {name: 0 if isinstance(module, nn.Embedding) else 1 for name, module in modules.items()}
     counts = active_counts(shapes, density, config.distribution, fixed, uses)
-    return counts if config.structure == "unstructured" else structured_counts(counts, shapes, groups)
+    if config.structure != "unstructured":
+        counts = structured_counts(counts, shapes, groups)
+    if density > config.density:  # a tensor only loses weights on the way, also where groups have other densities
+        counts = {
+            name: max(counts[name], count) for name, count in _counts(modules, config, config.density, uses).items()
+        }
+    return counts
 
 
 def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
@@ -118,20 +125,31 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
         _fitting("exclude", pattern, maskable_modules(model))
     declared = getattr(getattr(model, "config", None), "masked_modules", None)
     patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in config.exclude)]
+    before = masked_modules(model)
     attach_masks(model, patterns)
-    modules = masked_modules(model)
-    for name in [name for name in modules if not matches(name, patterns)]:
-        del modules.pop(name).weight_mask
+    modules = {name: module for name, module in masked_modules(model).items() if matches(name, patterns)}
+    # The batch is to leave no trace, in the statistics of batch norms for example.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if loss is not None else []
+    try:
+        masks = _first_masks(modules, config, loss)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    except BaseException:
+        for name in modules.keys() - before.keys():
+            del modules[name].weight_mask
+        raise
+    for name in before.keys() - modules.keys():
+        del before[name].weight_mask
     if declared is not None:
         model.config.masked_modules = list(dict.fromkeys(patterns))
     if hasattr(getattr(model, "config", None), "mask_structure"):
         model.config.mask_structure = config.structure
-    for name, mask in _first_masks(model, modules, config, loss).items():
+    for name, mask in masks.items():
         set_mask(modules[name], mask)
 
 
 def _first_masks(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: SparsityConfig, loss: Loss | None
+    modules: Mapping[str, nn.Module], config: SparsityConfig, loss: Loss | None
 ) -> dict[str, torch.Tensor]:
     """The bool masks of all masked modules."""
     if config.initial_masks not in ("random", *SALIENCY):
@@ -140,7 +158,7 @@ def _first_masks(
         raise ValueError(f"initial_masks={config.initial_masks!r} needs draw_masks(model, config, loss=...)")
     uses = weight_uses(modules, loss) if loss is not None and config.distribution == "flops" else None
     start = config.density if config.density_start is None else config.density_start
-    counts = target_counts(model, config, start, uses)
+    counts = _counts(modules, config, start, uses)
     if config.initial_masks == "random":
         return {
             name: random_mask(
@@ -213,38 +231,26 @@ def grasp(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Te
     """How much each weight helps the flow of gradients, ``w * (H g)`` (GraSP, Wang et al. 2020).
 
     A weight whose removal would weaken the gradient scores high: the paper removes the largest ``-w * (H g)``. Its
-    temperature of the logits is the loss's business. ``H g`` is the central difference of the gradient along itself,
-    because fused kernels for attention and cross-entropy have no second derivative, or a silently wrong one.
+    temperature of the logits is the loss's business. The loss must have second derivatives; those of PyTorch's
+    ``linear_cross_entropy`` are wrong without a word (a NeuroTrails Llama does without it here).
     """
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    def gradients() -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng():  # the same dropout each time
-            return _gradients(loss(), weights)
-
-    grads = gradients()
-    norms = [torch.stack([each[name].norm() for name in weights]).norm() for each in (before, grads)]
-    length = float(_GRASP_STEP * norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny))
-    sides = []
-    try:
-        for sign in (1, -1):
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(before[name] + sign * length * grads[name])
-            sides.append(gradients())
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(before[name])
-    return {name: before[name] * (sides[0][name] - sides[1][name]) / (2 * length) for name in weights}
+    with sdpa_kernel(SDPBackend.MATH):  # of attention only the plain one has second derivatives
+        grads = _gradients(loss(), weights, create_graph=True)
+        norm = sum((grad * grad.detach()).sum() for grad in grads.values())
+        products = _gradients(norm, weights)
+    return {name: weight.detach() * products[name] for name, weight in weights.items()}
 
 
 Saliency = Callable[[Mapping[str, nn.Parameter], Loss], dict[str, torch.Tensor]]
 SALIENCY: dict[str, Saliency] = {"snip": snip, "grasp": grasp}
 
 
-def _gradients(value: torch.Tensor, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True, materialize_grads=True)
+def _gradients(
+    value: torch.Tensor, weights: Mapping[str, nn.Parameter], create_graph: bool = False
+) -> dict[str, torch.Tensor]:
+    grads = torch.autograd.grad(
+        value, list(weights.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
     for name, grad in zip(weights, grads):
         if not grad.isfinite().all():
             raise ValueError(f"the saliency of {name} is not finite on this batch; accepted: a batch of finite loss")

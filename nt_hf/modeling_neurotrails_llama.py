@@ -109,8 +109,10 @@ class LMHead(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         fused = getattr(nn.functional, "linear_cross_entropy", None)
-        # PyTorch's fused loss rounds its result to the weights' type: too coarse for bf16.
-        if fused is None or self.weight.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        # PyTorch's fused loss rounds its result to the weights' type: too coarse for bf16. And its second derivatives
+        # are wrong without a word: who wants some switches fused attention off, which has none either.
+        precise = self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+        if fused is None or not precise or not torch.backends.cuda.flash_sdp_enabled():
             return chunked_cross_entropy(super().forward, hidden, labels)
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK.get(hidden.device.type, 4096))
         return fused(hidden, self.weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options)

@@ -19,9 +19,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .first_masks import draw_masks, target_counts
 from .masks import (
@@ -41,12 +43,11 @@ from .topology import (
     DROP,
     SparseWeight,
     allocate,
+    falling_counts,
     grow_weights,
-    interpolate,
     keep_weights,
     move_counts,
     redistribute,
-    structured_counts,
 )
 
 __all__ = [
@@ -67,6 +68,8 @@ logger = logging.getLogger(__name__)
 # Their steps leave a weight at exactly 0 whose gradient and state are 0, weight decay included. After a step of any
 # other optimizer the masks are re-applied.
 _KEEPS_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+_HOOKS: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 # The state that optimizers keep of squared gradients: a grown weight starts with g**2 there (see `move_state`).
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
@@ -240,14 +243,17 @@ class Sparsifier:
                 f"the optimizer does not own the masked weights {', '.join(foreign)}; accepted: one that does"
             )
         density = self.report().overall.density
-        if config.is_sparse and config.density_start is None and abs(density - config.density) > 0.001:
+        tolerance = 0.001 if config.structure == "unstructured" else 0.01  # whole weights a group
+        if config.is_sparse and config.density_start is None and abs(density - config.density) > tolerance:
             logger.warning("the model's masks have density %.4g, not %.4g: they stand", density, config.density)
         self._first_counts = self._last_counts = None
         if config.density_start is not None:
             self._first_counts = target_counts(model, config, config.density_start)
             self._last_counts = target_counts(model, config)
         if type(optimizer) not in _KEEPS_ZEROS:
-            optimizer.register_step_post_hook(self._apply_masks)
+            if optimizer in _HOOKS:  # an earlier run's, whose masks are no longer true
+                _HOOKS[optimizer].remove()
+            _HOOKS[optimizer] = optimizer.register_step_post_hook(self._apply_masks)
 
     @property
     def _window(self) -> tuple[float, float]:
@@ -383,16 +389,17 @@ class Sparsifier:
         # The last update reaches the final density, however far it lies before the end.
         end = last_update(self.config.update_interval, start, end)
         progress = scheduled(self.config.density_schedule, self.steps, start, end, 0.0, 1.0)
-        counts = interpolate(self._first_counts, self._last_counts, progress)
-        modules = {name: tensor.module for name, tensor in self._tensors.items()}
+        first, last = self._first_counts, self._last_counts
         if self.config.redistribute != "none":
-            sizes = {name: module.weight.numel() for name, module in modules.items()}
-            return allocate(sum(counts.values()), now, sizes)
+            total = sum(first.values()) + progress * (sum(last.values()) - sum(first.values()))
+            return allocate(round(total), now, {name: each.weight.numel() for name, each in self._tensors.items()})
         if self.config.structure == "unstructured":
-            return counts
-        shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
-        groups = {n: group_count(shapes[n], self.config.structure, is_transposed(modules[n])) for n in shapes}
-        return structured_counts(counts, shapes, groups)
+            return falling_counts(now, first, last, progress)
+        targets = {}
+        for name, tensor in self._tensors.items():
+            groups = group_count(tensor.weight.shape, self.config.structure, is_transposed(tensor.module))
+            targets[name] = round((first[name] + progress * (last[name] - first[name])) / groups) * groups
+        return targets
 
     def _as_weight(self, name: str, tensor: _Masked) -> SparseWeight:
         config = self.config
@@ -525,7 +532,10 @@ class Sparsifier:
         state = {"steps": torch.tensor(self.steps)}
         for name, tensor in self._tensors.items():
             state[f"target.{name}"] = torch.tensor(tensor.target)
-            state |= {f"{kind}.{name}": value.clone() for kind, value in _saved(tensor).items()}
+            state |= {
+                f"{kind}.{name}": value.clone(memory_format=torch.contiguous_format)
+                for kind, value in _saved(tensor).items()
+            }
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -554,6 +564,8 @@ class Sparsifier:
                         f"; {kind} {list(theirs[kind].shape)}, not {list(ours[kind].shape)}" for kind in differing
                     )
                 )
+            if (tensor.module.weight_mask & ~theirs["ever_active"].to(tensor.ever_active.device)).any():
+                raise ValueError(f"the sparsifier's state is of another run: its mask of {name} had other weights")
             for kind, value in ours.items():
                 value.copy_(theirs[kind])
         self.steps, self._tensors = int(state["steps"]), tensors

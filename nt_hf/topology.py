@@ -128,8 +128,11 @@ def active_counts(
             f"densities: the groups cover every weight and give density "
             f"{sum(counts.values()) / sum(sizes.values()):g}; density must be the same, it is {density:g}"
         )
-    for name in sorted(counts, key=sizes.__getitem__, reverse=True)[: abs(budget) if not shares else 0]:
-        counts[name] += 1 if budget > 0 else -1  # what rounding each group left over
+    if not shares:  # settle what rounding each group left over
+        sign = 1 if budget > 0 else -1
+        able = [name for name in counts if 1 <= counts[name] + sign <= sizes[name]]
+        for name in sorted(able, key=sizes.__getitem__, reverse=True)[: abs(budget)]:
+            counts[name] += sign
     counts |= allocate(budget, shares, room) if shares else {}
 
     adjustable = [name for name in counts if name not in fixed]
@@ -214,14 +217,23 @@ def structured_counts(
     return {name: value * groups[name] for name, value in each.items()}
 
 
-def interpolate(first: Mapping[str, int], last: Mapping[str, int], progress: float) -> dict[str, int]:
-    """Counts between two sets of counts, ``progress`` of the way, exact in total: a density that is scheduled."""
+def falling_counts(
+    now: Mapping[str, int], first: Mapping[str, int], last: Mapping[str, int], progress: float
+) -> dict[str, int]:
+    """Counts ``progress`` of the way from the first to the last ones, exact in total, none above what it is now.
+
+    Rounding each time anew would let single weights wander from tensor to tensor.
+
+    Args:
+        now: counts so far, each between ``first`` and ``last``.
+        first, last: counts at the begin and, nowhere larger, at the end of a density schedule.
+        progress: from 0 to 1.
+    """
     exact = {name: first[name] + Fraction(progress) * (last[name] - first[name]) for name in first}
-    counts = {name: math.floor(value) for name, value in exact.items()}
-    left_over = round(sum(exact.values())) - sum(counts.values())
-    for name in sorted(exact, key=lambda name: exact[name] % 1, reverse=True)[:left_over]:
-        counts[name] += 1
-    return counts
+    surplus = max(0, sum(now.values()) - round(sum(exact.values())))
+    room = {name: now[name] - last[name] for name in now}
+    fallen = allocate(surplus, {name: max(Fraction(0), now[name] - exact[name]) for name in now}, room)
+    return {name: now[name] - fallen[name] for name in now}
 
 
 # ----------------------------------------------------------------------------------------------------- criteria
@@ -713,6 +725,7 @@ def _best_by_sign(weight: SparseWeight, part: Part, k: int) -> torch.Tensor:
 
     # Keys of magnitudes are from 0: inverting their bits puts negative weights behind, the largest last.
     sweep(turn, stretches(keys))
+    only(keys, candidates)
     (chosen,) = select_top([part], positive - from_positive + zeros, weight.reduce)
     only(keys.bitwise_not_(), candidates)
     return chosen.logical_or_(select_top([part], negative - (dropped - from_positive), weight.reduce)[0])
@@ -736,7 +749,8 @@ def _round_at_random(weight: SparseWeight, counts: torch.Tensor) -> torch.Tensor
     """Rounds ``[groups]`` up with the probability of their fractions: groups that miss one weight share it too."""
     first = weight.offset // weight.group_length
     key = noise_key(weight.seed, weight.step, weight.name, "share")
-    return (counts + to_uniform(hash_range(first, first + len(counts), key, counts.device))).floor().long()
+    chance = to_uniform(hash_range(first, first + len(counts), key, counts.device))
+    return (counts + chance.double()).floor().long()  # in fp32 a chance near 1 would round up whole numbers
 
 
 # ------------------------------------------------------------------------------------------------------- errors

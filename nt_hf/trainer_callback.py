@@ -29,7 +29,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .masks import masked_modules
 from .sparsifier import Sparsifier, SparsityConfig, TopologyUpdate
 
 STATE_FILE = "sparsifier.safetensors"
@@ -93,7 +92,7 @@ class SparsityCallback(TrainerCallback):
                 f"distributed_type is {accelerator.distributed_type.value}; accepted: one process, or data parallel "
                 "ones that hold whole weights"
             )
-        if args.fp16 or accelerator.mixed_precision == "fp16":
+        if accelerator.mixed_precision == "fp16":
             raise ValueError("fp16 is True; accepted: bf16 or full precision, where gradients are not scaled")
         self.sparsifier = Sparsifier(model, optimizer, self.config, state.max_steps)
         # Of some models (ViT) save_pretrained renames the weights, and Trainer, which loads a checkpoint by the model's
@@ -111,11 +110,8 @@ class SparsityCallback(TrainerCallback):
 
     def _resume(self, checkpoint: Path, step: int) -> None:
         try:
-            saved = load_file(checkpoint / STATE_FILE)
-            self.sparsifier.load_state_dict(saved)
-            # As output_dir is only a guess: masks of another run have weights that this one never activated.
-            masks = {name: module.weight_mask.cpu() for name, module in masked_modules(self.sparsifier.model).items()}
-            if self.sparsifier.steps != step or any((masks[n] & ~saved[f"ever_active.{n}"]).any() for n in masks):
+            self.sparsifier.load_state_dict(load_file(checkpoint / STATE_FILE))  # of another run it raises
+            if self.sparsifier.steps != step:
                 raise ValueError(f"it is of step {self.sparsifier.steps} of another run")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
@@ -155,7 +151,8 @@ class SparsityCallback(TrainerCallback):
         """Saves the sparsifier's state beside the model's and the optimizer's."""
         # Trials of a hyperparameter search have directories of their own, and are not resumed.
         if args.should_save and not state.is_hyper_param_search:
-            save_file(self.sparsifier.state_dict(), _checkpoint(args, state) / STATE_FILE)
+            tensors = {name: value.contiguous() for name, value in self.sparsifier.state_dict().items()}
+            save_file(tensors, _checkpoint(args, state) / STATE_FILE)
 
     def on_train_end(self, args, state, control, *, model, **kwargs) -> None:
         """Leaves arguments and model as they were."""

@@ -20,8 +20,8 @@ from nt_hf.topology import (
     active_counts,
     allocate,
     best_scores,
+    falling_counts,
     grow_weights,
-    interpolate,
     keep_weights,
     random_mask,
     redistribute,
@@ -29,7 +29,19 @@ from nt_hf.topology import (
     update_mask,
 )
 
-SHAPES = [(1, 1), (1, 17), (19, 1), (7, 13), (12, 16), (16, 12), (8, 3), (3, 4, 5), (2, 8, 7), (4, 8, 2, 3), (5, 4, 3, 3)]
+SHAPES = [
+    (1, 1),
+    (1, 17),
+    (19, 1),
+    (7, 13),
+    (12, 16),
+    (16, 12),
+    (8, 3),
+    (3, 4, 5),
+    (2, 8, 7),
+    (4, 8, 2, 3),
+    (5, 4, 3, 3),
+]
 STRUCTURES = ["unstructured", "constant_fan_in", "1:2", "2:4", "3:4", "4:4"]
 KEPT_EXACTLY = ["magnitude", "set", "taylor", "mest"]  # what follows from the values alone, tensor by tensor
 
@@ -231,14 +243,8 @@ regrows = st.sampled_from(topology.REGROW)
 # ------------------------------------------------------------------------------------------- what always holds
 
 
-@pytest.mark.parametrize("drop", topology.DROP)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@quickly(60)
-@given(data=st.data())
-def test_what_holds_of_every_update(drop, structure, data):
-    case = data.draw(cases([structure]))
-    grow, regrow, fraction = data.draw(st.sampled_from(list(topology.GROW))), data.draw(regrows), data.draw(fractions)
-    mask, transposed = case.fields["mask"], case.fields["transposed"]
+def assert_holds(case, drop, grow, regrow, fraction):
+    mask, structure, transposed = (case.fields[name] for name in ("mask", "structure", "transposed"))
     before = {name: value.clone() for name, value in case.fields.items() if isinstance(value, torch.Tensor)}
     how = {"drop_fraction": fraction, "drop": drop, "regrow": regrow}
     (kept,) = keep_weights([case.state], [case.target], **how)
@@ -251,11 +257,10 @@ def test_what_holds_of_every_update(drop, structure, data):
     assert not (kept & ~new).any()
     assert kept.sum() == slow_number_kept(case.slow(), case.target, fraction, regrow)
     assert torch.equal(new, case.update(grow=grow, **how))
-    assert torch.equal(new, case.update(grow=grow, **how))
     assert all(torch.equal(case.fields[name], value) for name, value in before.items())
-    check_structure(new, structure, transposed)
     assert {int(new.flatten()[group].sum()) for group in case.groups} == {case.target // len(case.groups)}
     assert group_count(case.shape, structure, transposed) == len(case.groups)
+    check_structure(new, structure, transposed)
     if regrow == "forbid":
         assert not (new & mask & ~kept).any()
     if case.target == mask.numel():
@@ -265,18 +270,40 @@ def test_what_holds_of_every_update(drop, structure, data):
         assert not (mask & ~new).any() or case.target < mask.sum()
 
 
-@pytest.mark.parametrize("drop", topology.DROP)
-@pytest.mark.parametrize("grow", topology.GROW)
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_dense_tensor_stays_dense(drop, grow, structure):
+@quickly(60)
+@given(data=st.data())
+def test_what_holds_of_every_update(structure, data):
+    drop, grow = data.draw(st.sampled_from(list(topology.DROP))), data.draw(st.sampled_from(list(topology.GROW)))
+    assert_holds(data.draw(cases([structure])), drop, grow, data.draw(regrows), data.draw(fractions))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_holds_of_every_combination(structure):
+    shape, draws, grow = (6, 8, 3), random.Random(structure), itertools.cycle(topology.GROW)
+    groups = slow_groups(shape, structure)
+    least, length = map(int, structure.split(":")) if ":" in structure else (0, len(groups[0]))
+    now = (least + length) // 2
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[[i for group in groups for i in draws.sample(group, now)]] = True
+    weight, grad, momentum = (each.view(shape) for each in values_with_ties(draws, mask.numel(), torch.float32))
+    fields = {"mask": mask, "weight": weight * mask, "grad": grad, "momentum": momentum, "structure": structure}
+    fields["transposed"] = False
+    goals = sorted({now, max(least, now // 2), min(length, now + 1), length})
+    for goal, regrow, drop in itertools.product(goals, topology.REGROW, topology.DROP):
+        assert_holds(Case(fields, goal * len(groups), shape, groups, 0), drop, next(grow), regrow, 0.4)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_dense_tensor_stays_dense(structure):
     shape = (5, 8, 3)
     dense = torch.ones(shape, dtype=torch.bool)
-    for fraction, regrow in itertools.product((0, 0.3, 1), topology.REGROW):
-        how = {"drop_fraction": fraction, "drop": drop, "regrow": regrow}
-        state = SparseWeight(dense, torch.ones(shape), torch.ones(shape), torch.ones(shape), structure=structure)
-        (kept,) = keep_weights([state], [dense.numel()], **how)
+    state = SparseWeight(dense, torch.ones(shape), torch.ones(shape), torch.ones(shape), structure=structure)
+    for drop, fraction, regrow in itertools.product(topology.DROP, (0.3, 1), topology.REGROW):
+        (kept,) = keep_weights([state], [dense.numel()], drop_fraction=fraction, drop=drop, regrow=regrow)
         assert kept.all()
-        assert grow_weights(state, kept, dense.numel(), grow=grow, regrow=regrow).all()
+    for grow, regrow in itertools.product(topology.GROW, topology.REGROW):
+        assert grow_weights(state, dense, dense.numel(), grow=grow, regrow=regrow).all()
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "constant_fan_in", "2:4"])
@@ -290,7 +317,7 @@ def test_other_steps_draw_differently(structure, drop, grow):
 
 
 @pytest.mark.parametrize("drop", topology.DROP)
-@quickly(60)
+@quickly(20)
 @given(data=st.data())
 def test_the_order_of_the_tensors_does_not_matter(drop, data):
     regrow, fraction = data.draw(regrows), data.draw(fractions)
@@ -322,11 +349,13 @@ def test_a_random_mask_of_every_structure(case):
     assert torch.equal(mask, random_mask(case.shape, case.target, **fields))
 
 
-def test_long_groups_get_exactly_what_they_miss():
-    # Counts of thousands leave fp32 few binary places: seeds whose noise comes close to 1.
-    for seed in (8, 27, 43):
-        counts = random_mask((64, 16384), 64 * 8192, seed=seed, structure="constant_fan_in").sum(1)
-        assert counts.unique().tolist() == [8192]
+def test_long_groups_get_exactly_what_they_miss(monkeypatch):
+    # Beside a count of thousands fp32 has no room for noise close to 1.
+    monkeypatch.setattr(topology, "to_uniform", lambda bits: torch.full(bits.shape, 1 - 2**-24))
+    mask = torch.zeros(3, 5000, dtype=torch.bool)
+    state = SparseWeight(mask, mask.float(), torch.rand(3, 5000), random_share=0.5, structure="constant_fan_in")
+    for grow in topology.GROW:
+        assert grow == "momentum" or grow_weights(state, mask, 3 * 3000, grow=grow).sum(1).tolist() == [3000] * 3
 
 
 @quickly(60)
@@ -381,11 +410,10 @@ LONG = [(12, 16), (16, 12), (19, 1), (40, 4), (7, 8, 3), (4, 8, 2, 3)]
 
 
 @pytest.mark.parametrize("drop", topology.DROP)
-@pytest.mark.parametrize("grow", topology.GROW)
 @quickly(25)
 @given(data=st.data())
-def test_shards_find_the_mask_of_the_whole_tensor(drop, grow, data):
-    case = data.draw(cases(shapes=LONG))
+def test_shards_find_the_mask_of_the_whole_tensor(drop, data):
+    case, grow = data.draw(cases(shapes=LONG)), data.draw(st.sampled_from(list(topology.GROW)))
     # Split along the first dimension a transposed weight's groups are cut, unless they lie along it.
     whole_groups = int(case.fields["structure"].split(":")[1]) if ":" in case.fields["structure"] else None
     step = 1 if not case.fields["transposed"] or case.fields["structure"] == "unstructured" else whole_groups
@@ -428,19 +456,19 @@ def assert_equals_slow(several, drop, grow, regrow, fraction, **fields):
 
 
 @pytest.mark.parametrize("drop", KEPT_EXACTLY)
-@pytest.mark.parametrize("grow", SLOW_GROW)
 @pytest.mark.parametrize("structured", [False, True])
-@quickly(80)
+@quickly(60)
 @given(data=st.data())
-def test_an_update_equals_the_slow_one(drop, grow, structured, data):
+def test_an_update_equals_the_slow_one(drop, structured, data):
     dtypes = [torch.float32] if drop in ("taylor", "mest") else [torch.float32, torch.bfloat16]
     case = data.draw(cases(STRUCTURES[1:] if structured else STRUCTURES[:1], distinct_values, dtypes))
     mest_lambda = data.draw(st.sampled_from([0.0, 2.0**-11, 2.0**12]))
+    grow = data.draw(st.sampled_from(list(SLOW_GROW)))
     assert_equals_slow([case], drop, grow, data.draw(regrows), data.draw(fractions), mest_lambda=mest_lambda)
 
 
 @pytest.mark.parametrize("structured", [False, True])
-@quickly(100)
+@quickly(60)
 @given(data=st.data())
 def test_tensors_that_compete_equal_the_slow_ones(structured, data):
     kinds = STRUCTURES[1:] if structured else STRUCTURES[:1]
@@ -537,14 +565,15 @@ def as_text(mask):
          "00111011"),
         # Down to 4: one more of them goes, and 2 of 4 move.
         ("magnitude", "11111000", [1, -2, 3, 4, -5, 0, 0, 0], [-8, 0, 9, 9, 9, 1, 7, 2], 0.5, {"target": 4},
-         "10011010"),
+         "10111000"),
         # Up to 7, nothing moves: 2 more, of the three that are left; forbid or not.
         ("magnitude", "11111000", [1, -2, 3, 4, -5, 0, 0, 0], [-8, 0, 9, 9, 9, 1, 7, 2], 0, {"target": 7}, "11111011"),
         # Up to 8 and half of 5 (2, halves to even) are to move: full all the same.
         ("magnitude", "11111000", [1, -2, 3, 4, -5, 0, 0, 0], [-8, 0, 9, 9, 9, 1, 7, 2], 0.5, {"target": 8},
          "11111111"),
         # SET: 4 positive and 2 negative, 3 go: 2 positive and 1 negative, though -1 and -2 are the smallest.
-        ("set", "11111100", [3, 4, 5, 6, -1, -2, 0, 0], [0, 0, 0, 0, 0, 0, 5, 5], 0.5, {"target": 3, "drop_fraction": 0},
+        ("set", "11111100", [3, 4, 5, 6, -1, -2, 0, 0], [0, 0, 0, 0, 0, 0, 5, 5], 0,
+         {"target": 3},
          "00110100"),
         ("set", "11111100", [3, 4, 5, 6, -1, -2, 0, 0], [0, 0, 0, 0, 9, 0, 5, 5], 0.5, {}, "00111111"),
         # 3 of 5 go, 0 first, then 1 of 2 positive and 1 of 2 negative.
@@ -601,23 +630,23 @@ def test_set_by_hand_is_random_in_what_grows():
     mask, weight = bits("1111110000"), rows_of([3, 4, 5, 6, -1, -2, 0, 0, 0, 0])
     seen = Counter(
         as_text(update_mask(mask, weight, drop_fraction=0.5, drop="set", grow="random", regrow="forbid", step=step))
-        for step in range(200)
+        for step in range(100)
     )
     three_of_four = ["".join(p) for p in sorted(set(itertools.permutations("1110")))]
     assert sorted(seen) == ["001101" + grown for grown in three_of_four]
-    assert all(30 < count < 70 for count in seen.values())
+    assert all(10 < count < 40 for count in seen.values())
 
 
 @pytest.mark.parametrize(
     ("weights", "masks", "fraction", "regrow", "targets", "expected"),
     [
-        # Three of six go, wherever they are: all of the second tensor.
-        ([[9, 8, 7, 0, 0], [1, 2, 3, 0, 0]], ["11100", "11100"], 0.5, "allow", None, ["11100", "00000"]),
-        # Without regrowth each holds 2 places: the second keeps its 3, the first loses its 7.
-        ([[9, 8, 7, 0, 0], [1, 2, 3, 0, 0]], ["11100", "11100"], 0.5, "forbid", None, ["11000", "00100"]),
+        # One of each three, so two of the six go, wherever they are: both in the second tensor.
+        ([[9, 8, 7, 0], [1, 2, 3, 0]], ["1110", "1110"], 0.3, "allow", None, ["1110", "0010"]),
+        # Without regrowth a tensor cannot lose more than its one inactive place takes up: 2 stays, 7 goes instead.
+        ([[9, 8, 7, 0], [1, 2, 3, 0]], ["1110", "1110"], 0.3, "forbid", None, ["1100", "0110"]),
         # The first is to shrink to 1, so it keeps no more; the second keeps all it can.
         ([[9, 8, 7, 0, 0], [1, 2, 3, 0, 0]], ["11100", "11100"], 0, "allow", [1, 3], ["10000", "11100"]),
-        # Each rounds its own share: of 1 weight none moves, of 3 weights 2, and the smallest of all 4 go.
+        # Each rounds its own share: none of 1 weight, 2 of 3; then the smallest 2 of all 4 go.
         ([[1, 0], [2, 3, 4, 0]], ["10", "1110"], 0.5, "allow", None, ["00", "0110"]),
     ],
 )
@@ -676,26 +705,25 @@ def test_groups_share_in_the_random_growth():
     assert ((grown[:, :5].float().mean(0) - 0.6).abs() < 0.07).all()
 
 
+# Of places drawn without replacement the squared deviations have n - 1 degrees of freedom, times n / (n - 1).
 @pytest.mark.parametrize("grow", ["random", "gradient_random"])
-@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
-def test_random_growth_is_uniform(grow, structure):
-    # 12 places of 16 are free; each draw takes 4 of them, in groups one each.
-    mask = bits("1000" * 4)
-    how = {"drop_fraction": 0.0, "drop": "magnitude", "grow": grow, "random_share": 1.0, "regrow": "forbid"}
-    seen, draws = torch.zeros(16), 3000
-    for step in range(draws):
-        state = SparseWeight(mask, mask.float(), torch.arange(16.0).view(1, 16), step=step, structure=structure)
-        state = SparseWeight(**vars(state) | {"random_share": 1.0})
-        seen += grow_weights(state, mask, 8, grow=how["grow"], regrow="forbid")[0] & ~mask[0]
-    seen = seen[~mask[0]]
-    share = 4 / 12
-    # Drawn without replacement among n, the squared deviations sum to n - 1 degrees of freedom, times n / (n - 1).
-    n = {"unstructured": 12, "2:4": 3}[structure]
-    chi_squared = ((seen - draws * share) ** 2 / (draws * share * (1 - share))).sum() * (n - 1) / n
-    assert chi_squared < {"unstructured": 24.7, "2:4": 20.1}[structure]  # 11 and 8 degrees of freedom, 1 %
+def test_random_growth_is_uniform(grow):
+    # 12 places of 16 are free and 4 of them grow: by one draw of 400 tensors, or of 4000 rows at a time.
+    free, share = torch.arange(16) % 4 != 0, 4 / 12
+    tall = torch.arange(16.0).repeat(4000, 1)
+    rows = SparseWeight(~free.repeat(4000, 1), tall, grad=tall, random_share=1.0, step=5, structure="constant_fan_in")
+    in_rows = grow_weights(rows, rows.mask, 4000 * 8, grow=grow, regrow="forbid").sum(0)
+    in_tensors = torch.zeros(16)
+    for step in range(400):
+        state = SparseWeight(rows.mask[:1], tall[:1], tall[:1], random_share=1.0, step=step)
+        in_tensors += grow_weights(state, state.mask, 8, grow=grow, regrow="forbid")[0]
+    for seen, draws in ((in_rows[free], 4000), (in_tensors[free], 400)):
+        assert seen.sum() == 4 * draws
+        chi_squared = ((seen - draws * share) ** 2 / (draws * share * (1 - share))).sum() * 11 / 12
+        assert chi_squared < 24.7  # 11 degrees of freedom, 1 %
 
 
-@pytest.mark.parametrize(("exponent", "keep"), [(1.0, 4), (3.0, 3), (0.5, 2)])
+@pytest.mark.parametrize(("exponent", "keep"), [(1.0, 4), (3.0, 3)])
 def test_soft_magnitude_includes_each_set_as_often_as_successive_draws(exponent, keep):
     values = [0.5, -0.8, 1.0, -1.3, 1.7, 2.5]
     weight = rows_of([*values, 0, 0, 0, 0])
@@ -708,9 +736,9 @@ def test_soft_magnitude_includes_each_set_as_often_as_successive_draws(exponent,
             chance, left = chance * force[i] / left, left - force[i]
         expected[frozenset(order)] += chance
     assert sum(expected.values()) == pytest.approx(1)
-    draws, seen = 3000, Counter()
+    draws, seen = 600, Counter()
     for step in range(draws):
-        state = SparseWeight(mask, weight, exponent=exponent, step=step)
+        state = SparseWeight(mask, weight, exponent=exponent, seed=1, step=step)
         (kept,) = keep_weights([state], [6], drop_fraction=1 - keep / 6, drop="soft_magnitude")
         seen[frozenset(places(kept))] += 1
     # Rare sets together, so that each class expects at least five.
@@ -755,22 +783,34 @@ def test_counts_are_exact_and_fit(distribution, shapes, density):
 @given(shapes=shapes_of_tensors, density=st.floats(0.02, 1), data=st.data())
 def test_counts_with_fixed_densities_fit(shapes, density, data):
     fixed = data.draw(st.dictionaries(st.sampled_from(sorted(shapes)), st.sampled_from([0.1, 0.5, 0.9, 1.0])))
+    assume(fixed.keys() < shapes.keys())
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     try:
         counts = active_counts(shapes, density, fixed=fixed)
     except ValueError as error:
-        assert "densities: the" in str(error)  # noqa: PT017, any other error is none of its own
+        assert "densities: the" in str(error)
         return
     assert sum(counts.values()) == round(density * sum(sizes.values()))
     assert all(0 <= counts[name] <= sizes[name] for name in shapes)
-    if fixed.keys() < shapes.keys():
-        assert all(counts[name] == max(1, round(value * sizes[name])) for name, value in fixed.items())
+    assert all(counts[name] == max(1, round(value * sizes[name])) for name, value in fixed.items())
+
+
+@quickly(100)
+@given(sizes=st.lists(st.tuples(st.integers(10, 60), st.sampled_from([0.1, 0.5, 1.0])), min_size=1, max_size=8))
+def test_fixed_densities_of_everything_fit(sizes):
+    shapes = {str(i): (size, 1) for i, (size, _) in enumerate(sizes)}
+    fixed = {str(i): density for i, (_, density) in enumerate(sizes)}
+    density = sum(size * share for size, share in sizes) / sum(size for size, _ in sizes)
+    counts = active_counts(shapes, density, fixed=fixed)
+    assert sum(counts.values()) == round(density * sum(size for size, _ in sizes))
+    assert all(0 < counts[name] <= prod(shape) for name, shape in shapes.items())
 
 
 @quickly(100)
 @given(shapes=shapes_of_tensors, density=st.floats(0.1, 1), data=st.data())
 def test_flops_gives_every_tensor_as_many_multiplications(shapes, density, data):
     uses = {name: data.draw(st.integers(1, 50)) for name in shapes}
+    assume(round(density * sum(map(prod, shapes.values()))) >= 1)
     counts = active_counts(shapes, density, "flops", uses=uses)
     assume(all(count > 1 for count in counts.values()))  # a tensor that would be left without a weight has got one
     open_ones = [name for name in shapes if counts[name] < prod(shapes[name])]
@@ -778,8 +818,9 @@ def test_flops_gives_every_tensor_as_many_multiplications(shapes, density, data)
         assert abs(counts[one] * uses[one] - counts[other] * uses[other]) < uses[one] + uses[other]
     for name in shapes:  # a full tensor would have had more than it holds
         if name not in open_ones and open_ones:
-            assert counts[name] * uses[name] <= max(counts[other] * uses[other] + uses[other] for other in open_ones) + (
-                uses[name]
+            assert (
+                counts[name] * uses[name]
+                <= max(counts[other] * uses[other] + uses[other] for other in open_ones) + (uses[name])
             )
 
 
@@ -843,16 +884,18 @@ ends = st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(0, 500
 
 
 @quickly(100)
-@given(both=ends, progress=fractions)
-def test_interpolation_is_exact_and_meets_both_ends(both, progress):
-    first, last = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
-    assert interpolate(first, last, 0.0) == first
-    assert interpolate(first, last, 1.0) == last
-    counts = interpolate(first, last, progress)
-    exact = {name: first[name] + Fraction(progress) * (last[name] - first[name]) for name in first}
-    assert sum(counts.values()) == round(sum(exact.values()))
-    assert all(abs(counts[name] - exact[name]) < 1 or counts[name] == exact[name] for name in first)
-    assert all(min(both[name]) <= counts[name] <= max(both[name]) for name in first)
+@given(both=ends, progress=st.lists(st.floats(0, 1), max_size=20))
+def test_falling_counts_are_exact_and_never_rise(both, progress):
+    first, last = ({name: each(pair) for name, pair in both.items()} for each in (max, min))
+    now = falling_counts(first, first, last, 0.0)
+    assert now == first
+    for share in sorted(progress):
+        before, now = now, falling_counts(now, first, last, share)
+        exact = {name: first[name] + Fraction(share) * (last[name] - first[name]) for name in first}
+        assert sum(now.values()) == round(sum(exact.values()))
+        assert all(last[name] <= now[name] <= before[name] for name in now)
+        assert all(abs(now[name] - exact[name]) <= len(now) for name in now)
+    assert falling_counts(now, first, last, 1.0) == last
 
 
 @quickly(100)
@@ -870,7 +913,7 @@ def test_structured_counts_are_multiples_and_near(tensors):
     for name, count in counts.items():
         assert count % groups[name] == 0
         assert groups[name] <= count <= prod(shapes[name])
-        assert floor(wanted[name] / groups[name]) * groups[name] <= count < wanted[name] + groups[name]
+        assert floor(wanted[name] / groups[name]) * groups[name] <= count <= wanted[name] + groups[name]
     full = any(counts[name] == prod(shapes[name]) for name in counts)
     assert abs(sum(counts.values()) - sum(wanted.values())) <= max(groups.values()) / 2 or full
 
@@ -919,9 +962,10 @@ def test_redistribution_by_hand():
         ({"drop_fraction": nan}, r"drop_fraction is nan; accepted"),
         *(({"structure": name}, rf"structure is '{name}'; accepted: unstructured, constant_fan_in, or N:M with 1 <= N")
           for name in ("5:4", "0:4", "a:b", "2:4:1", "dense", "2:", ":4", "-2:4", "2.0:4", "")),
-        ({"structure": "3:5"}, r"structure 3:5 needs input dimensions divisible by 5; one is 12, of a weight \[6, 12\]"),
+        ({"structure": "3:5"}, r"structure 3:5 needs input dimensions divisible by 5; one is 12, of a weight"),
         ({"structure": "2:4", "transposed": True}, r"input dimensions divisible by 4; one is 6, of a weight \[6, 12\]"),
-        ({"structure": "2:4"}, r"the mask of a\.weight: groups hold 0 to 4 active weights; structure 2:4 has as many"),
+        ({"structure": "2:4", "mask": bits("/".join(["111100001001"] * 6))},
+         r"the mask of a\.weight: groups hold 0 to 4 active weights; structure 2:4 has as many in each"),
         ({"structure": "constant_fan_in", "transposed": True}, r"the mask of a\.weight: groups hold 0 to 6"),
         ({"structure": "4:6"}, r"the mask of a\.weight: groups of 6 hold 3 active weights; structure 4:6 has 4"),
         ({"structure": "constant_fan_in", "target": 37}, r"target is 37 for a\.weight; .* multiples of its 6 groups"),
@@ -942,11 +986,8 @@ def test_redistribution_by_hand():
     ],
 )  # fmt: skip
 def test_bad_input(change, message):
-    # The even columns are active, 6 of each row, 4 of them in the first 8 columns.
-    mask = bits("/".join(["111100001001"[::1]] * 6)) if change.get("structure") == "2:4" else bits("/".join(["101010" * 2] * 6))
+    mask = bits("/".join(["101010101010"] * 6))
     values = {"weight": torch.ones(6, 12), "grad": torch.ones(6, 12), "momentum": torch.ones(6, 12)}
     arguments = {"mask": mask, "drop_fraction": 0.5, "name": "a.weight"} | values | change
-    before = mask.clone()
     with pytest.raises(ValueError, match=message):
         update_mask(**arguments)
-    assert torch.equal(mask, before)

@@ -19,8 +19,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
 
-from nt_hf.masks import attach_masks, check_masks, check_structure, get_mask, is_transposed, masked_modules
+from nt_hf.masks import attach_masks, check_masks, get_mask, masked_modules
 from nt_hf.sparsifier import SparsityConfig, draw_masks, target_counts
 from nt_hf.trainer_callback import STATE_FILE, SparsityCallback
 
@@ -151,7 +152,7 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
             assert not module.weight[~masks[name]].any()
             assert not module.weight.grad[~masks[name]].any()
             assert module.weight.grad[masks[name]].any()
-            check_structure(masks[name], config.structure, is_transposed(module))
+            check_groups(masks[name].T if isinstance(module, Conv1D) else masks[name], config.structure)
         seen.append(state.global_step)
         if masks.keys() != previous.keys() or not equal(masks, previous):
             moved.append(state.global_step + 1)
@@ -169,6 +170,14 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
     assert callback.sparsifier.steps == callback.sparsifier.total_steps == 40
     assert check_masks(trainer.model) == []
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+
+
+def check_groups(mask, structure):
+    """The same number of weights in each group, from a mask with the output dimension first."""
+    if structure == "constant_fan_in":
+        assert len({int(unit.sum()) for unit in mask}) == 1
+    elif structure == "2:4":
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
 
 
 def test_updates_keep_to_their_share_of_the_run(tmp_path):
@@ -256,15 +265,26 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     assert not equal(whole[2], whole[0])
 
 
-def test_optimizers_that_move_dead_weights_are_followed_by_the_masks(tmp_path):
-    trainer, _ = make(
-        tmp_path,
-        after=[At(on_optimizer_step=lambda *_, model, **__: violations.extend(check_masks(model)))],
-        optim="adafactor",
-    )
+class Drifting(torch.optim.SGD):
+    """Moves every weight, gradient or not."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(0.01)
+
+
+@pytest.mark.parametrize("drifting", [True, False])
+def test_other_optimizers(tmp_path, drifting):
+    def on_optimizer_step(args, state, control, model, **_):
+        violations.append(check_masks(model))
+
+    trainer, _ = make(tmp_path, after=[At(on_optimizer_step=on_optimizer_step)], optim="adafactor")
+    if drifting:
+        trainer.optimizer = Drifting(trainer.model.parameters())
     violations = []
     trainer.train()
-    assert violations == []
+    assert violations == [[]] * 20
 
 
 # --------------------------------------------------------------------------------------------------------- logs
@@ -304,10 +324,12 @@ def test_logs_hold_what_updates_did(tmp_path):
 
 
 def test_a_rare_log_holds_the_last_update(tmp_path):
-    trainer, _ = make(tmp_path, max_steps=14, logging_steps=7)
+    trainer, _ = make(tmp_path, max_steps=14, logging_steps=7, evaluate=True, eval_strategy="steps", eval_steps=5)
     trainer.train()
-    records = [record for record in trainer.state.log_history if "loss" in record]
-    assert [record["sparsity/step"] for record in records] == [4, 12]
+    kinds = [next(kind for kind in ("eval_loss", "train_loss", "loss") if kind in r) for r in trainer.state.log_history]
+    assert kinds == ["eval_loss", "loss", "eval_loss", "loss", "eval_loss", "train_loss"]
+    of_updates = [record.get("sparsity/step") for record in trainer.state.log_history]
+    assert of_updates == [None, 4, None, 12, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------- resume
@@ -388,8 +410,8 @@ def take_that_of(seed, stop=6, **fields):
     [
         (remove, "No such file"),
         (cut, "rror while deserializing"),
-        (take_that_of(seed=1), "it is of step 6 of another run"),
-        (take_that_of(seed=0, stop=5), "it is of step 5 of another run"),
+        (take_that_of(seed=1), "is of another run: its mask of"),
+        (take_that_of(seed=0, stop=5), "of another run"),
         (take_that_of(seed=0, density=0.4), "does not fit the mask of"),
     ],
 )
@@ -456,6 +478,13 @@ def test_checkpoints_have_the_names_of_the_model(tmp_path):
     )
 
 
+def test_weights_with_channels_last_are_saved(tmp_path):
+    trainer, callback = make(tmp_path, sparsity(grow="momentum"), "vit", after=[stop_at(6)])
+    trainer.model.to(memory_format=torch.channels_last)
+    trainer.train()
+    assert equal(load_file(tmp_path / "checkpoint-6" / STATE_FILE), callback.sparsifier.state_dict())
+
+
 def test_a_checkpoint_loads_without_trainer(stopped):
     model, _ = gpt2()
     attach_masks(model, ["*"])
@@ -493,6 +522,18 @@ def test_max_grad_norm_is_handed_back(tmp_path):
     assert outside == [0.7] * 3
     assert (trainer.args.max_grad_norm, type(trainer.args.max_grad_norm)) == (0.7, float)
     assert torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False).max_grad_norm == 0.7
+
+
+def test_max_grad_norm_is_handed_back_when_a_step_is_broken_off(tmp_path):
+    def on_substep_end(args, state, control, **_):
+        control.should_training_stop = state.global_step == 2
+
+    trainer, _ = make(
+        tmp_path, after=[At(on_substep_end=on_substep_end)], max_grad_norm=0.7, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert (trainer.args.max_grad_norm, type(trainer.args.max_grad_norm)) == (0.7, float)
 
 
 def fail_once(step, error):
@@ -578,13 +619,13 @@ def test_two_callbacks_are_refused(tmp_path, same, caplog):
 
 
 def test_fp16_is_refused(tmp_path, monkeypatch):
-    trainer, _ = make(tmp_path)
-    trainer.args.fp16 = True
-    with pytest.raises(ValueError, match="fp16 is True; accepted: bf16 or full precision"):
+    refused = pytest.raises(ValueError, match="fp16 is True; accepted: bf16 or full precision")
+    trainer, _ = make(tmp_path, fp16=True)
+    with refused:
         trainer.train()
-    trainer.args.fp16 = False
+    trainer, _ = make(tmp_path)
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")  # as a launcher sets it
-    with pytest.raises(ValueError, match="fp16 is True; accepted: bf16 or full precision"):
+    with refused:
         trainer.train()
 
 
