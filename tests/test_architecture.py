@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT 
 MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks"}
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
-    "selection": (set(), {"torch"}),
+    "selection": (set(), {"torch", "numpy"}),
     "topology": ({"masks", "selection"}, {"torch"}),
     "schedules": (set(), {"torch"}),
     "masks": (set(), {"torch", "transformers"}),

@@ -10,7 +10,7 @@ from math import floor, inf, nan, prod
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nt_hf import selection, topology
@@ -797,6 +797,7 @@ def test_counts_with_fixed_densities_fit(shapes, density, data):
 
 @quickly(100)
 @given(sizes=st.lists(st.tuples(st.integers(10, 60), st.sampled_from([0.1, 0.5, 1.0])), min_size=1, max_size=8))
+@example(sizes=[(60, 1.0), (13, 0.5), (17, 0.5)])  # 6.5 and 8.5 round down, and the largest is full
 def test_fixed_densities_of_everything_fit(sizes):
     shapes = {str(i): (size, 1) for i, (size, _) in enumerate(sizes)}
     fixed = {str(i): density for i, (_, density) in enumerate(sizes)}
