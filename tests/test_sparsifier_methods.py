@@ -69,6 +69,10 @@ def adamw(net):
     return torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
 
 
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
 def sparse(config=None, model=Net, optimizer=adamw, total_steps=26, **fields):
     torch.manual_seed(0)
     net = model()
@@ -128,7 +132,7 @@ def test_what_holds_at_every_step_of_every_method(drop, grow, structure):
     if structure == "redistributed":
         structure, redistribute, last = "unstructured", topology.REDISTRIBUTE[1 + place // 2 % 2], 11
     fields = {"structure": structure, "redistribute": redistribute, "regrow": regrow, "drop_fraction": 0.3}
-    net, optimizer, sparsifier = sparse(drop=drop, grow=grow, **fields)
+    net, optimizer, sparsifier = sparse(drop=drop, grow=grow, **fields, optimizer=sgd)
     first, moved = counts_of(net), 0
     for update in train(net, optimizer, sparsifier, last=last):
         assert_sound(net, structure)
@@ -230,7 +234,7 @@ def test_gradual_pruning_reaches_the_final_counts(structure, start, schedule):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("drop", topology.DROP)
+@pytest.mark.parametrize("drop", ["magnitude", "set", "global_magnitude"])
 def test_pruning_without_a_drop_fraction_regrows_nothing(structure, drop):
     fields = {"density_start": 1.0, "structure": structure, "drop": drop, "drop_schedule": "constant"}
     net, optimizer, sparsifier = sparse(**fields, drop_fraction=0, drop_fraction_end=0, update_interval=2)
@@ -254,11 +258,11 @@ def test_pruning_without_a_drop_fraction_regrows_nothing(structure, drop):
 def test_counts_of_a_tensor_never_rise_while_the_density_falls(fields):
     # What rounding leaves over must not wander from tensor to tensor, which would grow weights.
     fields = {"density_start": 0.9, "update_interval": 1, "drop_fraction": 0, "drop_fraction_end": 0} | fields
-    net, _, sparsifier = sparse(**fields, drop="magnitude", total_steps=60)
+    net, _, sparsifier = sparse(**fields, drop="magnitude", total_steps=40)
     before = counts_of(net)
     for module in masked_modules(net).values():
         module.weight.grad = torch.zeros_like(module.weight)
-    for _ in range(59):
+    for _ in range(39):
         sparsifier.step()
         after = counts_of(net)
         assert all(after[name] <= before[name] for name in after)
@@ -367,17 +371,16 @@ def test_momentum_is_averaged_where_it_is_needed(fields, needed):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "stop"),  # between updates and at one
     [
-        {"grow": "momentum"},
-        {"redistribute": "momentum", "grow": "random"},
-        {"density_start": 0.9, "drop_exponent_end": 1.0},
-        {"density_start": 1.0, "structure": "2:4", "grow": "momentum"},
-        {"redistribute": "gradient", "density_start": 0.9, "drop": "global_magnitude"},
-        {"structure": "constant_fan_in", "grow": "gradient_random", "drop": "set"},
+        ({"grow": "momentum"}, 12),
+        ({"redistribute": "momentum", "grow": "random"}, 15),
+        ({"density_start": 0.9, "drop_exponent_end": 1.0}, 12),
+        ({"density_start": 1.0, "structure": "2:4", "grow": "momentum"}, 15),
+        ({"redistribute": "gradient", "density_start": 0.9, "drop": "global_magnitude"}, 14),
+        ({"structure": "constant_fan_in", "grow": "gradient_random", "drop": "set"}, 10),
     ],
 )
-@pytest.mark.parametrize("stop", [12, 15])
 def test_a_resumed_run_is_the_uninterrupted_one(fields, stop):
     net, whole, sparsifier = sparse(**fields)
     expected = list(train(net, whole, sparsifier, last=26))

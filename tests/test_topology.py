@@ -331,6 +331,17 @@ def test_unknown_distribution():
         active_counts(SHAPES, 0.5, "erd")
 
 
+def test_a_new_criterion_is_one_function_and_one_line(monkeypatch):
+    def gradient_only(at):
+        return at.grad.abs_()
+
+    monkeypatch.setitem(topology.DROP, "gradient_only", topology.Drop(gradient_only))
+    mask, weight, grad = tensors()
+    state = topology.SparseWeight(mask, weight, grad)
+    (kept,) = topology.keep_weights([state], [600], drop_fraction=0.5, drop="gradient_only")
+    assert grad[kept].abs().min() >= grad[mask & ~kept].abs().max()
+
+
 @pytest.mark.slow
 def test_fused_scores_choose_the_same():
     # As on a GPU; here it needs a C++ compiler. Rounding may move a weight at the boundary.
