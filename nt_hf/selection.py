@@ -99,7 +99,7 @@ def select_top(parts: Sequence[Part], k: int, reduce: Reduce = whole) -> list[to
         if threshold < INT32_MAX:
             chosen[i][start:stop] = _at_least(keys, threshold + 1)
         tied[i][start:stop] = ties = _at_least(keys, threshold) ^ chosen[i][start:stop]
-        return _count(ties)
+        return count_set(ties)
 
     places = _places([part.keys for part in parts], [part.offset for part in parts])
     counts = torch.stack([_zero(parts[0].keys), *sweep(compare, places)])
@@ -193,7 +193,7 @@ def _within(
     inside = _at_least(values, low)
     above = _at_least(values, high + 1) if high < INT32_MAX else torch.zeros_like(inside)
     inside ^= above
-    return torch.stack([_count(above), _count(inside)]), _pick(values, inside) if low < high else values[:0]
+    return torch.stack([count_set(above), count_set(inside)]), _pick(values, inside) if low < high else values[:0]
 
 
 def _radix_select(values: torch.Tensor, k: int, reduce: Reduce) -> tuple[int, int]:
@@ -213,8 +213,8 @@ def _at_least(values: torch.Tensor, bound: int) -> torch.Tensor:
     return torch.from_numpy(values.numpy() >= bound) if values.device.type == "cpu" else values >= bound
 
 
-def _count(mask: torch.Tensor) -> torch.Tensor:
-    """How many are set, int64 ``[]``."""
+def count_set(mask: torch.Tensor) -> torch.Tensor:
+    """How many elements of a bool mask are set, int64 ``[]``."""
     return torch.tensor(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else torch.count_nonzero(mask)
 
 

@@ -26,6 +26,7 @@ from .selection import (
     NoiseKey,
     Part,
     Reduce,
+    count_set,
     hash_range,
     noise_key,
     only,
@@ -279,13 +280,13 @@ class SparseWeight:
 
     def __post_init__(self) -> None:
         all_of_it = torch.tensor(self.mask.numel(), device=self.mask.device)
-        size, active = self.reduce(torch.stack([all_of_it, torch.count_nonzero(self.mask)])).tolist()
+        size, active = self.reduce(torch.stack([all_of_it, count_set(self.mask)])).tolist()
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "active", active)
 
     def count(self, *masks: torch.Tensor) -> list[int]:
         """How many are set in each of some masks, over all shards."""
-        return self.reduce(torch.stack([torch.count_nonzero(mask) for mask in masks])).tolist()
+        return self.reduce(torch.stack([count_set(mask) for mask in masks])).tolist()
 
     @property
     def group_length(self) -> int:
@@ -538,7 +539,7 @@ def keep_weights(
         best = [_best_by_sign(*each) for each in zip(weights, parts, wanted)]
     else:
         best = [select_top([part], k, weight.reduce)[0] for weight, part, k in zip(weights, parts, wanted)]
-    return [(sure | more).view(weight.mask.shape) for weight, sure, more in zip(weights, safe, best)]
+    return [more.logical_or_(sure).view(weight.mask.shape) for weight, sure, more in zip(weights, safe, best)]
 
 
 @torch.no_grad()
