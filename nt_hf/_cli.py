@@ -1,9 +1,20 @@
-"""How the command-line programs end: bad input is one clear line and a non-zero exit code, not a traceback."""
+"""What the command-line programs share: how they end, and how they write what they found.
 
+Bad input is one clear line and a non-zero exit code, not a traceback.
+"""
+
+import importlib.metadata
+import json
 import logging
 import os
+import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
@@ -21,3 +32,33 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("NT_HF_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """What a result was made by: the command, versions (of ``packages``, too), and the commit of a source tree."""
+    names = ("nt_hf", "torch", "transformers", *packages)
+    here = Path(__file__).parent
+    commit = None
+    try:
+        # Tracked there: the package may also be installed into an environment within somebody else's repository.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, check=True, capture_output=True)
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": commit,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, dataclasses as objects, in one piece: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,129 @@
+"""Zero-shot scores of a checkpoint's ensemble and trails on the paper's tasks, by lm-eval.
+
+    python eval/zero_shot.py --model runs/20m/checkpoint-20000 --output zero_shot.json --heads each
+
+The data come from the hub, or with --data_root from json lines. The tasks run one after the other, and the file is
+written after each: what an interrupted run has reached stays, marked as incomplete.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+from nt_hf._cli import provenance, run, write_json
+from nt_hf.configuration_neurotrails_llama import ENSEMBLE_MODES
+from nt_hf.data import check_vocabulary, load_tokenizer
+from nt_hf.evaluation import load_for_evaluation
+from nt_hf.training import peak_memory
+from nt_hf.zero_shot import (
+    DEFAULT_TASKS,
+    SEED,
+    Tasks,
+    TrailsLM,
+    average,
+    choose_scorers,
+    combine_tasks,
+    local_file,
+    results_table,
+    score_task,
+)
+
+logger = logging.getLogger("nt_hf.zero_shot")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory, NeuroTrails or stock Llama")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--tasks", help=f"lm-eval's names, with commas; default: {','.join(DEFAULT_TASKS)}")
+    parser.add_argument("--data_root", type=Path, help="a directory of json lines to read instead of the hub")
+    parser.add_argument("--heads", default="ensemble", help="'ensemble', 'each' (it and every trail), or as in '0,2'")
+    parser.add_argument("--ensemble_mode", choices=ENSEMBLE_MODES, help="default: the model's own")
+    parser.add_argument("--limit", type=int, help="only the first items of each task, so many")
+    parser.add_argument("--batch_size", default="auto", help="rows a batch, or 'auto'")
+    args = parser.parse_args()
+
+    began = time.perf_counter()
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: accepted is a number from 1")
+    if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
+        raise ValueError(f"--batch_size {args.batch_size}: accepted are 'auto' and numbers from 1")
+    tasks = Tasks(args.data_root)
+    names, skipped = args.tasks.split(",") if args.tasks else list(DEFAULT_TASKS), {}
+    leaves = {name: tasks.leaves(name) for name in names}
+    if args.data_root:
+        for name in names:
+            try:
+                local_file(args.data_root, leaves[name][0])
+            except ValueError as error:
+                if args.tasks:
+                    raise
+                skipped[name] = str(error)
+                del leaves[name]
+        if not leaves:
+            raise ValueError(f"--data_root {args.data_root}: has the data of none of the tasks; {skipped[names[0]]}")
+
+    model = load_for_evaluation(args.model)
+    if args.ensemble_mode:
+        model.config.ensemble_mode = args.ensemble_mode
+    tokenizer = load_tokenizer(str(args.model))
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    scorers = choose_scorers(model, args.heads)
+    lm = TrailsLM(model, tokenizer, scorers, None if args.batch_size == "auto" else int(args.batch_size))
+
+    report = {
+        "complete": False,
+        "results": {},
+        "average": {},
+        "members": {},
+        "skipped": skipped,
+        "failed": {},
+        "model": str(args.model),
+        "scorers": {scorer.name: scorer.heads for scorer in scorers},
+        "ensemble_mode": model.config.ensemble_mode,
+        "limit": args.limit,
+        "data_root": args.data_root and str(args.data_root),
+        "seed": SEED,
+        **provenance("lm_eval", "datasets"),
+        "model_config": model.config.to_dict(),
+        "tasks": {},
+    }
+    results = {}
+    for name, members in leaves.items():
+        done = {}
+        for member in members:
+            try:
+                done[member] = score_task(lm, tasks.load(member, args.limit), args.limit)
+            except ValueError as error:
+                report["failed"][member] = str(error)
+                logger.warning("%s failed: %s", member, error)
+                continue
+            report["tasks"][member] = done[member]
+            logger.info("%s: %d items, %.1f s", member, done[member].items, done[member].seconds)
+            if done[member].truncated:
+                logger.warning(
+                    "%s: %d contexts were longer than the model's; their beginnings were cut",
+                    member,
+                    done[member].truncated,
+                )
+        by_size = tasks.by_size(name)
+        if len(done) == len(members) and (len(members) == 1 or by_size is not None):
+            results[name] = done[name].scores if list(done) == [name] else combine_tasks(done, by_size)
+            weights = [result.items if by_size else 1 for result in done.values()]
+            report["members"][name] = {"tasks": members, "weights": weights}
+        report |= {"results": results, "average": average(results)}
+        report |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(model.device)}
+        report["complete"] = not report["failed"] and name == list(leaves)[-1]
+        write_json(args.output, report)
+
+    if results:
+        print(results_table(results))
+    for reason in skipped.values():
+        print(f"not run: {reason}")
+    if report["failed"]:
+        raise ValueError(f"{', '.join(report['failed'])} failed; {args.output} holds the others, marked as incomplete")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,518 @@
+"""Zero-shot scores of every trail and of the ensemble in one pass, by lm-eval's own tasks and metrics.
+
+lm-eval builds the requests and turns answers into scores; this module only reads local data sets where the hub cannot
+be reached, and runs the model: the backbone once for all heads, the LM heads on the tokens of the answers alone.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import torch
+from lm_eval.api.metrics import (
+    aggregate_subtask_metrics,
+    pooled_sample_stderr,
+    stderr_for_metric,
+    unweighted_mean_stderr,
+)
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .evaluation import CHUNK
+from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
+from .report import markdown_table, score_text
+
+logger = logging.getLogger(__name__)
+
+#: The paper's seven tasks and MMLU.
+DEFAULT_TASKS = (
+    "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mmlu",
+)  # fmt: skip
+# The folders of lm-eval that hold them: reading all of its 14,000 files takes longer than scoring a small model.
+_FOLDERS = ("super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default")
+# Of lm-eval's command line; nothing is drawn at random without examples in the prompt.
+SEED = 1234
+# Tokens of a batch, its padding included, with batch_size="auto". On two cores more rows gain nothing; a GPU wants more
+# (not measured), and halves it where its memory ends.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the running commentary and the progress bars of lm-eval and datasets."""
+    loggers = [logging.getLogger("lm_eval"), logging.getLogger("transformers")]
+    levels, bars_were_off = [each.level for each in loggers], datasets.are_progress_bars_disabled()
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars cannot be switched off
+            yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+
+
+# ------------------------------------------------------------------------------------------------ answers to scores
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A predictor to score: the ensemble of some heads, or one trail."""
+
+    name: str
+    heads: tuple[int, ...]
+
+
+def choose_scorers(model: NeuroTrailsLlamaForCausalLM, heads: str) -> list[Scorer]:
+    """The scorers that ``--heads`` names, the main one first.
+
+    ``"ensemble"``: the ensemble of all heads. ``"each"``: it and every trail. ``"0,2"``: the ensemble of these two, and
+    both trails. With one head the ensemble is that head, named so.
+
+    Raises:
+        ValueError: ``heads`` is none of these or names a head that the model lacks.
+    """
+    count = model.config.num_ensemble_heads
+    if heads in ("ensemble", "each"):
+        chosen = list(range(count))
+    else:
+        try:
+            chosen = select_heads(model.config, [int(head) for head in heads.split(",")])
+        except ValueError:
+            raise ValueError(
+                f"heads={heads!r}: accepted are 'ensemble', 'each', or different numbers of 0 to {count - 1} as in "
+                f"'{','.join(map(str, range(min(count, 2))))}'"
+            ) from None
+    trails = [Scorer(f"head {head}", (head,)) for head in chosen]
+    if len(chosen) == 1:
+        return trails
+    ensemble = Scorer("ensemble" if len(chosen) == count else f"ensemble {heads}", tuple(chosen))
+    return [ensemble] if heads == "ensemble" else [ensemble, *trails]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: NeuroTrailsLlamaForCausalLM,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    scorers: Sequence[Scorer],
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> dict[str, list[tuple[float, bool]]]:
+    """Log-likelihoods of answers given their contexts, by every scorer, in one pass over the requests.
+
+    Args:
+        model: in eval mode.
+        requests: pairs of token ids, a context of one token or more and an answer of one or more. A context that does
+            not fit loses its beginning.
+        scorers: their heads are run, once each.
+        batch_size: rows a batch; by default as many as ``BATCH_TOKENS`` allows.
+        progress: show a bar where the errors go to a terminal.
+
+    Returns:
+        For each scorer's name and each request, (log-likelihood in nats, whether the answer is the greedy one).
+
+    Raises:
+        ValueError: an answer does not fit the model's context at all.
+    """
+    limit = model.config.max_position_embeddings
+    # Answers of one token, as "yes" and "no", share their whole input: one row serves them all.
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, answer) in enumerate(requests):
+        if len(answer) > limit:
+            raise ValueError(f"an answer of {len(answer)} tokens does not fit the model's context of {limit}")
+        rows.setdefault((*context, *answer)[-limit - 1 :][:-1], []).append(index)
+    order = sorted(rows, key=len, reverse=True)
+    results: dict[str, list[Any]] = {scorer.name: [None] * len(requests) for scorer in scorers}
+    budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+    start = 0
+    hidden = None if progress else True  # None: only where there is no terminal
+    with tqdm(total=len(requests), desc="scoring", disable=hidden, leave=False, file=sys.__stderr__) as bar:
+        while start < len(order):
+            batch = order[start : start + (batch_size or max(1, budget // len(order[start])))]
+            served = [(row, index) for row, tokens in enumerate(batch) for index in rows[tokens]]
+            answers = [(row, requests[index][1]) for row, index in served]
+            try:
+                scores, greedy = _score(model, batch, answers, scorers)
+            except torch.OutOfMemoryError:
+                if batch_size or len(batch) == 1:
+                    raise
+                budget //= 2
+                continue
+            for scorer, values, flags in zip(scorers, scores.tolist(), greedy.tolist()):
+                for (_, index), value, flag in zip(served, values, flags):
+                    results[scorer.name][index] = (value, flag)
+            start += len(batch)
+            bar.update(len(served))
+    return results
+
+
+def _score(
+    model: NeuroTrailsLlamaForCausalLM,
+    rows: Sequence[Sequence[int]],
+    answers: Sequence[tuple[int, Sequence[int]]],
+    scorers: Sequence[Scorer],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores ``answers``, pairs of a row and the tokens that its last predictions should be.
+
+    Returns:
+        Log-likelihoods and whether greedy decoding gives the answer, both ``[scorers, answers]``.
+    """
+    heads = sorted({head for scorer in scorers for head in scorer.heads})
+    ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)  # causal: what follows a row's end changes nothing
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    hidden = model.model(ids.to(model.device), active_heads=heads, use_cache=False).last_hidden_state
+    places = [
+        (row, len(rows[row]) - len(answer) + k, number, token)
+        for number, (row, answer) in enumerate(answers)
+        for k, token in enumerate(answer)
+    ]
+    row, position, number, target = torch.tensor(places, device=model.device).T
+    hidden = hidden[:, row, position]
+    scores = torch.zeros(len(scorers), len(answers), dtype=torch.float64, device=model.device)
+    wrong = torch.zeros_like(scores)
+    for part in torch.arange(len(places), device=model.device).split(CHUNK):
+        logits = {head: model.lm_heads[head](x[part]).float() for head, x in zip(heads, hidden)}
+        for place, scorer in enumerate(scorers):
+            combined = combine_logits([logits[head] for head in scorer.heads], model.config.ensemble_mode)
+            chosen = combined.gather(-1, target[part, None])[:, 0]
+            scores[place].index_add_(0, number[part], (chosen - combined.logsumexp(-1)).double())
+            wrong[place].index_add_(0, number[part], (combined.argmax(-1) != target[part]).double())
+    return scores.cpu(), wrong.cpu() == 0
+
+
+class TrailsLM(HFLM):
+    """lm-eval's model of a Transformers checkpoint, which scores by several scorers at once.
+
+    lm-eval sees the first scorer's answers; `answers` keeps everyone's until the next task.
+
+    Attributes:
+        answers: by scorer's name and by (context, continuation), the strings of the request.
+        truncated: requests whose context lost its beginning.
+    """
+
+    def __init__(
+        self,
+        model: NeuroTrailsLlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        scorers: Sequence[Scorer],
+        batch_size: int | None = None,
+    ):
+        with _quiet():
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 1)
+        self.scorers, self.rows_a_batch = list(scorers), batch_size
+        self.answers: dict[str, dict[tuple[str, str], tuple[float, bool]]] = {}
+        self.truncated = 0
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        tokens = [(context, answer) for _, context, answer in requests]
+        results = log_likelihoods(
+            self.model, tokens, self.scorers, batch_size=self.rows_a_batch, progress=not disable_tqdm
+        )
+        texts = [text for text, _, _ in requests]
+        self.answers = {name: dict(zip(texts, values)) for name, values in results.items()}
+        self.truncated = sum(len(context) + len(answer) > self.max_length + 1 for context, answer in tokens)
+        return results[self.scorers[0].name]
+
+
+# ------------------------------------------------------------------------------------------------- tasks and data
+
+
+@dataclass(frozen=True)
+class _LocalSet:
+    """A data set as json lines: the name of its file, without extension, and the fields that a line must have."""
+
+    file: str
+    fields: Mapping[str, type]
+
+
+_ANSWERED = {"choices": dict, "answerKey": str}
+LOCAL_SETS = {
+    "boolq": _LocalSet("boolq_superglue_validation", {"question": str, "passage": str, "label": int}),
+    "piqa": _LocalSet("piqa_validation", {"goal": str, "sol1": str, "sol2": str, "label": int}),
+    "hellaswag": _LocalSet(
+        "hellaswag_validation", {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": str}
+    ),
+    "winogrande": _LocalSet(
+        "winogrande_xl_validation", {"sentence": str, "option1": str, "option2": str, "answer": str}
+    ),
+    "arc_easy": _LocalSet("arc_easy_test", {"question": str, **_ANSWERED}),
+    "arc_challenge": _LocalSet("arc_challenge_test", {"question": str, **_ANSWERED}),
+    "openbookqa": _LocalSet("openbookqa_test", {"question_stem": str, **_ANSWERED}),
+    "mmlu": _LocalSet("mmlu_test", {"question": str, "subject": str, "choices": list, "answer": int}),
+}
+_EXTENSIONS = (".jsonl", ".jsonl.gz")
+
+
+def _set_of(task: str) -> str:
+    return "mmlu" if task.startswith("mmlu_") else task
+
+
+def local_file(data_root: Path, task: str) -> Path:
+    """The file of a task's local data set; all subjects of MMLU share one.
+
+    Raises:
+        ValueError: the task has no local form, or its file is missing.
+    """
+    local = LOCAL_SETS.get(_set_of(task))
+    if local is None:
+        raise ValueError(
+            f"task {task!r} cannot be read from data_root; accepted: {', '.join(LOCAL_SETS)}, or no data_root, to read "
+            "it from the hub"
+        )
+    for extension in _EXTENSIONS:
+        if (path := data_root / (local.file + extension)).is_file():
+            return path
+    raise ValueError(f"task {task!r}: {data_root} has no {local.file}{' or '.join(_EXTENSIONS)}")
+
+
+def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first ``limit`` items of a task's local data set; of MMLU's file those of the task's subject.
+
+    Raises:
+        ValueError: the file cannot be read or has no item, or a line lacks a field; the message names the line.
+    """
+    fields = LOCAL_SETS[_set_of(task)].fields
+    items = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if len(items) == limit:
+                    break
+                item = _item(line, fields, f"{path}, line {number}") if line.strip() else None
+                if item and task in (_set_of(task), f"mmlu_{item.get('subject')}"):
+                    items.append(item)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({_one_line(error)})") from error
+    if not items:
+        raise ValueError(f"{path} holds no items of {task}")
+    return items
+
+
+def _item(line: str, fields: Mapping[str, type], place: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+    if not isinstance(item, dict):
+        raise ValueError(f"{place}: expected an object with {', '.join(fields)}")
+    for name, kind in fields.items():
+        if not isinstance(item.get(name), kind):
+            found = "is missing" if name not in item else f"is {item[name]!r:.40}"
+            raise ValueError(f"{place}: field {name!r} {found}, expected {kind.__name__}")
+    return item
+
+
+class Tasks:
+    """lm-eval's tasks by name, their data from the hub or from the files of ``data_root``."""
+
+    def __init__(self, data_root: Path | None = None):
+        if data_root is not None and not data_root.is_dir():
+            raise ValueError(f"data_root={str(data_root)!r}: accepted is a directory of json lines")
+        self.data_root = data_root
+        folder = Path(lm_eval.tasks.__file__).parent
+        with _quiet():
+            self._manager = TaskManager(include_path=[str(folder / name) for name in _FOLDERS], include_defaults=False)
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks that a task, group or tag stands for.
+
+        Raises:
+            ValueError: lm-eval knows no such name.
+        """
+        if name not in self._manager.task_index:
+            with _quiet():
+                self._manager = TaskManager()
+        entry = self._manager.task_index.get(name)
+        if entry is None:
+            raise ValueError(
+                f"unknown task {name!r}; accepted: {', '.join(DEFAULT_TASKS)}, and what `lm_eval ls tasks` lists"
+            )
+        members = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+        if entry.kind.name not in ("TAG", "GROUP") or not isinstance(members, list):
+            return [name]
+        names = (member if isinstance(member, str) else member.get("task") for member in members)
+        return [leaf for member in names for leaf in self.leaves(member)]
+
+    def by_size(self, group: str) -> bool | None:
+        """Whether a group's score weighs its tasks by their size; ``None`` where lm-eval gives it no score."""
+        entry = self._manager.task_index[group]
+        metrics = (entry.cfg or {}).get("aggregate_metric_list") if entry.kind.name == "GROUP" else None
+        return metrics[0].get("weight_by_size", True) if metrics else None
+
+    def load(self, name: str, limit: int | None = None) -> Any:
+        """lm-eval's task with its data, at most the first ``limit`` items where they are local.
+
+        Raises:
+            ValueError: its data cannot be read, or it is no task of answers to choose from.
+        """
+        changes: dict[str, Any] = {"task": name}
+        if self.data_root is not None:
+            items = read_items(local_file(self.data_root, name), name, limit)
+            changes |= {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)}, "test_split": "test"}
+            changes |= dict.fromkeys(("training_split", "validation_split", "fewshot_split", "dataset_kwargs"))
+        try:
+            # Changes to a task that lm-eval knows are made within a group.
+            with _quiet():
+                task = self._manager.load([{"group": "one", "task": [changes]}])["tasks"][name]
+        except Exception as error:  # no network, a changed data set, a field of the wrong form: as many types as causes
+            hint = "" if self.data_root else "; data_root reads local files instead of the hub"
+            raise ValueError(f"task {name!r}: its data cannot be read ({_one_line(error)}){hint}") from error
+        if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+            raise ValueError(
+                f"task {name!r} is of the kind {task.OUTPUT_TYPE}; accepted are tasks scored by the likelihood of "
+                "given answers; lm_eval --model hf runs the others"
+            )
+        task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(SEED)
+        return task
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# ---------------------------------------------------------------------------------------------------- the scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean of a metric over a task's items and the standard error of that mean, ``None`` where there is none."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the scorers reached on one task.
+
+    Attributes:
+        items: number of items scored.
+        fingerprint: hash of the items, the same for two runs over the same ones.
+        scores: by scorer and metric.
+        per_item: by scorer and metric, each item's value in the order of the data set; "0110…" where all are 0 or 1.
+        truncated: answers that were scored after a context without its beginning.
+        seconds: wall time.
+    """
+
+    items: int
+    fingerprint: str
+    scores: dict[str, dict[str, Score]]
+    per_item: dict[str, dict[str, list[float] | str]]
+    truncated: int
+    seconds: float
+
+
+def score_task(lm: TrailsLM, task: Any, limit: int | None = None) -> TaskResult:
+    """Scores one task, as [`Tasks.load`] returns it, by every scorer of ``lm``.
+
+    The first scorer's answers go through ``lm_eval.evaluate``; the same items are then judged by the task's own metrics
+    with the answers of the others.
+
+    Raises:
+        ValueError: an answer does not fit the model's context.
+    """
+    began = time.perf_counter()
+    name = task.config.task
+    with _quiet():
+        found = lm_eval.evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    metrics = samples[0]["metrics"]
+    per_item: dict[str, dict[str, list[float]]] = {}
+    for scorer in lm.scorers:
+        answers = lm.answers[scorer.name]
+        judged = [
+            task.process_results(sample["doc"], [answers[tuple(pair)] for pair in sample["arguments"]])
+            for sample in samples
+        ]
+        per_item[scorer.name] = {metric: [float(values[metric]) for values in judged] for metric in metrics}
+    scores = {
+        scorer: {metric: _score_of(task, metric, values) for metric, values in by_metric.items()}
+        for scorer, by_metric in per_item.items()
+    }
+    hashes = "".join(sample["doc_hash"] for sample in samples)
+    return TaskResult(
+        items=len(samples),
+        fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        scores=scores,
+        per_item={s: {m: _compact(v) for m, v in by_metric.items()} for s, by_metric in per_item.items()},
+        truncated=lm.truncated,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _score_of(task: Any, metric: str, values: Sequence[float]) -> Score:
+    aggregate = task.aggregation()[metric]
+    error = stderr_for_metric(metric=aggregate, bootstrap_iters=1000) if len(values) > 1 else None
+    return Score(float(aggregate(values)), float(error(values)) if error else None)
+
+
+def _compact(values: Sequence[float]) -> list[float] | str:
+    return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
+
+
+def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str, dict[str, Score]]:
+    """Score of a group from those of its tasks, by lm-eval's rules, for each scorer and each metric they share."""
+    parts = list(results.values())
+    sizes = [part.items for part in parts]
+    combined: dict[str, dict[str, Score]] = {}
+    for scorer in parts[0].scores:
+        shared = [m for m in parts[0].scores[scorer] if all(m in part.scores[scorer] for part in parts)]
+        combined[scorer] = {}
+        for metric in shared:
+            scores = [part.scores[scorer][metric] for part in parts]
+            value = aggregate_subtask_metrics([score.value for score in scores], sizes, by_size)
+            errors = [score.stderr for score in scores]
+            if None not in errors:
+                error = float(pooled_sample_stderr(errors, sizes) if by_size else unweighted_mean_stderr(errors))
+            combined[scorer][metric] = Score(value, error if None not in errors else None)
+    return combined
+
+
+def average(results: Mapping[str, Mapping[str, Mapping[str, Score]]], metric: str = "acc") -> dict[str, Score]:
+    """Unweighted mean of a metric over tasks, for each scorer; tasks without the metric do not count."""
+    found: dict[str, list[Score]] = {}
+    for scores in results.values():
+        for scorer, by_metric in scores.items():
+            if metric in by_metric:
+                found.setdefault(scorer, []).append(by_metric[metric])
+    means = {}
+    for scorer, scores in found.items():
+        errors = [score.stderr for score in scores]
+        value = sum(score.value for score in scores) / len(scores)
+        means[scorer] = Score(value, None if None in errors else float(unweighted_mean_stderr(errors)))
+    return means
+
+
+def results_table(results: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:
+    """Markdown: a row for each task and metric and one for the average, a column for each scorer."""
+    rows = [
+        (task, metric, {scorer: by_metric[metric] for scorer, by_metric in scores.items()})
+        for task, scores in results.items()
+        for metric in next(iter(scores.values()))
+    ]
+    if means := average(results):
+        rows.append((f"mean of {sum('acc' in next(iter(s.values())) for s in results.values())}", "acc", means))
+    names = list(rows[0][2])
+    table = [["task", "metric", *names]]
+    for task, metric, scores in rows:
+        table.append([task, metric, *(score_text(scores[name].value, scores[name].stderr) for name in names)])
+    return markdown_table(table)
