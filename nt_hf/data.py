@@ -42,7 +42,7 @@ IGNORE_INDEX = -100
 
 _LINES = tuple(kind + codec for kind in (".json", ".jsonl") for codec in ("", ".gz", ".xz", ".zst"))
 _TABLES = (".parquet", ".arrow")
-_TOKENIZE_AT_ONCE = 128  # documents; enough to occupy a fast tokenizer's threads, few enough to start quickly
+TOKENIZE_AT_ONCE = 128  # documents; enough to occupy a fast tokenizer's threads, few enough to start quickly
 
 
 class DataError(ValueError):
@@ -96,7 +96,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer={name!r} cannot be loaded ({_one_line(error)}): "
             "expected 'sample', a tokenizer's directory or its name on the hub"
         ) from error
-    _eos_id(tokenizer)
+    eos_id(tokenizer)
     return tokenizer
 
 
@@ -198,14 +198,16 @@ def _hub_files(entry: str) -> list[str]:
 # From files to texts
 
 
-def read_texts(source: str | Sequence[str], text_field: str = "text", on_bad_line: str = "error") -> Iterator[str]:
-    """The documents of ``source`` in the order of its files, without the blank ones.
+def read_texts(source: str | Sequence[str], text_field: str = "text", on_bad_line: str = "error") -> "_Reader":
+    """An iterable over the documents of ``source`` in the order of its files, without the blank ones.
+
+    Its ``bad_lines`` counts the lines that were skipped.
 
     Raises:
-        DataError: a file cannot be found or read, or holds a bad line and ``on_bad_line`` is ``"error"``.
+        DataError: (also while iterating) a file cannot be found or read, or holds a bad line and ``on_bad_line`` is
+            ``"error"``.
     """
-    reader = _Reader(find_files(source), text_field, on_bad_line)
-    return (text for _, _, text in reader.texts(epoch=0))
+    return _Reader(find_files(source), text_field, on_bad_line)
 
 
 @dataclass
@@ -219,6 +221,9 @@ class _Reader:
     stream: int = 0
     streams: int = 1
     bad_lines: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, _, text in self.texts(epoch=0))
 
     def texts(self, epoch: int, file: int = 0, record: int = 0) -> Iterator[tuple[int, int, str]]:
         """Yields the stream's documents of an epoch, from record ``record`` of the ``file``-th file on.
@@ -336,6 +341,40 @@ def _text(raw: bytes | str | None, text_field: str) -> str:
 # From texts to batches
 
 
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each text, without the special tokens that a tokenizer may add."""
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+
+
+def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """A batch of rows of ids, padded on the right: int64 ``[rows, length]`` each.
+
+    ``input_ids``; ``attention_mask``, 0 on padding; ``labels``, the ids with -100 on padding.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = eos_id(tokenizer)  # any valid id serves: attention_mask and labels tell padding apart
+    input_ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
+    attention_mask = (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that separates documents.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer={tokenizer.name_or_path!r}: has no eos_token, expected one to end every document with"
+        )
+    return tokenizer.eos_token_id
+
+
 @dataclass
 class _Place:
     """Where a stream stands; all it takes to go on from there.
@@ -426,7 +465,7 @@ class TokenBatches:
             _check_int("epochs", epochs, 1)
         if rank not in range(world_size):
             raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
-        self.eos_id = _eos_id(tokenizer)
+        self.eos_id = eos_id(tokenizer)
         self.source = source
         self.files = find_files(source)
         self.tokenizer = tokenizer
@@ -544,11 +583,11 @@ class TokenBatches:
                     rows.append(row)
                     row = []
                 if len(rows) == self.batch_size:
-                    yield self._batch(rows), asdict(place)
+                    yield pad_rows(rows, self.sequence_length, self.tokenizer), asdict(place)
                     rows = []
         if row:
             rows.append(row)
-        yield self._batch(rows) if rows else None, asdict(place)
+        yield pad_rows(rows, self.sequence_length, self.tokenizer) if rows else None, asdict(place)
 
     def _documents(self, worker: int, place: _Place) -> Iterator[list[int]]:
         """The ids of each document of a worker's stream, ``</s>`` included; moves ``place`` along.
@@ -563,15 +602,15 @@ class TokenBatches:
         counted = place.taken > 0 or place.offset > 0  # the bad lines of the block to be read again
         while self.epochs is None or place.epoch < self.epochs:
             texts = reader.texts(place.epoch, place.file, place.record)
-            while block := list(itertools.islice(texts, self.shuffle_block or _TOKENIZE_AT_ONCE)):
+            while block := list(itertools.islice(texts, self.shuffle_block or TOKENIZE_AT_ONCE)):
                 if counted:
                     reader.bad_lines, counted = place.bad_lines, False
                 place.bad_lines = reader.bad_lines
                 file, record, _ = block[-1]
                 if shuffle:
                     random.Random(f"{self.seed}/{place.epoch}/{stream}/{place.block}").shuffle(block)
-                for start in range(place.taken, len(block), _TOKENIZE_AT_ONCE):
-                    yield from self._tokenize([text for _, _, text in block[start : start + _TOKENIZE_AT_ONCE]])
+                for start in range(place.taken, len(block), TOKENIZE_AT_ONCE):
+                    yield from self._tokenize([text for _, _, text in block[start : start + TOKENIZE_AT_ONCE]])
                 place.file, place.record, place.block, place.taken = file, record, place.block + 1, 0
             place.bad_lines = reader.bad_lines
             if not place.block and self.epochs is None:
@@ -582,22 +621,10 @@ class TokenBatches:
             place.epoch, place.file, place.record, place.block = place.epoch + 1, 0, 0, 0
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        ids = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
+        ids = tokenize(texts, self.tokenizer)
         if self.packing == "pack":
             return [[*document, self.eos_id] for document in ids]
         return [[*document[: self.sequence_length - 1], self.eos_id] for document in ids]
-
-    def _batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = self.eos_id  # any valid id serves: attention_mask and labels tell padding apart
-        length = self.sequence_length
-        input_ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
-        attention_mask = (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 class _Streams(IterableDataset):
@@ -616,14 +643,6 @@ class _Streams(IterableDataset):
                 yield worker, batch, place
         except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
             yield worker, None, error
-
-
-def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer={tokenizer.name_or_path!r}: has no eos_token, expected one to end every document with"
-        )
-    return tokenizer.eos_token_id
 
 
 def _check_source(name: str, source) -> None:

@@ -1,17 +1,152 @@
 """Perplexity of the heads and of their ensemble, and how much the heads disagree."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from .data import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
 
 # Positions whose logits of all heads exist at one time.
 CHUNK = 512
+# Batches of windows that are sorted by length at a time.
+BUFFER = 128
+
+
+def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
+    """The model of a checkpoint directory in eval mode, on a GPU if there is one, weights in the checkpoint's dtype.
+
+    A stock Llama becomes a model of one head.
+
+    Raises:
+        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, or it is damaged or incomplete.
+    """
+    path, accepted = Path(path), "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
+    if not (path / "config.json").is_file():
+        found = "has no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"{path} {found}; {accepted}")
+    try:
+        kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+        if kind == NeuroTrailsLlamaForCausalLM.config_class.model_type:
+            model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype="auto")
+        elif kind == LlamaForCausalLM.config_class.model_type:
+            model = NeuroTrailsLlamaForCausalLM.from_llama(_load_llama(path), num_ensemble_heads=1)
+        else:
+            raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
+    except ValueError:
+        raise
+    except Exception as error:  # damaged files: as many types as causes
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load_llama(path: Path) -> LlamaForCausalLM:
+    # Stock, weights that are missing become random ones, and that or a wrong shape is named in the log only.
+    llama, info = LlamaForCausalLM.from_pretrained(
+        path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"{path} lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
+    return llama
+
+
+def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Windows of at most ``length`` ids that start every ``stride`` ids, and how many ids of each are context only.
+
+    The first window's context is its first id; a later one's are the ``length - stride`` ids that it repeats. So every
+    id but the first is scored once, the one at position ``i`` after at least ``min(i, length - stride)`` ids. This is
+    the strided method of the Transformers documentation ("Perplexity of fixed-length models").
+    """
+    for start in range(0, max(1, len(ids) - length + stride), stride):
+        yield ids[start : start + length], length - stride if start else 1
+
+
+class DocumentWindows:
+    """Batches for ``evaluate`` that score every token of every document exactly once.
+
+    The end-of-sequence token, which separates documents in training, precedes each document as context and is not
+    scored. Documents that do not fit a window are scored by ``strided_windows``. Windows of like lengths share a batch,
+    padded on the right; ``BUFFER`` batches are held at a time.
+
+    Args:
+        texts: the documents; each ``iter()`` of this object goes over them anew.
+        tokenizer: any with an end-of-sequence token; special tokens that it adds by itself are not used.
+        length: tokens of a window, 2 or more.
+        stride: tokens between the starts of two windows, 1 to ``length - 1``; half the length by default.
+        batch_size: windows of a batch.
+        max_tokens: stop after the document that reaches this many tokens; by default score all.
+
+    Attributes:
+        documents: documents read, complete (as the other counts) when the iteration is.
+        tokens: tokens of theirs, each of which is scored.
+        unknown: those that are the tokenizer's unknown token.
+        bytes: UTF-8 bytes of the documents as they were before tokenization, those without a token left out.
+
+    Raises:
+        ValueError: an argument is outside its range, or the tokenizer lacks an end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        stride: int | None = None,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+    ):
+        if length < 2:
+            raise ValueError(f"length={length}: expected 2 or more, one token of context and one to score")
+        stride = length // 2 if stride is None else stride
+        if not 0 < stride < length:
+            raise ValueError(f"stride={stride}: expected 1 to {length - 1}, less than the window's length")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}: expected 1 or more")
+        self.eos_id = eos_id(tokenizer)
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.length = length
+        self.stride = stride
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.documents = self.tokens = self.unknown = self.bytes = 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.documents = self.tokens = self.unknown = self.bytes = 0
+        windows = self._windows()
+        while buffer := list(itertools.islice(windows, BUFFER * self.batch_size)):
+            buffer.sort(key=lambda window: len(window[0]), reverse=True)
+            for start in range(0, len(buffer), self.batch_size):
+                rows, contexts = zip(*buffer[start : start + self.batch_size])
+                batch = pad_rows(rows, len(rows[0]), self.tokenizer)
+                for labels, context in zip(batch["labels"], contexts):
+                    labels[:context] = IGNORE_INDEX
+                yield batch
+
+    def _windows(self) -> Iterator[tuple[Sequence[int], int]]:
+        texts = iter(self.texts)
+        while block := list(itertools.islice(texts, TOKENIZE_AT_ONCE)):
+            for text, ids in zip(block, tokenize(block, self.tokenizer)):
+                self.documents += 1
+                if not ids:
+                    continue
+                self.tokens += len(ids)
+                self.unknown += ids.count(self.tokenizer.unk_token_id)
+                self.bytes += len(text.encode())
+                yield from strided_windows([self.eos_id, *ids], self.length, self.stride)
+                if self.max_tokens is not None and self.tokens >= self.max_tokens:
+                    return
 
 
 def perplexity(loss: float) -> float:
@@ -30,6 +165,7 @@ class Perplexities:
         disagreement: share of tokens for which the best guesses of two heads differ, the mean over all pairs; 0.0
             with one head.
         mode: the model's own ensemble mode.
+        bytes: UTF-8 bytes of the text that the tokens stand for, where all of it was scored.
     """
 
     tokens: int
@@ -37,10 +173,18 @@ class Perplexities:
     ensemble_losses: dict[str, float]
     disagreement: float
     mode: str
+    bytes: int | None = None
+
+    def bits_per_byte(self, loss: float) -> float:
+        """``loss`` (nats a token) in bits for each byte of the text, which tokenizers share.
+
+        ``loss / ln 2 * tokens / bytes``, as by Gao et al., "The Pile", arXiv 2101.00027, section 3.1.
+        """
+        return loss / math.log(2) * self.tokens / self.bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The losses and their exponentials, ready for JSON."""
-        return {
+        """The losses and their exponentials, and bits per byte where the bytes are known, ready for JSON."""
+        result = {
             "tokens": self.tokens,
             "loss": self.ensemble_losses[self.mode],
             "perplexity": perplexity(self.ensemble_losses[self.mode]),
@@ -51,6 +195,14 @@ class Perplexities:
             "ensemble_perplexities": {mode: perplexity(loss) for mode, loss in self.ensemble_losses.items()},
             "disagreement": self.disagreement,
         }
+        if self.bytes is not None:
+            result |= {
+                "bytes": self.bytes,
+                "bits_per_byte": self.bits_per_byte(self.ensemble_losses[self.mode]),
+                "head_bits_per_byte": [self.bits_per_byte(loss) for loss in self.head_losses],
+                "ensemble_bits_per_byte": {m: self.bits_per_byte(loss) for m, loss in self.ensemble_losses.items()},
+            }
+        return result
 
 
 @torch.no_grad()
@@ -90,7 +242,7 @@ def evaluate(
     sums = reduce(sums)
     *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
     if not tokens:
-        raise ValueError("the evaluation data has no token to predict: a text of at least two tokens is needed")
+        raise ValueError("the evaluation data has no token to predict")
     pairs = heads * (heads - 1) // 2
     return Perplexities(
         tokens=int(tokens),

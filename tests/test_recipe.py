@@ -1,4 +1,4 @@
-"""recipes/pretrain_c4.py and eval/perplexity.py as a user runs them, on a tiny model and the embedded sample."""
+"""recipes/pretrain_c4.py as a user runs it, on a tiny model and the embedded sample."""
 
 import errno
 import importlib.util
@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, training
-from nt_hf.masks import check_masks, count_active, masked_modules, unpack_mask
+from nt_hf.data import TokenBatches, load_tokenizer
+from nt_hf.evaluation import evaluate, load_for_evaluation
+from nt_hf.masks import check_masks, count_active, masked_modules, overall_density, unpack_mask
 from nt_hf.sparsifier import Sparsifier
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,7 @@ def script(path: str):
     return module
 
 
-pretrain, perplexity = script("recipes/pretrain_c4.py"), script("eval/perplexity.py")
+pretrain = script("recipes/pretrain_c4.py")
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +138,14 @@ def test_the_checkpoint_is_a_model_of_transformers(run):
     assert output.shape[1] == inputs["input_ids"].shape[1] + 8 or output[0, -1] == 1
 
 
-def test_perplexity_of_the_checkpoint_is_that_of_the_run(run, tmp_path):
-    output = tmp_path / "out" / "perplexity.json"
-    command = ["--data", "sample:validation", "--output", output, "--batch_size", "2", "--max_tokens", "500"]
-    call(perplexity.main, "--model", run / "checkpoint-12", *command)
-    result, last = json.loads(output.read_text()), training.read_metrics(run / "metrics.jsonl")[-1]
-    assert result["tokens"] == last["tokens"]
-    for key in ("head_perplexities", "disagreement", "density", "perplexity"):
+def test_perplexity_of_the_checkpoint_is_that_of_the_run(run):
+    path = run / "checkpoint-12"
+    rows = TokenBatches("sample:validation", load_tokenizer(str(path)), batch_size=2, sequence_length=32, epochs=1)
+    model = load_for_evaluation(path)
+    result = evaluate(model, rows, max_tokens=500).to_dict()
+    last = training.read_metrics(run / "metrics.jsonl")[-1]
+    assert result["tokens"] == last["tokens"] and overall_density(model) == last["density"]
+    for key in ("head_perplexities", "disagreement", "perplexity"):
         assert result[key] == pytest.approx(last[key], rel=1e-6)
     assert result["ensemble_perplexities"] == pytest.approx(last["ensemble_perplexities"], rel=1e-6)
 

@@ -1,8 +1,7 @@
-"""The run configuration, the pieces of the loop, metrics, evaluation and reports."""
+"""The run configuration, the pieces of the loop, metrics and reports."""
 
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 import yaml
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import masked_modules
 from nt_hf.plan import forward_flops_per_token, peak_tflops, training_flops_per_token
 from nt_hf.run_config import TrainConfig, load_run_config
@@ -240,7 +238,7 @@ def test_only_complete_checkpoints_are_found(tmp_path):
         find_resume(str(tmp_path / "checkpoint-60"), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------------------- costs
 
 
 @pytest.fixture(scope="module")
@@ -249,71 +247,6 @@ def model():
     config = NeuroTrailsLlamaConfig(**SHAPE, num_ensemble_heads=3, blocks_in_head=1)
     config.initializer_range = 0.3  # predictions far from uniform
     return NeuroTrailsLlamaForCausalLM(config)
-
-
-def batches_of(rows: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
-    labels = rows.clone()
-    labels[1::2, 7:] = -100
-    attention = torch.ones_like(rows)
-    attention[1::2, 7:] = 0
-    parts = zip(rows.split(size), labels.split(size), attention.split(size))
-    return [{"input_ids": i, "labels": x, "attention_mask": a} for i, x, a in parts]
-
-
-def test_evaluation_weighs_every_token_the_same(model):
-    rows = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
-    results = [evaluate(model, batches_of(rows, size)).to_dict() for size in (1, 4, 6)]
-    assert results[0]["tokens"] == 3 * 11 + 3 * 6
-    for result in results[1:]:
-        assert result["head_losses"] == pytest.approx(results[0]["head_losses"], abs=1e-6)
-        assert result["ensemble_losses"] == pytest.approx(results[0]["ensemble_losses"], abs=1e-6)
-        assert result["disagreement"] == results[0]["disagreement"]
-
-
-def test_evaluation_against_the_formulas(model):
-    rows = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(2))
-    result = evaluate(model, batches_of(rows, 2)).to_dict()
-    batch = batches_of(rows, 2)[0]
-    with torch.no_grad():
-        output = model.eval()(**{k: v for k, v in batch.items() if k != "labels"}, output_head_logits=True)
-    labels = batch["labels"][:, 1:]
-    keep = labels != -100
-    logits = output.head_logits[:, :, :-1][:, keep].double()
-    truth = labels[keep]
-
-    def nll(logp):
-        return -logp.gather(-1, truth[:, None]).mean().item()
-
-    for head in range(3):
-        assert result["head_losses"][head] == pytest.approx(nll(logits[head].log_softmax(-1)), abs=1e-6)
-    assert result["ensemble_losses"]["logits"] == pytest.approx(nll(logits.mean(0).log_softmax(-1)), abs=1e-6)
-    assert result["ensemble_losses"]["probs"] == pytest.approx(nll(logits.softmax(-1).mean(0).log()), abs=1e-6)
-    guesses = logits.argmax(-1)
-    pairs = [(guesses[a] != guesses[b]).double().mean().item() for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert result["disagreement"] == pytest.approx(sum(pairs) / 3)
-    assert result["perplexity"] == pytest.approx(math.exp(result["ensemble_losses"]["logits"]))
-
-
-def test_evaluation_stops_at_its_limit_and_refuses_nothing(model):
-    rows = torch.randint(0, 64, (6, 12), generator=torch.Generator().manual_seed(1))
-    assert evaluate(model, batches_of(rows, 1), max_tokens=12).tokens == 11 + 6
-    with pytest.raises(ValueError, match="no token to predict"):
-        evaluate(model, [])
-
-
-def test_an_overflowing_perplexity_is_infinite():
-    assert perplexity(1.0) == math.e and perplexity(1e4) == math.inf
-
-
-def test_evaluation_leaves_the_mode_as_it_was(model):
-    rows = torch.zeros(1, 4, dtype=torch.long)
-    for training in (True, False):
-        model.train(training)
-        evaluate(model, batches_of(rows, 1))
-        assert model.training == training
-
-
-# --------------------------------------------------------------------------------------------------- costs
 
 
 def test_flops_are_those_of_the_matrix_products(model):
