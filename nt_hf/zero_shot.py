@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import sys
@@ -31,7 +32,6 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .evaluation import CHUNK
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from .report import markdown_table, score_text
 
@@ -48,10 +48,12 @@ SEED = 1234
 # Tokens of a batch, its padding included, with batch_size="auto". On two cores more rows gain nothing; a GPU wants more
 # (not measured), and halves it where its memory ends.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Positions whose logits exist at one time: few enough to stay in a CPU's cache.
+POSITIONS = {"cpu": 64, "cuda": 4096}
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the running commentary and the progress bars of lm-eval and datasets."""
     loggers = [logging.getLogger("lm_eval"), logging.getLogger("transformers")]
     levels, bars_were_off = [each.level for each in loggers], datasets.are_progress_bars_disabled()
@@ -121,7 +123,7 @@ def log_likelihoods(
         model: in eval mode.
         requests: pairs of token ids, a context of one token or more and an answer of one or more. A context that does
             not fit loses its beginning.
-        scorers: their heads are run, once each.
+        scorers: the first one's heads are run, once each; any others are single ones of them.
         batch_size: rows a batch; by default as many as ``BATCH_TOKENS`` allows.
         progress: show a bar where the errors go to a terminal.
 
@@ -132,70 +134,114 @@ def log_likelihoods(
         ValueError: an answer does not fit the model's context at all.
     """
     limit = model.config.max_position_embeddings
-    # Answers of one token, as "yes" and "no", share their whole input: one row serves them all.
-    rows: dict[tuple[int, ...], list[int]] = {}
+    # Answers to one question share its context, which is run once.
+    questions: dict[tuple[int, ...], list[int]] = {}
     for index, (context, answer) in enumerate(requests):
         if len(answer) > limit:
             raise ValueError(f"an answer of {len(answer)} tokens does not fit the model's context of {limit}")
-        rows.setdefault((*context, *answer)[-limit - 1 :][:-1], []).append(index)
-    order = sorted(rows, key=len, reverse=True)
+        questions.setdefault(tuple(context[-(limit + 1 - len(answer)) :]), []).append(index)
+    rows = [_Row(context, {index: requests[index][1] for index in indices}) for context, indices in questions.items()]
+    rows.sort(key=len, reverse=True)
     results: dict[str, list[Any]] = {scorer.name: [None] * len(requests) for scorer in scorers}
     budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     start = 0
     hidden = None if progress else True  # None: only where there is no terminal
     with tqdm(total=len(requests), desc="scoring", disable=hidden, leave=False, file=sys.__stderr__) as bar:
-        while start < len(order):
-            batch = order[start : start + (batch_size or max(1, budget // len(order[start])))]
-            served = [(row, index) for row, tokens in enumerate(batch) for index in rows[tokens]]
-            answers = [(row, requests[index][1]) for row, index in served]
+        while start < len(rows):
+            batch = rows[start : start + (batch_size or max(1, budget // len(rows[start])))]
             try:
-                scores, greedy = _score(model, batch, answers, scorers)
+                scores, greedy = _score(model, batch, scorers)
             except torch.OutOfMemoryError:
                 if batch_size or len(batch) == 1:
                     raise
                 budget //= 2
                 continue
+            indices = [index for row in batch for index in row.answers]
             for scorer, values, flags in zip(scorers, scores.tolist(), greedy.tolist()):
-                for (_, index), value, flag in zip(served, values, flags):
+                for index, value, flag in zip(indices, values, flags):
                     results[scorer.name][index] = (value, flag)
             start += len(batch)
-            bar.update(len(served))
+            bar.update(len(indices))
     return results
 
 
-def _score(
-    model: NeuroTrailsLlamaForCausalLM,
-    rows: Sequence[Sequence[int]],
-    answers: Sequence[tuple[int, Sequence[int]]],
-    scorers: Sequence[Scorer],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores ``answers``, pairs of a row and the tokens that its last predictions should be.
+@dataclass
+class _Row:
+    """A context, and the answers that branch off its end, by number of request.
+
+    Its tokens are the context's, then each answer's but the last, which predicts nothing.
+    """
+
+    context: Sequence[int]
+    answers: Mapping[int, Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(answer) - 1 for answer in self.answers.values())
+
+
+def _pack(rows: Sequence[_Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows, longest first, as the model's inputs, and what to read from its outputs.
 
     Returns:
-        Log-likelihoods and whether greedy decoding gives the answer, both ``[scorers, answers]``.
+        The inputs; ``spots`` ``[n, 2]``, (row, place) of every prediction that an answer needs, and ``answers``
+        ``[tokens, 3]``, sorted: (number of the spot, number of the answer, token) of every token of an answer.
     """
-    heads = sorted({head for scorer in scorers for head in scorer.heads})
-    ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)  # causal: what follows a row's end changes nothing
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    hidden = model.model(ids.to(model.device), active_heads=heads, use_cache=False).last_hidden_state
-    places = [
-        (row, len(rows[row]) - len(answer) + k, number, token)
-        for number, (row, answer) in enumerate(answers)
-        for k, token in enumerate(answer)
-    ]
-    row, position, number, target = torch.tensor(places, device=model.device).T
-    hidden = hidden[:, row, position]
-    scores = torch.zeros(len(scorers), len(answers), dtype=torch.float64, device=model.device)
-    wrong = torch.zeros_like(scores)
-    for part in torch.arange(len(places), device=model.device).split(CHUNK):
-        logits = {head: model.lm_heads[head](x[part]).float() for head, x in zip(heads, hidden)}
-        for place, scorer in enumerate(scorers):
-            combined = combine_logits([logits[head] for head in scorer.heads], model.config.ensemble_mode)
-            chosen = combined.gather(-1, target[part, None])[:, 0]
-            scores[place].index_add_(0, number[part], (chosen - combined.logsumexp(-1)).double())
-            wrong[place].index_add_(0, number[part], (combined.argmax(-1) != target[part]).double())
-    return scores.cpu(), wrong.cpu() == 0
+    width = len(rows[0])
+    table, spots, answers, count = [], [], [], 0  # of (token, position, branch), by row
+    for r, row in enumerate(rows):
+        line = [(token, position, 0) for position, token in enumerate(row.context)]
+        begin, first = len(line), len(spots)
+        spots.append((r, begin - 1))  # where all answers begin
+        for branch, answer in enumerate(row.answers.values(), 1):
+            answers.append((first, count, answer[0]))
+            for position, (token, following) in enumerate(itertools.pairwise(answer), begin):
+                answers.append((len(spots), count, following))
+                spots.append((r, len(line)))
+                line.append((token, position, branch))
+            count += 1
+        table.append(line + [(0, 0, -1)] * (width - len(line)))
+    tokens, positions, branches = torch.tensor(table).permute(2, 0, 1)
+    # A token sees what comes before it in the context and in its own branch.
+    seen = (branches[:, None] == branches[:, :, None]) | (branches[:, None] == 0)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": seen.tril()[:, None]}
+    return inputs, torch.tensor(spots), torch.tensor(sorted(answers))
+
+
+def _score(
+    model: NeuroTrailsLlamaForCausalLM, rows: Sequence[_Row], scorers: Sequence[Scorer]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihoods of the rows' answers and whether each is the greedy one, both ``[scorers, answers]``."""
+    device, heads = model.device, scorers[0].heads
+    inputs, spots, answers = _pack(rows)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    hidden = model.model(**inputs, active_heads=heads, use_cache=False).last_hidden_state
+    hidden = hidden[:, spots[:, 0].to(device), spots[:, 1].to(device)]
+    count = sum(len(row.answers) for row in rows)
+    scores, misses = torch.zeros(2, len(scorers), count, dtype=torch.float64, device=device)
+
+    def record(scorer: int, logits: torch.Tensor, wanted: torch.Tensor) -> None:
+        spot, answer, token = wanted.T
+        log_probs = logits.log_softmax(-1)
+        chosen, best = log_probs[spot, token], log_probs.amax(-1)[spot]
+        scores[scorer].index_add_(0, answer, chosen.double())
+        misses[scorer].index_add_(0, answer, (chosen < best).double())
+
+    trails = {scorer.heads[0]: k for k, scorer in enumerate(scorers) if k}
+
+    def each_head(part: slice, wanted: torch.Tensor) -> Iterator[torch.Tensor]:
+        for head, states in zip(heads, hidden):
+            logits = model.lm_heads[head](states[part]).float()
+            if head in trails:
+                record(trails[head], logits, wanted)
+            yield logits
+
+    size = POSITIONS.get(device.type, POSITIONS["cuda"])
+    for start in range(0, len(spots), size):
+        here = (answers[:, 0] >= start) & (answers[:, 0] < start + size)
+        wanted = (answers[here] - torch.tensor([start, 0, 0])).to(device)
+        logits = each_head(slice(start, start + size), wanted)
+        record(0, combine_logits(logits, model.config.ensemble_mode), wanted)
+    return scores.cpu(), misses.cpu() == 0
 
 
 class TrailsLM(HFLM):
@@ -215,7 +261,7 @@ class TrailsLM(HFLM):
         scorers: Sequence[Scorer],
         batch_size: int | None = None,
     ):
-        with _quiet():
+        with quiet():
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size or 1)
         self.scorers, self.rows_a_batch = list(scorers), batch_size
         self.answers: dict[str, dict[tuple[str, str], tuple[float, bool]]] = {}
@@ -328,7 +374,7 @@ class Tasks:
             raise ValueError(f"data_root={str(data_root)!r}: accepted is a directory of json lines")
         self.data_root = data_root
         folder = Path(lm_eval.tasks.__file__).parent
-        with _quiet():
+        with quiet():
             self._manager = TaskManager(include_path=[str(folder / name) for name in _FOLDERS], include_defaults=False)
 
     def leaves(self, name: str) -> list[str]:
@@ -338,7 +384,7 @@ class Tasks:
             ValueError: lm-eval knows no such name.
         """
         if name not in self._manager.task_index:
-            with _quiet():
+            with quiet():
                 self._manager = TaskManager()
         entry = self._manager.task_index.get(name)
         if entry is None:
@@ -370,7 +416,7 @@ class Tasks:
             changes |= dict.fromkeys(("training_split", "validation_split", "fewshot_split", "dataset_kwargs"))
         try:
             # Changes to a task that lm-eval knows are made within a group.
-            with _quiet():
+            with quiet():
                 task = self._manager.load([{"group": "one", "task": [changes]}])["tasks"][name]
         except Exception as error:  # no network, a changed data set, a field of the wrong form: as many types as causes
             hint = "" if self.data_root else "; data_root reads local files instead of the hub"
@@ -432,7 +478,7 @@ def score_task(lm: TrailsLM, task: Any, limit: int | None = None) -> TaskResult:
     """
     began = time.perf_counter()
     name = task.config.task
-    with _quiet():
+    with quiet():
         found = lm_eval.evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics = samples[0]["metrics"]
