@@ -10,48 +10,23 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from nt_hf._cli import provenance, run, write_json
-from nt_hf.data import check_vocabulary, load_tokenizer, read_texts
-from nt_hf.evaluation import DocumentWindows, evaluate, load_for_evaluation
+from nt_hf._cli import add_text_arguments, load_text, provenance, run, text_record, write_json
+from nt_hf.evaluation import evaluate
 from nt_hf.masks import overall_density
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, of NeuroTrails or a Llama")
-    parser.add_argument("--data", nargs="+", required=True, help="files, globs, sample:validation, hub:…")
+    add_text_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows a batch")
-    parser.add_argument("--stride", type=int, help="tokens from window to window; default: half a window")
-    parser.add_argument("--sequence_length", type=int, help="tokens a window; default: the model's trained length")
-    parser.add_argument("--max_tokens", type=int, help="stop after the document that reaches so many; default: all")
-    parser.add_argument("--text_field", default="text")
-    parser.add_argument("--on_bad_line", default="error", choices=["error", "skip"])
     args = parser.parse_args()
 
-    model = load_for_evaluation(args.model)
-    trained_length = model.config.max_position_embeddings
-    length = trained_length if args.sequence_length is None else args.sequence_length
-    if not 2 <= length <= trained_length:
-        raise ValueError(f"--sequence_length {length}: accepted are 2 to {trained_length}, the model's trained length")
-    tokenizer = load_tokenizer(str(args.model))
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    texts = read_texts(args.data, args.text_field, args.on_bad_line)
-    windows = DocumentWindows(
-        texts, tokenizer, length=length, stride=args.stride, batch_size=args.batch_size, max_tokens=args.max_tokens
-    )
+    model, windows = load_text(args)
     result = evaluate(model, windows)
     result = dataclasses.replace(result, bytes=windows.bytes).to_dict() | {
-        "model": str(args.model),
-        "data": args.data,
-        "sequence_length": windows.length,
-        "stride": windows.stride,
-        "batch_size": windows.batch_size,
-        "max_tokens": windows.max_tokens,
+        **text_record(args, windows),
         "density": overall_density(model),
-        "documents": windows.documents,
         "unknown_share": windows.unknown / windows.tokens,
-        "bad_lines": texts.bad_lines,
         **provenance(),
     }
     write_json(args.output, result)

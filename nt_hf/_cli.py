@@ -1,8 +1,9 @@
-"""What the command-line programs share: how they end, and how they write what they found.
+"""What the command-line programs share: how they read a text, how they write what they found, and how they end.
 
 Bad input is one clear line and a non-zero exit code, not a traceback.
 """
 
+import argparse
 import importlib.metadata
 import json
 import logging
@@ -18,6 +19,10 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
+
+from .data import check_vocabulary, load_tokenizer, read_texts
+from .evaluation import DocumentWindows, load_for_evaluation
+from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 
 
 def run(main: Callable[[], None]) -> None:
@@ -62,3 +67,44 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
     os.replace(partial, path)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of programs that score a model on a text."""
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, of NeuroTrails or a Llama")
+    parser.add_argument("--data", nargs="+", required=True, help="files, globs, sample:validation, hub:…")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows a batch")
+    parser.add_argument("--stride", type=int, help="tokens from window to window; default: half a window")
+    parser.add_argument("--sequence_length", type=int, help="tokens a window; default: the model's trained length")
+    parser.add_argument("--max_tokens", type=int, help="stop after the document that reaches so many; default: all")
+    parser.add_argument("--text_field", default="text")
+    parser.add_argument("--on_bad_line", default="error", choices=["error", "skip"])
+
+
+def load_text(args: argparse.Namespace) -> tuple[NeuroTrailsLlamaForCausalLM, DocumentWindows]:
+    """The model and the windows that [`add_text_arguments`] describe."""
+    model = load_for_evaluation(args.model)
+    trained_length = model.config.max_position_embeddings
+    length = trained_length if args.sequence_length is None else args.sequence_length
+    if not 2 <= length <= trained_length:
+        raise ValueError(f"--sequence_length {length}: accepted are 2 to {trained_length}, the model's trained length")
+    tokenizer = load_tokenizer(str(args.model))
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    texts = read_texts(args.data, args.text_field, args.on_bad_line)
+    return model, DocumentWindows(
+        texts, tokenizer, length=length, stride=args.stride, batch_size=args.batch_size, max_tokens=args.max_tokens
+    )
+
+
+def text_record(args: argparse.Namespace, windows: DocumentWindows) -> dict[str, Any]:
+    """What of [`load_text`] belongs into a result, once the windows were scored."""
+    return {
+        "model": str(args.model),
+        "data": args.data,
+        "sequence_length": windows.length,
+        "stride": windows.stride,
+        "batch_size": windows.batch_size,
+        "max_tokens": windows.max_tokens,
+        "documents": windows.documents,
+        "bad_lines": windows.texts.bad_lines,
+    }

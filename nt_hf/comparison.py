@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .report import markdown_table, score_text
+from .report import markdown_table, pyplot, score_text
 
 METRICS = ("acc", "acc_norm")
 DRAWS = 10_000
@@ -194,8 +194,9 @@ def comparison_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 def plot_comparison(columns: Sequence[Column], rows: Sequence[Row], path: Path) -> None:
     """Draws the scores with their standard errors, and the differences from the first column with their intervals."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return
     labels = [f"{row.task}, {row.metric}" for row in rows]
     height = 1.8 + 0.32 * len(rows) + 0.12 * len(rows) * len(columns)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")

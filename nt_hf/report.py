@@ -59,19 +59,25 @@ def write_report(run_dir: Path) -> str:
     report.mkdir(exist_ok=True)
     table = results_table(records)
     (report / "results.md").write_text(table + "\n")
+    if plt := pyplot():
+        _plot(plt, records, report / "training.png")
+    return table
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files; ``None``, with a warning, where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         logger.warning("no plots: matplotlib is not installed (pip install 'nt_hf[plots]')")
-        return table
+        return None
     matplotlib.use("Agg")
-    _plot(records, report / "training.png")
-    return table
-
-
-def _plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def _plot(plt: Any, records: Sequence[Record], path: Path) -> None:
     train = [r for r in records if r["event"] == "train"]
     evals = [r for r in records if r["event"] == "eval"]
     updates = [r for r in records if r["event"] == "update"]
