@@ -55,12 +55,12 @@ class Gain:
 
     Attributes:
         mean_head_loss: mean loss of the heads.
-        diversity: what combining them gains, never negative, computed without the ensemble's loss. Mode "logits",
-            whose ensemble is the normalised geometric mean of the heads' distributions: ``-log sum_v exp(mean_h log
-            p_h(v))``, which is the mean KL divergence from the ensemble to the heads and does not depend on the right
-            token (Wood et al. 2023, arXiv 2301.03962; Heskes 1998, "Selecting weighting factors in logarithmic opinion
-            pools"). Mode "probs": the Jensen gap ``log mean_h p_h(y) - mean_h log p_h(y)`` at the right token ``y``
-            (Abe et al. 2024, arXiv 2302.00704).
+        diversity: what combining them gains, computed without the ensemble's loss; never negative but for rounding.
+            Mode "logits", whose ensemble is the normalised geometric mean of the heads' distributions: ``-log sum_v
+            exp(mean_h log p_h(v))``, which is the mean KL divergence from the ensemble to the heads and does not depend
+            on the right token (Wood et al. 2023, arXiv 2301.03962; Heskes 1998, "Selecting weighting factors in
+            logarithmic opinion pools"). Mode "probs": the Jensen gap ``log mean_h p_h(y) - mean_h log p_h(y)`` at the
+            right token ``y`` (Abe et al. 2024, arXiv 2302.00704).
         ensemble_loss: loss of the ensemble.
         residual: ``mean_head_loss - diversity - ensemble_loss``, which is rounding only.
     """
