@@ -9,6 +9,7 @@ from .modeling_neurotrails_llama import (
     NeuroTrailsCausalLMOutput,
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
+    Uncertainty,
 )
 from .sparsifier import Sparsifier, SparsityConfig, draw_masks
 from .trainer_callback import SparsityCallback
@@ -30,6 +31,7 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "SparsityConfig",
+    "Uncertainty",
     "__version__",
     "apply_masks",
     "check_masks",

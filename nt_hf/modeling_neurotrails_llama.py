@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -35,6 +35,33 @@ IGNORE_INDEX = -100
 # vocabularies of 4,096 and 32,000) 64 takes twice as long as 1024, and more than 1024 gains nothing. The GPU's value is
 # a choice of memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
 LOSS_CHUNK = {"cpu": 1024, "cuda": 4096}
+# Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
+# them (at a vocabulary of 32,000 a chunk of 32 MB takes a fifth longer).
+UNCERTAINTY_CHUNK = 2**21
+# The ways of generating whose steps are the forward passes that the tokens were drawn from.
+RECORDED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+
+
+@dataclass
+class Uncertainty(ModelOutput):
+    """How unsure the heads are of the next token, and how far they differ.
+
+    ``p_h`` is the next-token distribution of head ``h``, ``H`` an entropy in nats; means are over the ``M`` active
+    heads. The probabilities are averaged in either ``ensemble_mode``: only so do the parts add up. Each measure is
+    fp32, of shape ``[batch, seq]``; position ``t`` is about the prediction made there, of token ``t + 1``.
+
+    Attributes:
+        predictive_entropy: ``H[mean p_h]``, 0 to ``log(vocab)``: the whole uncertainty.
+        mutual_information: ``H[mean p_h] - mean H[p_h]``, 0 to ``log(M)``, between the head and its prediction: the
+            epistemic part (BALD, Houlsby et al. 2011, arXiv 1112.5745; ensembles of networks, Lakshminarayanan et al.
+            2017, arXiv 1612.01474). What it leaves of the predictive entropy, the mean entropy of a head, is the
+            aleatoric part (Depeweg et al. 2018, arXiv 1710.07283). 0 with one head.
+        disagreement: the share of pairs of heads whose most probable tokens differ, 0 to 1; 0 with one head.
+    """
+
+    predictive_entropy: torch.FloatTensor | None = None
+    mutual_information: torch.FloatTensor | None = None
+    disagreement: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -47,30 +74,94 @@ class NeuroTrailsCausalLMOutput(CausalLMOutputWithPast):
             loss needs none, and holding them is what limits the batch.
         head_losses: mean next-token cross-entropy of each active head, ``[M]``, in nats.
         head_logits: ``[M, batch, seq, vocab]``, with ``output_head_logits=True``.
+        uncertainty: of the positions that have logits, with ``output_uncertainty=True``.
         hidden_states: the embedding's output, then each block's: the backbone's, then head after head.
         attentions: of each block, in the same order.
     """
 
     head_losses: torch.FloatTensor | None = None
     head_logits: torch.FloatTensor | None = None
+    uncertainty: Uncertainty | None = None
 
 
-def combine_logits(logits: Sequence[torch.Tensor], mode: str) -> torch.Tensor:
+def combine_logits(logits: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
     """Combines the heads' logits ``[..., vocab]`` into the ensemble's.
 
-    ``"logits"``: their mean. ``"probs"``: log of the mean probability (soft voting); these are normalised.
+    ``"logits"``: their mean. ``"probs"``: log of the mean probability (soft voting); these are normalised. The logits
+    are taken one by one and not changed: those that a generator makes need not exist all at one time.
 
     Raises:
         ValueError: ``mode`` is neither.
     """
     if mode not in ENSEMBLE_MODES:
         raise ValueError(f"ensemble_mode={mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
+    logits, count = iter(logits), 1
     if mode == "logits":
-        return sum(logits[1:], start=logits[0]) / len(logits)
-    total = torch.log_softmax(logits[0].float(), -1)
-    for head in logits[1:]:
+        mean = next(logits).clone()
+        for head in logits:
+            count += 1
+            mean.lerp_(head, 1 / count)
+            del head  # before the next one is made; ``enumerate`` would keep it as well
+        return mean
+    total = torch.log_softmax(next(logits).float(), -1)
+    for head in logits:
         total = torch.logaddexp(total, torch.log_softmax(head.float(), -1))
-    return total - math.log(len(logits))
+        count += 1
+    return total - math.log(count)
+
+
+@torch.no_grad()
+def uncertainty(logits: Sequence[torch.Tensor]) -> Uncertainty:
+    """The measures of ``Uncertainty`` from the heads' logits ``[..., vocab]``, each ``[...]``.
+
+    In fp32 whatever the logits' type, without gradients, and in chunks: it needs no memory of the logits' size.
+    """
+    *shape, vocab = logits[0].shape
+    size = max(1, UNCERTAINTY_CHUNK // vocab)
+    chunks = zip(*(head.reshape(-1, vocab).split(size) for head in logits))
+    measures = zip(*(_uncertainty(chunk) for chunk in chunks))
+    return Uncertainty(*(torch.cat(values).view(shape) for values in measures))
+
+
+def _uncertainty(logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The measures, each ``[n]``, from the heads' logits ``[n, vocab]``."""
+    heads = len(logits)
+    mean, mean_entropy = 0, 0
+    for head in logits:
+        probs = torch.softmax(head, -1, dtype=torch.float32)
+        mean_entropy = mean_entropy + _entropy(probs) / heads
+        mean = mean + probs / heads
+    entropy = _entropy(mean)
+    guesses = torch.stack([head.argmax(-1) for head in logits])
+    differing = (guesses[:, None] != guesses).float().sum((0, 1))  # each pair twice
+    return entropy, (entropy - mean_entropy).clamp(min=0), differing / max(heads * (heads - 1), 1)
+
+
+def _entropy(probs: torch.Tensor) -> torch.Tensor:
+    # ``torch.special.entr`` is half as fast on a CPU. A probability of 0 counts 0 here as there.
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
+
+
+class UncertaintyRecorder:
+    """Stands for ``output_uncertainty=True`` within ``generate`` and keeps what each step's forward pass measured."""
+
+    def __init__(self):
+        self.steps: list[Uncertainty] = []
+
+    def __deepcopy__(self, memo) -> None:
+        # A draft model gets copies of the arguments; its tokens are proposals, and a stock one would refuse this one.
+        return None
+
+    def add(self, measures: Uncertainty, positions: int) -> None:
+        """Keeps the first ``positions`` of a step's measures, copied: a compiled step overwrites its outputs."""
+        self.steps.append(Uncertainty(*(values[:, :positions].clone() for values in measures.to_tuple())))
+
+    def select(self, rows: torch.LongTensor) -> Uncertainty:
+        """The measures of each new token; ``rows`` ``[sequences, new tokens]`` is its step's row, or -1 for NaN."""
+        steps = zip(*(step.to_tuple() for step in self.steps))
+        recorded = (torch.cat(values, 1).to(rows.device) for values in steps)
+        picked = (values.gather(0, rows.clamp(min=0)).masked_fill(rows < 0, math.nan) for values in recorded)
+        return Uncertainty(*picked)
 
 
 def chunked_cross_entropy(
@@ -343,6 +434,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         active_heads: Sequence[int] | None = None,
         output_head_logits: bool = False,
+        output_uncertainty: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> NeuroTrailsCausalLMOutput:
@@ -353,6 +445,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                 ``-100`` is ignored.
             active_heads: the heads to use, all by default; loss and ensemble are over these.
             output_head_logits: also return the heads' logits ``[M, batch, seq, vocab]``.
+            output_uncertainty: also return an ``Uncertainty`` over the active heads.
             num_items_in_batch: divide the summed losses by this count instead of the number of labels, which
                 makes gradient accumulation exact.
         """
@@ -369,7 +462,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         hidden = outputs.last_hidden_state
         lm_heads = [self.lm_heads[h] for h in select_heads(self.config, active_heads)]
 
-        loss = head_losses = logits = head_logits = None
+        loss = head_losses = logits = head_logits = measures = None
         if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)
             count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
@@ -378,11 +471,14 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_losses = torch.stack([head_loss(m, x.flatten(0, 1), targets) for m, x in zip(lm_heads, hidden)])
             head_losses = head_losses / count
             loss = head_losses.mean()
-        if labels is None or not self.training or output_head_logits:
+        if labels is None or not self.training or output_head_logits or output_uncertainty:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            each = [lm_head(x[:, keep]) for lm_head, x in zip(lm_heads, hidden)]
+            each = (lm_head(x[:, keep]) for lm_head, x in zip(lm_heads, hidden))
+            if output_head_logits or output_uncertainty:
+                each = list(each)
             logits = combine_logits(each, self.config.ensemble_mode)
             head_logits = torch.stack(each) if output_head_logits else None
+            measures = uncertainty(each) if output_uncertainty else None
 
         return NeuroTrailsCausalLMOutput(
             loss=loss,
@@ -392,7 +488,55 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             attentions=outputs.attentions,
             head_losses=head_losses,
             head_logits=head_logits,
+            uncertainty=measures,
         )
+
+    def generate(self, inputs=None, generation_config=None, *args, output_uncertainty: bool = False, **kwargs):
+        """As in ``GenerationMixin``; with ``output_uncertainty=True`` the output has an ``uncertainty``, too.
+
+        It is an ``Uncertainty`` ``[sequences, new tokens]`` of the distributions that each new token was chosen by,
+        before temperature and other processing of the logits. The padding after a sequence's end has NaN.
+
+        Raises:
+            ValueError: ``output_uncertainty=True`` without ``return_dict_in_generate=True``, or for a way of generating
+                other than greedy, sampling, beam search and assisted decoding.
+        """
+        if not output_uncertainty:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if not config.return_dict_in_generate:
+            value = config.return_dict_in_generate
+            raise ValueError(f"return_dict_in_generate={value!r} with output_uncertainty=True: accepted is True")
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        other = kwargs.get("custom_generate") or config.token_healing or config.cache_implementation == "paged"
+        if other or mode not in RECORDED_MODES:
+            raise ValueError(
+                f"output_uncertainty=True with generation mode {mode.value!r}: accepted are "
+                f"{', '.join(RECORDED_MODES)}, without custom_generate, token_healing and a paged cache"
+            )
+        recorder = UncertaintyRecorder()
+        # Of a prompt only the last position counts: a step's measures begin with the first new token's.
+        kwargs |= {"output_uncertainty": recorder, "logits_to_keep": 1}
+        outputs = super().generate(inputs, generation_config, *args, **kwargs)
+        if "beam_indices" in outputs:
+            rows = outputs.beam_indices.long()
+        else:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+            # Without a prompt generation starts from one token, from embeddings the sequences hold new tokens only.
+            width = prompt.shape[1] if prompt is not None else int(kwargs.get("inputs_embeds") is None)
+            tokens = outputs.sequences[:, width:]
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+            rows = rows.where(~_is_padding(tokens, config.eos_token_id, config.pad_token_id), -1)
+        outputs["uncertainty"] = recorder.select(rows)
+        return outputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs, model_kwargs, is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ):
+        # Called once a step, whatever the way of generating, with the number of tokens that the step adds.
+        if isinstance(recorder := model_kwargs.get("output_uncertainty"), UncertaintyRecorder):
+            recorder.add(outputs.uncertainty, num_new_tokens)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         # The stock method resizes one embedding and one LM head; here every head has its own.
@@ -473,6 +617,18 @@ def head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) ->
     return chunked_cross_entropy(lm_head, hidden, labels)
 
 
+def _is_padding(tokens: torch.LongTensor, eos: int | list[int] | None, pad: int | None) -> torch.BoolTensor:
+    """Which new tokens ``[sequences, n]`` ``generate`` filled in after the end of a sequence."""
+    if eos is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    ends = torch.isin(tokens, torch.as_tensor(eos, device=tokens.device))
+    padding = ends.cumsum(1) > ends.long()
+    if pad is not None and not torch.isin(torch.as_tensor(pad), torch.as_tensor(eos)):
+        # A sequence that a stopping criterion ended has no end-of-sequence token.
+        padding |= (tokens != pad).flip(1).cumsum(1).flip(1) == 0
+    return padding
+
+
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -488,4 +644,10 @@ def _copy_tensors(source: nn.Module, target: nn.Module, names: Iterable[str]) ->
         target[name].data = source[name].detach().clone()
 
 
-__all__ = ["NeuroTrailsCausalLMOutput", "NeuroTrailsLlamaForCausalLM", "NeuroTrailsLlamaModel"]
+__all__ = [
+    "NeuroTrailsCausalLMOutput",
+    "NeuroTrailsLlamaForCausalLM",
+    "NeuroTrailsLlamaModel",
+    "Uncertainty",
+    "uncertainty",
+]
