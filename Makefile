@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/python examples/generate.py --model runs/demo/checkpoint-1400 --prompt "The best way to" --prompt "You can find"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -46,6 +46,7 @@ style: install
 
 bench: install
 	$(BIN)/python benchmarks/topology.py
+	$(BIN)/python benchmarks/zero_shot.py --data_root tests/data/eval --rounds 3
 
 clean:
 	rm -rf $(VENV) $(VENV_MIN) build *.egg-info .pytest_cache .ruff_cache

@@ -101,12 +101,11 @@ def main() -> None:
                 continue
             report["tasks"][member] = done[member]
             logger.info("%s: %d items, %.1f s", member, done[member].items, done[member].seconds)
-            if done[member].truncated:
+            if cut := done[member].truncated:
                 logger.warning(
-                    "%s: %d contexts were longer than the model's; their beginnings were cut",
-                    member,
-                    done[member].truncated,
-                )
+                    "%s: %d of %d contexts were longer than the model's and lost their beginning",
+                    member, cut, done[member].requests,
+                )  # fmt: skip
         by_size = tasks.by_size(name)
         if len(done) == len(members) and (len(members) == 1 or by_size is not None):
             results[name] = done[name].scores if list(done) == [name] else combine_tasks(done, by_size)

@@ -178,7 +178,7 @@ class Perplexities:
     def bits_per_byte(self, loss: float) -> float:
         """``loss`` (nats a token) in bits for each byte of the text, which tokenizers share.
 
-        ``loss / ln 2 * tokens / bytes``, as by Gao et al., "The Pile", arXiv 2101.00027, section 3.1.
+        ``loss / ln 2 * tokens / bytes``, as by Gao et al. 2020, "The Pile", arXiv 2101.00027.
         """
         return loss / math.log(2) * self.tokens / self.bytes
 

@@ -455,7 +455,8 @@ class TaskResult:
         fingerprint: hash of the items, the same for two runs over the same ones.
         scores: by scorer and metric.
         per_item: by scorer and metric, each item's value in the order of the data set; "0110…" where all are 0 or 1.
-        truncated: answers that were scored after a context without its beginning.
+        requests: contexts with an answer, several an item.
+        truncated: those whose context lost its beginning.
         seconds: wall time.
     """
 
@@ -463,6 +464,7 @@ class TaskResult:
     fingerprint: str
     scores: dict[str, dict[str, Score]]
     per_item: dict[str, dict[str, list[float] | str]]
+    requests: int
     truncated: int
     seconds: float
 
@@ -500,6 +502,7 @@ def score_task(lm: TrailsLM, task: Any, limit: int | None = None) -> TaskResult:
         fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
         scores=scores,
         per_item={s: {m: _compact(v) for m, v in by_metric.items()} for s, by_metric in per_item.items()},
+        requests=sum(len(sample["arguments"]) for sample in samples),
         truncated=lm.truncated,
         seconds=time.perf_counter() - began,
     )

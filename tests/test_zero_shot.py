@@ -42,6 +42,7 @@ FILES = {
     "arc_challenge": "arc_challenge_test",
 }
 SCORERS = ("ensemble", "head 0", "head 1", "head 2")
+LENGTH = 192  # of the model: some of the prompts are longer
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -115,7 +116,7 @@ def checkpoint(tmp_path_factory) -> Path:
     config = """
 model: {vocab_size: 32000, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
         blocks_in_head: 1, initializer_range: 0.3}
-data: {train: "sample:train", validation: "sample:validation", tokenizer: sample, sequence_length: 320,
+data: {train: "sample:train", validation: "sample:validation", tokenizer: sample, sequence_length: 192,
        validation_tokens: 300}
 sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"]}
 train: {max_steps: 1, batch_size: 1, learning_rate: 1.0e-3, eval_steps: 1, save_steps: 1}
@@ -197,7 +198,7 @@ def test_lm_eval_scores_are_the_same_for_any_batch_size(checkpoint, tokenizer, t
     found = []
     for size in (1, 8):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
-        assert lm.max_length == 320 and lm.prefix_token_id == tokenizer.eos_token_id
+        assert lm.max_length == LENGTH and lm.prefix_token_id == tokenizer.eos_token_id
         samples = lm_eval.evaluate(lm, {"tasks": {"piqa": tasks.load("piqa")}, "groups": {}})["samples"]["piqa"]
         found.append([answer[0][0] for sample in samples for answer in sample["resps"]])
     assert found[0] == pytest.approx(found[1], abs=1e-4, rel=0)
@@ -209,7 +210,7 @@ def test_no_token_is_added_or_lost(checkpoint):
     context, answer = lm._encode_pair("Question: why?\nAnswer:", " because it is so")
     assert tokenizer.eos_token_id not in [*context, *answer]
     assert tokenizer.decode(context) == "Question: why? Answer:" and tokenizer.decode(answer) == "because it is so"
-    assert tokenizer.model_max_length == 320
+    assert tokenizer.model_max_length == LENGTH
 
 
 # ---------------------------------------------------------------------------------------- all scorers in one pass
@@ -264,11 +265,20 @@ def test_likelihoods_do_not_depend_on_the_batch(model, batch_size):
     found = log_likelihoods(model, requests, scorers, batch_size=batch_size)
     for scorer in scorers:
         for (context, answer), (value, greedy) in zip(requests, found[scorer.name]):
-            row = torch.tensor([[*context, *answer][-321:]])
+            row = torch.tensor([[*context, *answer][-LENGTH - 1 :]])
             logits = model(row[:, :-1], active_heads=scorer.heads).logits[0].double()
             expected = logits.log_softmax(-1)[-len(answer) :].gather(-1, torch.tensor(answer)[:, None]).sum()
             assert value == pytest.approx(expected.item(), abs=1e-4)
             assert greedy == (logits[-len(answer) :].argmax(-1).tolist() == answer)
+
+
+def test_contexts_that_lose_their_beginning_are_counted(model, tokenizer, tasks):
+    lm = TrailsLM(model, tokenizer, choose_scorers(model, "ensemble"))
+    lengths = [
+        len(tokenizer("".join(pair))["input_ids"]) for item in items("boolq") for pair in choices("boolq", item)[0]
+    ]
+    assert score_task(lm, tasks.load("boolq")).truncated == sum(length > LENGTH + 1 for length in lengths) > 0
+    assert score_task(lm, tasks.load("piqa")).truncated == 0
 
 
 def test_an_answer_is_greedy_where_each_of_its_tokens_is(model):
@@ -396,7 +406,7 @@ def test_unknown_names_are_named(model, tmp_path):
             choose_scorers(model, heads)
     with pytest.raises(ValueError, match=r"data_root=.*directory"):
         Tasks(tmp_path / "none")
-    with pytest.raises(ValueError, match="an answer of 400 tokens does not fit the model's context of 320"):
+    with pytest.raises(ValueError, match="an answer of 400 tokens does not fit the model's context of 192"):
         log_likelihoods(model, [([1], [5] * 400)], choose_scorers(model, "each"))
 
 
@@ -417,7 +427,8 @@ def test_the_script_scores_what_is_there_and_says_what_is_not(checkpoint, expect
     assert set(report["skipped"]) == set(DEFAULT_TASKS) - FILES.keys()
     assert report["scorers"] == {"ensemble": [0, 1, 2], "head 0": [0], "head 1": [1], "head 2": [2]}
     for task in FILES:
-        assert report["tasks"][task]["items"] == 5
+        counted = report["tasks"][task]
+        assert counted["items"] == 5 and counted["requests"] == sum(len(choices(task, x)[0]) for x in items(task)[:5])
         acc = expected["logits"][task]["ensemble"]["acc"][:5]
         assert report["results"][task]["ensemble"]["acc"]["value"] == pytest.approx(sum(acc) / 5)
         assert report["tasks"][task]["per_item"]["ensemble"]["acc"] == "".join(str(int(x)) for x in acc)
