@@ -153,13 +153,15 @@ def test_perplexity_of_the_checkpoint_is_that_of_the_run(run):
 def test_the_code_of_the_readme_runs(run, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 3
+    loads, uses, asks, sparsifies = blocks
     names: dict = {}
-    for block in blocks[:2]:
+    for block in (loads, uses):
         exec(block.replace("runs/demo/checkpoint-1400", str(run / "checkpoint-12")), names)
     assert names["output"].head_logits.shape[0] == 3 and not names["check_masks"](names["model"])
+    exec(asks, names)
+    assert names["output"].uncertainty.mutual_information.shape == names["inputs"]["input_ids"].shape
     model = torch.nn.Linear(16, 16)
-    exec(blocks[2], {"model": model, "torch": torch, "loss": model(torch.ones(16)).square().sum()})
+    exec(sparsifies, {"model": model, "torch": torch, "loss": model(torch.ones(16)).square().sum()})
     assert 0 < model.weight.count_nonzero() <= round(0.2 * 256)
     for path in re.findall(r"\]\((?!http)([^)]+)\)|((?:recipes|eval|examples|docs)/[\w/.-]+\.\w+)", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path
