@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import lm_eval
 import pytest
 import torch
@@ -413,9 +414,10 @@ def test_unknown_names_are_named(model, tmp_path):
 # ------------------------------------------------------------------------------------------------------- the script
 
 
-def zero_shot(*arguments: object) -> subprocess.CompletedProcess:
+def zero_shot(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "eval/zero_shot.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True)
+    environment = os.environ | (environment or OFFLINE)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_script_scores_what_is_there_and_says_what_is_not(checkpoint, expected, tmp_path):
@@ -450,6 +452,28 @@ def test_a_failing_task_leaves_the_others_and_marks_the_file(checkpoint, tmp_pat
     assert "piqa_validation.jsonl, line 9: not JSON" in done.stderr
     report = json.loads(output.read_text())
     assert not report["complete"] and list(report["results"]) == ["arc_easy"] and list(report["failed"]) == ["piqa"]
+
+
+def test_the_hub_gives_what_local_files_give(checkpoint, expected, tmp_path):
+    lines = (DATA / "piqa_validation.jsonl").read_bytes()
+    output = tmp_path / "scores.json"
+    with hub_server.serve("baber/piqa", {"train.jsonl": lines, "validation.jsonl": lines}) as (endpoint, _):
+        home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = zero_shot("--model", checkpoint, "--tasks", "piqa", "--output", output, **home)
+    assert done.returncode == 0, done.stderr
+    right = "".join(str(int(x)) for x in expected["logits"]["piqa"]["ensemble"]["acc"])
+    assert json.loads(output.read_text())["tasks"]["piqa"]["per_item"]["ensemble"]["acc"] == right
+
+
+def test_a_hub_out_of_reach_is_named(monkeypatch):
+    def fails(**_):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    with pytest.raises(ValueError) as error:
+        Tasks().load("piqa")
+    problem = "task 'piqa': its data cannot be read (ConnectionError: no network)"
+    assert str(error.value) == f"{problem}; data_root reads local files instead of the hub"
 
 
 def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
