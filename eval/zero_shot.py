@@ -50,19 +50,23 @@ def main() -> None:
     if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
         raise ValueError(f"--batch_size {args.batch_size}: accepted are 'auto' and numbers from 1")
     tasks = Tasks(args.data_root)
-    names, skipped = args.tasks.split(",") if args.tasks else list(DEFAULT_TASKS), {}
-    leaves = {name: tasks.leaves(name) for name in names}
+    wanted: dict[str, list[str]] = {}  # what gets a score of its own, and the tasks it consists of
+    for name in args.tasks.split(",") if args.tasks else DEFAULT_TASKS:
+        leaves = tasks.leaves(name)
+        wanted |= {leaf: [leaf] for leaf in leaves} if tasks.by_size(name) is None else {name: leaves}
+    skipped = {}
     if args.data_root:
-        for name in names:
+        for name, leaves in wanted.items():
             try:
-                local_file(args.data_root, leaves[name][0])
+                local_file(args.data_root, leaves[0])
             except ValueError as error:
                 if args.tasks:
                     raise
                 skipped[name] = str(error)
-                del leaves[name]
-        if not leaves:
-            raise ValueError(f"--data_root {args.data_root}: has the data of none of the tasks; {skipped[names[0]]}")
+        wanted = {name: leaves for name, leaves in wanted.items() if name not in skipped}
+        if not wanted:
+            reason = next(iter(skipped.values()))
+            raise ValueError(f"--data_root {args.data_root}: has the data of none of the tasks; {reason}")
 
     model = load_for_evaluation(args.model)
     if args.ensemble_mode:
@@ -90,31 +94,33 @@ def main() -> None:
         "tasks": {},
     }
     results = {}
-    for name, members in leaves.items():
+    for name, leaves in wanted.items():
         done = {}
-        for member in members:
+        for leaf in leaves:
             try:
-                done[member] = score_task(lm, tasks.load(member, args.limit), args.limit)
+                done[leaf] = score_task(lm, tasks.load(leaf, args.limit), args.limit)
             except ValueError as error:
-                report["failed"][member] = str(error)
-                logger.warning("%s failed: %s", member, error)
+                report["failed"][leaf] = str(error)
+                logger.warning("%s failed: %s", leaf, error)
                 continue
-            report["tasks"][member] = done[member]
-            logger.info("%s: %d items, %.1f s", member, done[member].items, done[member].seconds)
-            if cut := done[member].truncated:
+            report["tasks"][leaf] = found = done[leaf]
+            logger.info("%s: %d items, %.1f s", leaf, found.items, found.seconds)
+            if found.truncated:
                 logger.warning(
                     "%s: %d of %d contexts were longer than the model's and lost their beginning",
-                    member, cut, done[member].requests,
+                    leaf, found.truncated, found.requests,
                 )  # fmt: skip
-        by_size = tasks.by_size(name)
-        if len(done) == len(members) and (len(members) == 1 or by_size is not None):
-            results[name] = done[name].scores if list(done) == [name] else combine_tasks(done, by_size)
+            write_json(args.output, report)
+        if len(done) == len(leaves):
+            by_size = tasks.by_size(name)
+            results[name] = done[name].scores if by_size is None else combine_tasks(done, by_size)
             weights = [result.items if by_size else 1 for result in done.values()]
-            report["members"][name] = {"tasks": members, "weights": weights}
+            report["members"][name] = {"tasks": leaves, "weights": weights}
         report |= {"results": results, "average": average(results)}
         report |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(model.device)}
-        report["complete"] = not report["failed"] and name == list(leaves)[-1]
         write_json(args.output, report)
+    report["complete"] = not report["failed"]
+    write_json(args.output, report)
 
     if results:
         print(results_table(results))

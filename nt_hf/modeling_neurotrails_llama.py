@@ -36,7 +36,7 @@ IGNORE_INDEX = -100
 # a choice of memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
 LOSS_CHUNK = {"cpu": 1024, "cuda": 4096}
 # Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
-# them (at a vocabulary of 32,000 a chunk of 32 MB takes a fifth longer).
+# them.
 UNCERTAINTY_CHUNK = 2**21
 # The ways of generating whose steps are the forward passes that the tokens were drawn from.
 RECORDED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
@@ -138,7 +138,7 @@ def _uncertainty(logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 
 
 def _entropy(probs: torch.Tensor) -> torch.Tensor:
-    # ``torch.special.entr`` is half as fast on a CPU. A probability of 0 counts 0 here as there.
+    # ``torch.special.entr`` is slower on a CPU. A probability of 0 counts 0 here as there.
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 

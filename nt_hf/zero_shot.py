@@ -1,7 +1,8 @@
 """Zero-shot scores of every trail and of the ensemble in one pass, by lm-eval's own tasks and metrics.
 
 lm-eval builds the requests and turns answers into scores; this module only reads local data sets where the hub cannot
-be reached, and runs the model: the backbone once for all heads, the LM heads on the tokens of the answers alone.
+be reached, and runs the model: a context once for all its answers, the backbone once for all heads, the LM heads on the
+tokens of the answers alone.
 """
 
 import contextlib
@@ -326,7 +327,7 @@ def local_file(data_root: Path, task: str) -> Path:
     for extension in _EXTENSIONS:
         if (path := data_root / (local.file + extension)).is_file():
             return path
-    raise ValueError(f"task {task!r}: {data_root} has no {local.file}{' or '.join(_EXTENSIONS)}")
+    raise ValueError(f"task {_set_of(task)!r}: {data_root} has no {local.file}{' or '.join(_EXTENSIONS)}")
 
 
 def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -529,10 +530,10 @@ def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str,
         for metric in shared:
             scores = [part.scores[scorer][metric] for part in parts]
             value = aggregate_subtask_metrics([score.value for score in scores], sizes, by_size)
-            errors = [score.stderr for score in scores]
+            errors, error = [score.stderr for score in scores], None
             if None not in errors:
                 error = float(pooled_sample_stderr(errors, sizes) if by_size else unweighted_mean_stderr(errors))
-            combined[scorer][metric] = Score(value, error if None not in errors else None)
+            combined[scorer][metric] = Score(value, error)
     return combined
 
 

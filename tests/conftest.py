@@ -3,7 +3,10 @@
 import copy
 import functools
 import gzip
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from nt_hf.masks import masked_modules, set_mask
 
 torch.set_num_threads(1)  # The models are too small for more.
 
-TEXT = Path(__file__).parents[1] / "nt_hf" / "sample" / "c4-heldout-330.jsonl.gz"
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT / "nt_hf" / "sample" / "c4-heldout-330.jsonl.gz"
 PAD, BOS, EOS, OFFSET = 0, 1, 2, 4
 
 # An input width of 36 is no multiple of 8, so that the masks' padding bits matter.
@@ -51,6 +55,14 @@ VARIANTS = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def script(path: str) -> types.ModuleType:
+    """A program of the repository as a module: its ``main`` runs it in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache

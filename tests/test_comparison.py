@@ -1,6 +1,5 @@
 """Comparisons of zero-shot results: the paired bootstrap, and what is compared with what."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -8,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import script
 
 from nt_hf.comparison import Column, compare, comparison_table, paired_bootstrap, read_columns
-
-ROOT = Path(__file__).parents[1]
 
 
 def coins(seed: int, count: int = 300, share: float = 0.5) -> list[float]:
@@ -168,11 +166,8 @@ def test_the_script_writes_table_json_and_plots(files, tmp_path, monkeypatch, ca
     paths = files(
         a=report({"ensemble": 1}, {"piqa": 90, "boolq": 60}), b=report({"ensemble": 5}, {"piqa": 90, "boolq": 60})
     )
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "eval" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["compare.py", *paths, "--output", str(tmp_path / "out")])
-    module.main()
+    script("eval/compare.py").main()
     assert capsys.readouterr().out == (tmp_path / "out" / "comparison.md").read_text()
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["task"] for row in content["rows"]] == ["piqa", "boolq", "mean of 2"]

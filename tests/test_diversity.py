@@ -1,7 +1,6 @@
 """What the heads' diversity is made of, each figure against plain loops over the tokens in double precision."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import math
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, EOS, OFFSET, PAD, token_ids, trained
+from conftest import BOS, EOS, OFFSET, PAD, script, token_ids, trained
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -417,13 +416,6 @@ def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_pat
         assert len(content) > 5000 and (b"\x89PNG" if file.endswith("png") else b"<svg") in content
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("diversity_script", ROOT / "eval" / "diversity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -442,7 +434,7 @@ def test_the_script_refuses_in_one_line(checkpoint, tmp_path, monkeypatch, optio
     options = {"--model": checkpoint, "--data": "sample:validation", "--output": "out", **options}
     monkeypatch.setattr(sys, "argv", ["eval/diversity.py", *(str(x) for item in options.items() for x in item)])
     with pytest.raises(SystemExit) as ended:
-        _cli.run(script().main)
+        _cli.run(script("eval/diversity.py").main)
     line = str(ended.value.code)
     assert line.startswith("error: ") and message in line and "\n" not in line
 
@@ -450,7 +442,7 @@ def test_the_script_refuses_in_one_line(checkpoint, tmp_path, monkeypatch, optio
 def test_one_head_is_tabled_and_plotted_and_plots_need_matplotlib(tmp_path, monkeypatch, caplog):
     result = measure_diversity(trained("dense"), BATCHES).to_dict()
     assert {file.name for file in write_plots(result, tmp_path)} == {"calibration.png", "calibration.svg"}
-    assert "pairs" not in script().table({**result, "documents": 1})
+    assert "pairs" not in script("eval/diversity.py").table({**result, "documents": 1})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write_plots(result, tmp_path) == []
     assert [record.message for record in caplog.records if "matplotlib is not installed" in record.message]

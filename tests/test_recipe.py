@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,13 +36,6 @@ train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2
 
 
 SMALL = ROOT / "tests" / "small.jsonl"
-
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 pretrain = script("recipes/pretrain_c4.py")

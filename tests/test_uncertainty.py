@@ -1,7 +1,6 @@
 """Uncertainty of each token: the measures, what forward and generate return, and the example that shows them."""
 
 import html.parser
-import importlib.util
 import itertools
 import math
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, EOS, OFFSET, PAD, SIZES, VARIANTS, trained
+from conftest import BOS, EOS, OFFSET, PAD, SIZES, VARIANTS, script, trained
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -376,11 +375,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("uncertainty_example", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/uncertainty.py")
 
 
 @pytest.fixture(scope="module")

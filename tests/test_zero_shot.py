@@ -1,7 +1,6 @@
 """Zero-shot scores: the real `lm_eval` command, eval/zero_shot.py, and a small scorer of this file must agree."""
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from conftest import script
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -45,13 +45,6 @@ FILES = {
 SCORERS = ("ensemble", "head 0", "head 1", "head 2")
 LENGTH = 192  # of the model: some of the prompts are longer
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def items(task: str) -> list[dict]:
@@ -454,6 +447,38 @@ def test_a_failing_task_leaves_the_others_and_marks_the_file(checkpoint, tmp_pat
     assert not report["complete"] and list(report["results"]) == ["arc_easy"] and list(report["failed"]) == ["piqa"]
 
 
+def test_what_an_interrupted_group_has_reached_stays(checkpoint, tmp_path, monkeypatch):
+    rows = [
+        {"question": "What is 1 + 1?", "subject": subject, "choices": ["1", "2", "3", "4"], "answer": 1}
+        for subject in ("abstract_algebra", "anatomy")
+        for _ in range(2)
+    ]
+    (tmp_path / "mmlu_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, output = script("eval/zero_shot.py"), tmp_path / "scores.json"
+
+    def interrupted(lm, task, limit):
+        if task.config.task == "mmlu_anatomy":
+            raise KeyboardInterrupt
+        return score_task(lm, task, limit)
+
+    monkeypatch.setattr(module, "score_task", interrupted)
+    options = ("--model", checkpoint, "--data_root", tmp_path, "--tasks", "mmlu_stem", "--output", output)
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", *map(str, options)])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    report = json.loads(output.read_text())
+    assert not report["complete"] and list(report["tasks"]) == ["mmlu_abstract_algebra"] and not report["results"]
+
+
+def test_a_tag_without_a_score_of_its_own_stands_for_its_tasks(checkpoint, tmp_path, monkeypatch, capsys):
+    options = ("--model", checkpoint, "--data_root", DATA, "--tasks", "ai2_arc", "--limit", 2)
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", *map(str, options), "--output", str(tmp_path / "scores.json")])
+    script("eval/zero_shot.py").main()
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["complete"] and list(report["results"]) == ["arc_challenge", "arc_easy"]
+    assert "| arc_easy" in capsys.readouterr().out
+
+
 def test_the_hub_gives_what_local_files_give(checkpoint, expected, tmp_path):
     lines = (DATA / "piqa_validation.jsonl").read_bytes()
     output = tmp_path / "scores.json"
@@ -497,7 +522,7 @@ def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
     ("option", "value", "problem"),
     [
         ("--tasks", "no_such_task", "unknown task 'no_such_task'; accepted: boolq, piqa"),
-        ("--tasks", "mmlu", "'mmlu_abstract_algebra': .* has no mmlu_test.jsonl"),
+        ("--tasks", "mmlu", "task 'mmlu': .* has no mmlu_test.jsonl"),
         ("--heads", "7", "heads='7'"),
         ("--limit", "0", "--limit 0"),
         ("--batch_size", "big", "--batch_size big"),
