@@ -9,12 +9,11 @@ weight, gradient and mask read, mask written.
 """
 
 import argparse
-import ctypes
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from common import DEVICE, bandwidth, peak_bytes, seconds
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf.run_config import load_run_config
@@ -22,53 +21,9 @@ from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.topology import DROP, GROW, random_mask, update_mask
 from nt_hf.training import make_optimizer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DENSITY, DROP_FRACTION = 0.9, 0.3
 BYTES = 4 + 4 + 1 + 1  # of a weight: fp32 weight and gradient, old and new mask
 MULTINOMIAL_LIMIT = 2**24  # torch.multinomial refuses more categories
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Of one call, the device's work included."""
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_bytes(function: Callable[[], object]) -> int | None:
-    """Memory that a call needs beyond what is in use; ``None`` where the system does not tell."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already is no use of memory
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the process's peak
-        before = resident("VmRSS")
-        function()
-        return resident("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def resident(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-
-def bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of a copy of ``size`` floats."""
-    source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
-    return 8 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
 # --------------------------------------------------------------------------------------------- one update

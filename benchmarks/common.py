@@ -1,0 +1,157 @@
+"""What the benchmarks share: sides that take turns, figures beside their goals, and where they were measured."""
+
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nt_hf._cli import provenance
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number beside its goal.
+
+    Attributes:
+        row: of the table of goals in docs/performance.md.
+        name: what was measured, on what.
+        value: the number, a ratio within one run unless ``name`` says otherwise; ``None``: not measured, ``note`` says
+            why.
+        at_most, at_least: the goal, if there is one.
+        note: what belongs to the number: absolute times, shapes, the other side.
+    """
+
+    row: int
+    name: str
+    value: float | None
+    at_most: float | None = None
+    at_least: float | None = None
+    note: str = ""
+
+    @property
+    def goal(self) -> str:
+        bounds = (("≤", self.at_most), ("≥", self.at_least))
+        return " ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+    @property
+    def verdict(self) -> str:
+        """ "met", "MISSED", "not run", or nothing where there is no goal."""
+        if self.value is None:
+            return "not run"
+        if not self.goal:
+            return ""
+        met = (self.at_most is None or self.value <= self.at_most) and (
+            self.at_least is None or self.value >= self.at_least
+        )
+        return "met" if met else "MISSED"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Of one call, the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each side's calls: every round calls each side once, so that what disturbs a machine disturbs all.
+
+    The first ``warm_up`` rounds do not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(warm_up + rounds):
+        for name, side in sides.items():
+            times[name].append(seconds(side))
+    return {name: values[warm_up:] for name, values in times.items()}
+
+
+def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
+    """Median over the rounds of ``one``'s time divided by ``other``'s."""
+    return statistics.median(a / b for a, b in zip(times[one], times[other]))
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Memory that a call needs beyond what is in use; ``None`` where the system does not tell."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already is no use of memory
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the process's peak
+        before = _resident("VmRSS")
+        function()
+        return _resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """FLOP/s of the fastest of several square matrix products."""
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(12))
+
+
+def bandwidth(size: int = 2**26) -> float:
+    """Bytes a second, read and written, of a copy of ``size`` floats."""
+    source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
+    return 8 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were measured."""
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        models = [
+            line.split(":")[1].strip()
+            for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
+            if line.startswith("model name")
+        ]
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads, {capability}"
+    return {"device": name, **provenance()}
+
+
+def table(figures: list[Figure]) -> str:
+    """The figures as Markdown, goal and value side by side."""
+    rows = [["", "figure", "goal", "measured", "", "note"]]
+    for figure in figures:
+        value = "" if figure.value is None else f"{figure.value:.3g}"
+        rows.append([str(figure.row), figure.name, figure.goal, value, figure.verdict, figure.note])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "| " + " | ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in [*widths, 4]) + "|")
+    return "\n".join(lines)
+
+
+def write_figures(path: Path, figures: list[Figure]) -> None:
+    """Writes the figures and the machine as JSON, over what the file held."""
+    content = {"machine": machine(), "figures": [vars(figure) | {"verdict": figure.verdict} for figure in figures]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
