@@ -115,6 +115,10 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         """Number of key-value cache slots: the backbone's blocks and those of every head."""
         return self.num_backbone_layers + self.num_ensemble_heads * self.blocks_in_head
 
+    def first_cache_layer(self, head: int) -> int:
+        """The key-value cache slot of a head's first block."""
+        return self.num_backbone_layers + head * self.blocks_in_head
+
     def get_text_config(self, decoder=None, encoder=None):
         """As in ``PreTrainedConfig``, but the decoder's view is of one stack, with a layer a cache slot.
 

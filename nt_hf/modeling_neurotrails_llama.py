@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaConfig
 from .masks import attach_masks, check_masks, full_mask, resize_mask
+from .speculative import generate_speculatively
 
 IGNORE_INDEX = -100
 # Positions whose logits exist at one time when a loss is computed. On two CPU cores (2,048 positions, hidden size 256,
@@ -38,6 +39,8 @@ LOSS_CHUNK = {"cpu": 1024, "cuda": 4096}
 # Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
 # them.
 UNCERTAINTY_CHUNK = 2**21
+# The ways of generating that trails can draft for.
+SPECULATIVE_MODES = ("greedy_search", "sample")
 # The ways of generating whose steps are the forward passes that the tokens were drawn from.
 RECORDED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 
@@ -82,6 +85,19 @@ class NeuroTrailsCausalLMOutput(CausalLMOutputWithPast):
     head_losses: torch.FloatTensor | None = None
     head_logits: torch.FloatTensor | None = None
     uncertainty: Uncertainty | None = None
+
+
+@dataclass
+class NeuroTrailsModelOutput(BaseModelOutputWithPast):
+    """Output of ``NeuroTrailsLlamaModel``.
+
+    Attributes:
+        last_hidden_state: ``[active heads, batch, seq, hidden_size]``, after each head's final norm.
+        backbone_states: the backbone's output ``[batch, seq, hidden_size]``; ``None`` where each head has an embedding
+            of its own, and so nothing is shared.
+    """
+
+    backbone_states: torch.FloatTensor | None = None
 
 
 def combine_logits(logits: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
@@ -214,7 +230,7 @@ class NeuroTrailsHead(nn.Module):
 
     def __init__(self, config: NeuroTrailsLlamaConfig, index: int):
         super().__init__()
-        first_slot = config.num_backbone_layers + index * config.blocks_in_head
+        first_slot = config.first_cache_layer(index)
         if not config.share_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_slot + j) for j in range(config.blocks_in_head))
@@ -317,8 +333,9 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         active_heads: Sequence[int] | None = None,
+        backbone_states: torch.FloatTensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> NeuroTrailsModelOutput:
         """Runs the backbone once and each active head on its output.
 
         Args:
@@ -326,32 +343,31 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             attention_mask, position_ids, past_key_values, use_cache: as in ``LlamaModel``. The cache has one slot
                 a block: the backbone's, then head after head.
             active_heads: the heads to run, all by default. A cache may lose heads on the way, never regain them.
-
-        Returns:
-            ``last_hidden_state`` ``[active heads, batch, seq, hidden_size]`` after each head's final norm, and the
-            cache.
+            backbone_states: ``[batch, seq, hidden_size]`` of an earlier call over the same positions: the heads start
+                from them, the backbone does not run. Replaces ``input_ids``; needs ``share_embedding``.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if sum(given is not None for given in (input_ids, inputs_embeds, backbone_states)) != 1:
+            raise ValueError("exactly one of input_ids, inputs_embeds and backbone_states must be given")
         heads = select_heads(config, active_heads)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        if past_key_values is not None and config.num_backbone_layers == 0 and 0 not in heads:
-            raise ValueError(
-                f"active_heads={heads}: without a backbone a cache counts its tokens in head 0, which must be active; "
-                "use_cache=False or extract_trail(h) work for any head"
-            )
 
-        if inputs_embeds is not None:
+        if backbone_states is not None:
+            embeds = [backbone_states]
+        elif inputs_embeds is not None:
             embeds = [inputs_embeds]
         elif config.share_embedding:
             embeds = [self.embed_tokens(input_ids)]
         else:
             embeds = [self.heads[h].embed_tokens(input_ids) for h in heads]
+        backbone = self.layers if backbone_states is None else []
 
+        # Slots of blocks that do not run may hold fewer or more tokens: those before this call are counted in one
+        # that does.
+        slot = 0 if len(backbone) else config.first_cache_layer(heads[0])
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = past_key_values.get_seq_length(slot) if past_key_values is not None else 0
             position_ids = (torch.arange(embeds[0].shape[1], device=embeds[0].device) + seen).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=config,
@@ -359,10 +375,11 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            layer_idx=slot,
         )
         position_embeddings = self.rotary_emb(embeds[0], position_ids=position_ids)
 
-        def run(layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+        def run(layers: Iterable[nn.Module], hidden: torch.Tensor) -> torch.Tensor:
             for layer in layers:
                 hidden = layer(
                     hidden,
@@ -375,10 +392,14 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
                 )
             return hidden
 
-        trunk = [run(self.layers, embed) for embed in embeds]
+        trunk = [run(backbone, embed) for embed in embeds]
         inputs = trunk if len(trunk) == len(heads) else trunk * len(heads)
         outputs = [self.heads[h].norm(run(self.heads[h].layers, x)) for h, x in zip(heads, inputs)]
-        return BaseModelOutputWithPast(last_hidden_state=torch.stack(outputs), past_key_values=past_key_values)
+        return NeuroTrailsModelOutput(
+            last_hidden_state=torch.stack(outputs),
+            past_key_values=past_key_values,
+            backbone_states=trunk[0] if config.share_embedding else None,
+        )
 
 
 def select_heads(config: NeuroTrailsLlamaConfig, active_heads: Sequence[int] | None) -> list[int]:
@@ -443,12 +464,20 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         Args:
             input_ids ... logits_to_keep: as in ``LlamaForCausalLM``. ``labels`` ``[batch, seq]`` are shifted here,
                 ``-100`` is ignored.
-            active_heads: the heads to use, all by default; loss and ensemble are over these.
+            active_heads: the heads to use, all by default; loss and ensemble are over these. Without a backbone a
+                cache counts its tokens in head 0, which must be among them.
             output_head_logits: also return the heads' logits ``[M, batch, seq, vocab]``.
             output_uncertainty: also return an ``Uncertainty`` over the active heads.
             num_items_in_batch: divide the summed losses by this count instead of the number of labels, which
                 makes gradient accumulation exact.
         """
+        heads = select_heads(self.config, active_heads)
+        # ``generate`` asks a cache for its length by its first slot.
+        if (past_key_values is not None or use_cache) and self.config.num_backbone_layers == 0 and 0 not in heads:
+            raise ValueError(
+                f"active_heads={heads}: without a backbone a cache counts its tokens in head 0, which must be active; "
+                "use_cache=False or extract_trail(h) work for any head"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -460,7 +489,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        lm_heads = [self.lm_heads[h] for h in select_heads(self.config, active_heads)]
+        lm_heads = [self.lm_heads[h] for h in heads]
 
         loss = head_losses = logits = head_logits = measures = None
         if labels is not None:
@@ -491,24 +520,50 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             uncertainty=measures,
         )
 
-    def generate(self, inputs=None, generation_config=None, *args, output_uncertainty: bool = False, **kwargs):
-        """As in ``GenerationMixin``; with ``output_uncertainty=True`` the output has an ``uncertainty``, too.
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        *args,
+        output_uncertainty: bool = False,
+        trail_draft: int | None = None,
+        **kwargs,
+    ):
+        """As in ``GenerationMixin``, and with two things of its own.
 
-        It is an ``Uncertainty`` ``[sequences, new tokens]`` of the distributions that each new token was chosen by,
-        before temperature and other processing of the logits. The padding after a sequence's end has NaN.
+        Args:
+            output_uncertainty: the output has an ``uncertainty``: an ``Uncertainty`` ``[sequences, new tokens]`` of the
+                distributions that each new token was chosen by, before temperature and other processing of the
+                logits. The padding after a sequence's end has NaN.
+            trail_draft: the head whose trail drafts several tokens before the other heads verify them together. The
+                output is the same, by greedy decoding token for token, by sampling in distribution, and comes sooner.
+                With ``return_dict_in_generate=True`` the output has a ``speculation``, which counts accepted drafts.
 
         Raises:
             ValueError: ``output_uncertainty=True`` without ``return_dict_in_generate=True``, or for a way of generating
-                other than greedy, sampling, beam search and assisted decoding.
+                other than greedy, sampling, beam search and assisted decoding; ``trail_draft`` that is no active head,
+                for another way of generating than greedy and sampling, or without a ``DynamicCache``.
         """
-        if not output_uncertainty:
+        if not output_uncertainty and trail_draft is None:
             return super().generate(inputs, generation_config, *args, **kwargs)
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        other = kwargs.get("custom_generate") or config.token_healing or config.cache_implementation == "paged"
+        if trail_draft is not None:
+            heads = select_heads(self.config, kwargs.get("active_heads"))
+            if type(trail_draft) is not int or trail_draft not in heads:
+                raise ValueError(f"trail_draft={trail_draft!r}: accepted is one of the active heads {heads}")
+            if other or mode not in SPECULATIVE_MODES:
+                raise ValueError(
+                    f"trail_draft={trail_draft} with generation mode {mode.value!r}: accepted are "
+                    f"{', '.join(SPECULATIVE_MODES)}, without custom_generate, token_healing and a paged cache"
+                )
+            kwargs["trail_draft"] = trail_draft
+        if not output_uncertainty:
+            return super().generate(inputs, generation_config, *args, **kwargs)
         if not config.return_dict_in_generate:
             value = config.return_dict_in_generate
             raise ValueError(f"return_dict_in_generate={value!r} with output_uncertainty=True: accepted is True")
-        mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        other = kwargs.get("custom_generate") or config.token_healing or config.cache_implementation == "paged"
         if other or mode not in RECORDED_MODES:
             raise ValueError(
                 f"output_uncertainty=True with generation mode {mode.value!r}: accepted are "
@@ -529,6 +584,39 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             rows = rows.where(~_is_padding(tokens, config.eos_token_id, config.pad_token_id), -1)
         outputs["uncertainty"] = recorder.select(rows)
         return outputs
+
+    def _validate_model_kwargs(self, model_kwargs) -> None:
+        # ``generate`` would refuse an argument that ``forward`` does not take.
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "trail_draft"})
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        trail_draft: int | None = None, **model_kwargs,
+    ):  # fmt: skip
+        if trail_draft is None:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        if synced_gpus:
+            raise ValueError(f"trail_draft={trail_draft} with synced_gpus=True: accepted is False")
+        recorder = model_kwargs.pop("output_uncertainty", None)
+
+        def observe(each: Sequence[torch.Tensor], positions: int) -> None:
+            recorder.add(uncertainty(each), positions)
+
+        return generate_speculatively(
+            self,
+            trail_draft,
+            select_heads(self.config, model_kwargs.get("active_heads")),
+            lambda each: combine_logits(each, self.config.ensemble_mode),
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            observe if recorder else None,
+            **model_kwargs,
+        )
 
     def _update_model_kwargs_for_generation(
         self, outputs, model_kwargs, is_encoder_decoder: bool = False, num_new_tokens: int = 1

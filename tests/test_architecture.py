@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "nt_hf").rglob("*.py"))
 FOLDERS = ("recipes", "eval", "examples", "benchmarks")
 SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks"}
+MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks", "speculative"}
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
     "selection": (set(), {"torch", "numpy"}),
@@ -18,7 +18,11 @@ ARROWS = {
     "schedules": (set(), {"torch"}),
     "masks": (set(), {"torch", "transformers"}),
     "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
-    "modeling_neurotrails_llama": ({"configuration_neurotrails_llama", "masks"}, {"torch", "transformers"}),
+    "speculative": (set(), {"torch", "transformers"}),
+    "modeling_neurotrails_llama": (
+        {"configuration_neurotrails_llama", "masks", "speculative"},
+        {"torch", "transformers"},
+    ),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
     "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),

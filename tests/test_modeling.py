@@ -144,7 +144,7 @@ def test_logits_to_keep_and_inputs_embeds(model, prompts):
     torch.testing.assert_close(model(**prompts, logits_to_keep=torch.tensor([3, 5])).logits, whole[:, [3, 5]])
     embeds = model.get_input_embeddings()(prompts["input_ids"])
     torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=prompts["attention_mask"]).logits, whole)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids, inputs_embeds and backbone_states"):
         model(**prompts, inputs_embeds=embeds)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_architecture import MODEL
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 
@@ -42,6 +43,7 @@ model.eval()
 save_file({
     "logits": model(**prompts).logits.detach(),
     "tokens": model.generate(**prompts, max_new_tokens=8),
+    "drafted": model.generate(**prompts, max_new_tokens=8, trail_draft=0),
     "trail": trail(**prompts).logits.detach(),
     "copied": copied(**prompts).logits.detach(),
     "loss": loss.detach(),
@@ -86,13 +88,14 @@ def test_the_same_answers_without_the_package_also_after_saving_from_there(
     model.save_pretrained(first)
     # Only flat Python files of the model itself travel with it.
     code = {path.name for path in first.glob("*.py")}
-    assert code == {"configuration_neurotrails_llama.py", "masks.py", "modeling_neurotrails_llama.py"}
+    assert code == {f"{name}.py" for name in MODEL}
     answers = run_without_package(LOADS_AND_SAVES, first, second)
 
     logits = model(**prompts, output_head_logits=True)
     expected = {
         "logits": logits.logits,
         "tokens": model.generate(**prompts, max_new_tokens=8),
+        "drafted": model.generate(**prompts, max_new_tokens=8),
         "trail": logits.head_logits[1],
         "copied": logits.head_logits[1],
         "loss": model(**prompts, labels=prompts["input_ids"]).loss,
