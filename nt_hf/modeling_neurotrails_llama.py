@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM
 from transformers import initialization as init
@@ -32,10 +33,11 @@ from .masks import attach_masks, check_masks, full_mask, resize_mask
 from .speculative import generate_speculatively
 
 IGNORE_INDEX = -100
-# Positions whose logits exist at one time when a loss is computed. On two CPU cores (2,048 positions, hidden size 256,
-# vocabularies of 4,096 and 32,000) 64 takes twice as long as 1024, and more than 1024 gains nothing. The GPU's value is
-# a choice of memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
-LOSS_CHUNK = {"cpu": 1024, "cuda": 4096}
+# Positions whose logits exist at one time when a loss is computed. On a CPU (2,048 positions, hidden size 256 and 512,
+# vocabularies of 4,096 and 32,000) 256 was the fastest of 128 to 1024, by up to 10 %. The GPU's value is a choice of
+# memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
+LOSS_CHUNK = {"cpu": 256}
+LOSS_CHUNK_DEVICE = 4096
 # Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
 # them.
 UNCERTAINTY_CHUNK = 2**21
@@ -196,13 +198,69 @@ def chunked_cross_entropy(
         logits = lm_head(hidden).float()
         return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    size = LOSS_CHUNK.get(hidden.device.type, 4096)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, hidden.shape[0], size):
-        part = hidden[start : start + size], labels[start : start + size]
+    for part in zip(_loss_chunks(hidden), _loss_chunks(labels)):
         # The backward pass computes the chunk's logits again instead of keeping them.
         total = total + (checkpoint(piece, *part, use_reentrant=False) if torch.is_grad_enabled() else piece(*part))
     return total
+
+
+def _loss_chunks(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return values.split(LOSS_CHUNK.get(values.device.type, LOSS_CHUNK_DEVICE))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of ``hidden @ weight.T``, whose gradients are computed along with it.
+
+    The logits of only a chunk exist at any time: the gradient of the cross-entropy overwrites them, and the gradients
+    of ``hidden`` and ``weight`` follow at once. So nothing is kept and nothing is computed twice (the idea of Liger
+    Kernel's fused loss, arXiv 2410.10989). Losses and the weight's gradient are summed in fp32, products are of the
+    type that autocast or the weight asks for.
+
+    Args:
+        hidden: ``[n, hidden_size]``.
+        weight: ``[vocab, hidden_size]``.
+        labels: ``[n]``, ``-100`` is ignored.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        with torch.autocast(device, enabled=False):
+            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            loss = hidden.new_zeros((), dtype=torch.float32)
+            grad_hidden = []
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+            for x, y in zip(_loss_chunks(inputs), _loss_chunks(labels)):
+                ignored = (y == IGNORE_INDEX).unsqueeze(1)
+                place = y.clamp(min=0).unsqueeze(1)
+                log_probs = torch.log_softmax(x @ matrix.T, -1, dtype=torch.float32)
+                loss -= log_probs.gather(1, place).masked_fill_(ignored, 0).sum()
+                if not (need_hidden or need_weight):
+                    continue
+                grad = log_probs.exp_()  # softmax minus one-hot
+                grad.scatter_add_(1, place, grad.new_full((), -1.0).expand_as(place))
+                grad = grad.to(dtype)
+                if need_hidden:
+                    grad_hidden.append((grad @ matrix).masked_fill_(ignored, 0))
+                if need_weight:
+                    x = x.masked_fill(ignored, 0)
+                    if dtype == torch.float32:
+                        grad_weight.addmm_(grad.T, x)
+                    else:
+                        grad_weight += grad.T @ x
+        ctx.save_for_backward(
+            torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None
 
 
 class LMHead(nn.Linear):
@@ -215,14 +273,10 @@ class LMHead(nn.Linear):
         """Logits of ``hidden`` ``[..., hidden_size]``; with ``labels``, the sum of the cross-entropies."""
         if labels is None:
             return super().forward(hidden)
-        fused = getattr(nn.functional, "linear_cross_entropy", None)
-        # PyTorch's fused loss rounds its result to the weights' type: too coarse for bf16. And its second derivatives
-        # are wrong without a word: who wants some switches fused attention off, which has none either.
-        precise = self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-        if fused is None or not precise or not torch.backends.cuda.flash_sdp_enabled():
+        # Who wants second derivatives switches fused attention off, which has none either.
+        if not torch.backends.cuda.flash_sdp_enabled():
             return chunked_cross_entropy(super().forward, hidden, labels)
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK.get(hidden.device.type, 4096))
-        return fused(hidden, self.weight, labels, reduction="sum", ignore_index=IGNORE_INDEX, options=options)
+        return LinearCrossEntropy.apply(hidden, self.weight, labels)
 
 
 class NeuroTrailsHead(nn.Module):

@@ -35,6 +35,7 @@ class TrainConfig:
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
         precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU that has it, else fp32.
         gradient_checkpointing: recompute activations in the backward pass.
+        compile: compile the decoder blocks by ``torch.compile``; needs a C++ compiler on a CPU, where it gains nothing.
         peak_tflops: the hardware's dense matrix peak for one process, to report MFU; ``None``: looked up by the
             device's name, no MFU when unknown.
         log_steps, eval_steps, save_steps: steps between log lines, evaluations, checkpoints.
@@ -56,6 +57,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     peak_tflops: float | None = None
     log_steps: int = 10
     eval_steps: int = 1_000

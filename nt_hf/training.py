@@ -73,6 +73,50 @@ def grouped(batches: Iterable[Batch], passes: int) -> Iterator[list[Batch]]:
         yield group
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a training pass needs of a batch, on its way to the device, which may be busy meanwhile.
+
+    Not the attention mask: rows are padded on the right, where causal attention never looks, and the labels of padding
+    do not count. A mask would be checked for zeros, which waits for the device, and takes attention off its fast path.
+    """
+    pinned = device.type == "cuda"
+    return {
+        key: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+        for key, value in batch.items()
+        if key != "attention_mask"
+    }
+
+
+def compile_blocks(model: NeuroTrailsLlamaForCausalLM) -> None:
+    """Compiles the decoder blocks in place; names, masks and checkpoints stay as they are.
+
+    All blocks share one graph. Masks are no part of it, so topology updates do not compile anything again.
+    """
+    for block in [*model.model.layers, *(block for head in model.model.heads for block in head.layers)]:
+        block.compile()
+
+
+class HostCopy:
+    """Numbers on their way from the device to the host, which need not wait for them.
+
+    Args:
+        numbers: tensors ``[]`` or ``[n]``.
+    """
+
+    def __init__(self, **numbers: torch.Tensor):
+        self._numbers = {name: value.detach().to("cpu", non_blocking=True) for name, value in numbers.items()}
+        self._event = None
+        if any(value.is_cuda for value in numbers.values()):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> dict[str, Any]:
+        """The numbers and lists of numbers, by name; waits for them if they are not here yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        return {name: value.tolist() for name, value in self._numbers.items()}
+
+
 def count_targets(batches: Iterable[Batch]) -> int:
     """Number of predicted tokens: labels that count, without each row's first, which nothing predicts."""
     return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)

@@ -33,9 +33,11 @@ from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config
 from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.training import (
+    HostCopy,
     Metrics,
     accumulation_steps,
     clean_up,
+    compile_blocks,
     count_targets,
     find_resume,
     grouped,
@@ -46,6 +48,7 @@ from nt_hf.training import (
     peak_memory,
     read_metrics,
     save_checkpoint,
+    to_device,
 )
 
 logger = logging.getLogger("nt_hf.pretrain")
@@ -137,6 +140,8 @@ def main() -> None:
             resume_from, accelerator=accelerator, model=model, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches,
         )  # fmt: skip
+    if train.compile:
+        compile_blocks(model)
     wrapped = accelerator.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -172,6 +177,29 @@ def main() -> None:
             step, result["perplexity"], heads, result["disagreement"],
         )  # fmt: skip
 
+    def log_measured() -> None:
+        """Logs what the last logged step measured, once the device has done it."""
+        nonlocal unread, clock, clock_tokens
+        if unread is None:
+            return
+        (record, measured), unread = unread, None
+        values = measured.read()
+        stop_if_any(values["first_bad_steps"], last_saved)
+        step, tokens, losses = record["step"], record["tokens"], values["head_losses"]
+        loss = sum(losses) / len(losses)
+        speed = (tokens - clock_tokens) / (time.perf_counter() - clock)
+        clock, clock_tokens = time.perf_counter(), tokens
+        mfu = flops * speed / (peak * 1e12 * accelerator.num_processes) if peak else None
+        log(
+            "train", **record, loss=loss, perplexity=perplexity(loss), head_losses=losses,
+            grad_norm=values["grad_norm"], tokens_per_second=speed, mfu=mfu,
+        )  # fmt: skip
+        status = f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s"
+        bar.set_postfix_str(status)
+        if bar.disable:
+            left = (train.max_steps - step) * train.batch_size * config.data.sequence_length / speed
+            logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, tqdm.format_interval(left))
+
     def save(step: int) -> None:
         nonlocal last_saved
         last_saved = save_checkpoint(
@@ -189,7 +217,8 @@ def main() -> None:
     )
     last_saved = resume_from
     first_bad_step = torch.tensor(-1, device=device)  # found without waiting for the device at every step
-    clock, clock_tokens = time.perf_counter(), 0
+    unread = None  # what the last logged step measured, while the device may still be at it
+    clock, clock_tokens = time.perf_counter(), tokens
     if first_step == 0:
         run_evaluation(0)
         clock = time.perf_counter()
@@ -203,18 +232,20 @@ def main() -> None:
         saving = step % train.save_steps == 0 or step == train.max_steps
 
         # Dividing every pass's summed loss by the tokens of the whole step weighs each token the same.
-        targets = accelerator.reduce(torch.tensor(count_targets(group), device=device))
+        targets = accelerator.reduce(torch.full((), count_targets(group), device=device))
         head_losses = torch.zeros(model_config.num_ensemble_heads, device=device)
         for i, batch in enumerate(group):
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with contextlib.nullcontext() if i == len(group) - 1 else accelerator.no_sync(wrapped):
                 # Gradients are averaged over processes: counteract, the loss is a sum over all tokens.
-                output = wrapped(**batch, use_cache=False, num_items_in_batch=targets / accelerator.num_processes)
+                output = wrapped(
+                    **to_device(batch, device), use_cache=False,
+                    num_items_in_batch=targets / accelerator.num_processes,
+                )  # fmt: skip
                 accelerator.backward(output.loss)
             head_losses += output.head_losses.detach() / accelerator.num_processes
         loss = head_losses.mean()
         first_bad_step = torch.where((first_bad_step < 0) & ~loss.isfinite(), step, first_bad_step)
-        if logging_step or sparsifier.update_is_next:
+        if sparsifier.update_is_next:
             stop_if_not_finite(accelerator, first_bad_step, last_saved)
 
         rate = learning_rate(step - 1, train)
@@ -227,27 +258,21 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
         tokens += train.batch_size * config.data.sequence_length
-        clock_tokens += train.batch_size * config.data.sequence_length
         bar.update()
+        log_measured()  # of the step before: this one keeps the device busy meanwhile
         if update:
             log("update", **dataclasses.asdict(update), active=sparsifier.report().overall.active)
         if logging_step:
-            head_losses = accelerator.reduce(head_losses).tolist()
-            loss = sum(head_losses) / len(head_losses)
-            speed = clock_tokens / (time.perf_counter() - clock)
-            mfu = flops * speed / (peak * 1e12 * accelerator.num_processes) if peak else None
-            log(
-                "train", step=step, tokens=tokens, loss=loss, perplexity=perplexity(loss), head_losses=head_losses,
-                lr=rate, grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=mfu, epoch=train_batches.epoch,
-                peak_memory=peak_memory(device), bad_lines=train_batches.bad_lines,
+            record = {
+                "step": step, "tokens": tokens, "lr": rate, "epoch": train_batches.epoch,
+                "bad_lines": train_batches.bad_lines, "peak_memory": peak_memory(device),
+            }  # fmt: skip
+            unread = record, HostCopy(
+                head_losses=accelerator.reduce(head_losses), grad_norm=grad_norm,
+                first_bad_steps=accelerator.gather(first_bad_step[None]),
             )  # fmt: skip
-            status = f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s"
-            bar.set_postfix_str(status)
-            if bar.disable:
-                left = (train.max_steps - step) * train.batch_size * config.data.sequence_length / speed
-                logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, tqdm.format_interval(left))
-            clock, clock_tokens = time.perf_counter(), 0
         if evaluating or saving:
+            log_measured()
             paused = time.perf_counter()
             # The loss was finite before the step; to be worth saving, the weights must be so after it.
             finite = torch.nn.utils.get_total_norm(parameters).isfinite()
@@ -330,12 +355,15 @@ def describe(model, config, resume_from, first_step: int) -> None:
 
 def stop_if_not_finite(accelerator: Accelerator, first_bad_step: torch.Tensor, last_saved: Path | None) -> None:
     """Ends the run on every process when any had a loss or weights that are not finite; nothing is saved any more."""
-    bad = accelerator.gather(first_bad_step[None])
-    if (bad >= 0).any():
-        step = int(bad[bad >= 0].min())
+    stop_if_any(accelerator.gather(first_bad_step[None]).tolist(), last_saved)
+
+
+def stop_if_any(first_bad_steps: list[int], last_saved: Path | None) -> None:
+    """The same from every process's first bad step, -1 for none."""
+    if bad := [step for step in first_bad_steps if step >= 0]:
         raise FloatingPointError(
-            f"loss or weights are not finite at step {step}; the last good checkpoint is {last_saved or 'none yet'}. "
-            "A lower train.learning_rate or train.max_grad_norm=1.0 may help"
+            f"loss or weights are not finite at step {min(bad)}; the last good checkpoint is "
+            f"{last_saved or 'none yet'}. A lower train.learning_rate or train.max_grad_norm=1.0 may help"
         )
 
 

@@ -282,13 +282,11 @@ def test_mean_probabilities_do_not_overflow():
 # Losses
 
 
-@pytest.fixture(params=["fused", "fallback"])
+@pytest.fixture(params=["at once", "again"])
 def kernel(request, monkeypatch):
-    """The loss by PyTorch's fused kernel and without it, each in chunks of 7 positions."""
-    if request.param == "fallback":
-        monkeypatch.delattr(nn.functional, "linear_cross_entropy", raising=False)
-    elif not hasattr(nn.functional, "linear_cross_entropy"):
-        pytest.skip("this PyTorch has no linear_cross_entropy")
+    """Gradients computed along with the loss, or from logits that are computed again; in chunks of 7 positions."""
+    if request.param == "again":
+        monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     monkeypatch.setattr(modeling, "LOSS_CHUNK", {"cpu": 7})
 
 

@@ -1,5 +1,6 @@
 """The run configuration, the pieces of the loop, metrics and reports."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -8,21 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import token_ids, trained
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig
+from nt_hf.data import load_tokenizer, pad_rows
 from nt_hf.masks import masked_modules
 from nt_hf.plan import forward_flops_per_token, peak_tflops, training_flops_per_token
 from nt_hf.run_config import TrainConfig, load_run_config
 from nt_hf.sparsifier import target_counts
 from nt_hf.training import (
+    HostCopy,
     Metrics,
     accumulation_steps,
+    compile_blocks,
     count_targets,
     find_checkpoints,
     find_resume,
     grouped,
     learning_rate,
     read_metrics,
+    to_device,
 )
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -270,3 +276,50 @@ def test_known_peaks():
 
 def test_train_config_is_plain_data():
     json.dumps(dataclasses.asdict(TrainConfig()))
+
+
+# Speed: what must not change the result
+
+
+def test_right_padded_rows_need_no_attention_mask():
+    model = copy.deepcopy(trained("neurotrails"))
+    rows = [token_ids()[:40].tolist(), token_ids()[100:113].tolist()]
+    batch = pad_rows(rows, 40, load_tokenizer("sample"))
+    plain = model(**batch, use_cache=False)
+    fast = model(**to_device(batch, torch.device("cpu")), use_cache=False)
+    assert (batch["attention_mask"] == 0).any()
+    torch.testing.assert_close(fast.head_losses, plain.head_losses)
+
+
+def test_compiled_blocks_share_one_graph_that_outlives_topology_updates():
+    model = copy.deepcopy(trained("neurotrails"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, compiled = copy.deepcopy(model).train(), model.train()
+    names = list(compiled.state_dict())
+    compile_blocks(compiled)
+    batch = token_ids()[:160].view(4, 40)
+    losses = {}
+    for name, each in {"eager": eager, "compiled": compiled}.items():
+        optimizer = torch.optim.Adam(each.parameters(), lr=1e-3)
+        sparsifier = Sparsifier(each, optimizer, SparsityConfig(density=0.5, update_interval=2), total_steps=100)
+        losses[name] = []
+        for _ in range(5):
+            output = each(batch, labels=batch, use_cache=False)
+            output.loss.backward()
+            assert (sparsifier.step() is not None) == (sparsifier.steps % 2 == 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(output.loss.detach())
+    # Rounding that differs moves single weights at updates.
+    torch.testing.assert_close(torch.stack(losses["compiled"]), torch.stack(losses["eager"]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["compiled"][0], losses["eager"][0], rtol=1e-6, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert list(compiled.state_dict()) == names
+
+
+def test_numbers_come_to_the_host_as_they_were():
+    values = torch.tensor([1.5, 2.5], requires_grad=True)
+    copied = HostCopy(one=torch.tensor(3), many=values)
+    assert copied.read() == {"one": 3, "many": [1.5, 2.5]}
