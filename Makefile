@@ -9,7 +9,7 @@ MODEL_TESTS := tests/test_architecture.py tests/test_configuration.py tests/test
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: install demo test test-slow test-min style bench clean
+.PHONY: install demo test test-slow test-min style bench bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -44,9 +44,13 @@ style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# REFERENCE: a checkout of https://github.com/bramgrooten/neurotrails, to measure it beside.
 bench: install
-	$(BIN)/python benchmarks/topology.py
-	$(BIN)/python benchmarks/zero_shot.py --data_root tests/data/eval --rounds 3
+	$(BIN)/python benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE))
+
+# In the environment at hand, with its own CUDA build of PyTorch: make bench-gpu PYTHON=python
+bench-gpu:
+	$(PYTHON) benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE))
 
 clean:
 	rm -rf $(VENV) $(VENV_MIN) build *.egg-info .pytest_cache .ruff_cache

@@ -1,7 +1,6 @@
 """What the benchmarks share: sides that take turns, figures beside their goals, and where they were measured."""
 
 import ctypes
-import json
 import platform
 import statistics
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nt_hf._cli import provenance
+from nt_hf._cli import provenance, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -150,8 +149,7 @@ def table(figures: list[Figure]) -> str:
     return "\n".join(lines)
 
 
-def write_figures(path: Path, figures: list[Figure]) -> None:
+def write_figures(path: Path, figures: list[Figure], where: dict[str, Any]) -> None:
     """Writes the figures and the machine as JSON, over what the file held."""
-    content = {"machine": machine(), "figures": [vars(figure) | {"verdict": figure.verdict} for figure in figures]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    rows = [vars(figure) | {"goal": figure.goal, "verdict": figure.verdict} for figure in figures]
+    write_json(path, {"machine": where, "figures": rows})

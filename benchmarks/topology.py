@@ -1,6 +1,6 @@
 """What topology updates cost.
 
-    make bench
+    python benchmarks/topology.py
 
 Three tables: one update against the same update written with PyTorch's own selections, the time of each method, and
 the share of a model's training time that updates and masked gradients take. The sides of a comparison take turns within

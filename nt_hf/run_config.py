@@ -17,6 +17,7 @@ from .sparsifier import SparsityConfig
 
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 SAVE_DTYPES = ("float32", "bfloat16")
 
 
@@ -34,6 +35,8 @@ class TrainConfig:
             spares norms, and needs ``"adamw"``.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
         precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU that has it, else fp32.
+        matmul_precision: of products of fp32 matrices, for ``torch.set_float32_matmul_precision``: "highest", or "high"
+            or "medium", which may round their inputs and are faster on some GPUs and CPUs.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: compile the decoder blocks by ``torch.compile``; needs a C++ compiler on a CPU, where it gains nothing.
         peak_tflops: the hardware's dense matrix peak for one process, to report MFU; ``None``: looked up by the
@@ -56,6 +59,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     precision: str = "auto"
+    matmul_precision: str = "highest"
     gradient_checkpointing: bool = False
     compile: bool = False
     peak_tflops: float | None = None
@@ -79,7 +83,9 @@ class TrainConfig:
         _require(len(self.betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas), "betas",
                  self.betas, "two numbers in [0, 1)")  # fmt: skip
         _require(self.eps > 0, "eps", self.eps, "a number above 0")
-        for name, accepted in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("save_dtype", SAVE_DTYPES)):
+        choices = {"optimizer": OPTIMIZERS, "precision": PRECISIONS, "matmul_precision": MATMUL_PRECISIONS,
+                   "save_dtype": SAVE_DTYPES}  # fmt: skip
+        for name, accepted in choices.items():
             _require(getattr(self, name) in accepted, name, getattr(self, name), ", ".join(accepted))
         _require(self.weight_decay == 0 or (self.optimizer == "adamw" and self.weight_decay > 0), "weight_decay",
                  self.weight_decay, "0, or a positive number with optimizer=adamw")  # fmt: skip

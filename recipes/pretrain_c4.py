@@ -87,6 +87,7 @@ def main() -> None:
         logging.getLogger("nt_hf").setLevel(logging.WARNING)
     micro_batch_size, passes = accumulation_steps(train, accelerator.num_processes)
     set_seed(train.seed)
+    torch.set_float32_matmul_precision(train.matmul_precision)
 
     # --------------------------------------------------------------------------------------------- data
 

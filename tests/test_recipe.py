@@ -274,6 +274,7 @@ def test_gradient_accumulation_is_exact(config, tmp_path):
         (("--model.share_embedding", "false", "--model.blocks_in_head", "null", "--sparsity.exclude", "[]"), 3, 0.5),
         (("--model.tie_word_embeddings", "true", "--sparsity.exclude", "[]"), 3, 0.5),
         (("--train.precision", "bf16"), 3, 0.5),
+        (("--train.matmul_precision", "medium"), 3, 0.5),
         (("--sparsity.initial_masks", "snip", "--sparsity.drop", "taylor"), 3, 0.5),
         (("--sparsity.density_start", 1.0, "--sparsity.drop", "global_magnitude"), 3, 0.5),
         (("--sparsity.structure", "2:4", "--sparsity.distribution", "erk"), 3, 0.5),

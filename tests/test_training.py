@@ -89,6 +89,7 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
         ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
         ({"train.precision": "fp16"}, "train.precision='fp16': accepted is auto, fp32, bf16"),
+        ({"train.matmul_precision": "low"}, "train.matmul_precision='low': accepted is highest, high, medium"),
         ({"train.weight_decay": "0.1"}, "train.weight_decay=0.1: accepted is 0, or a positive number with optimizer"),
         ({"sparsity.density": "0"}, r"sparsity.density .*0.*\(0, 1\]"),
         ({"sparsity.density": "1.5"}, r"sparsity.density .*1.5.*\(0, 1\]"),

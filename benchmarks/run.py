@@ -1,0 +1,67 @@
+"""Every figure of docs/performance.md, measured now, beside its goal.
+
+    make bench          # on a CPU, or make bench-gpu; REFERENCE=DIR adds the paper's code
+    python benchmarks/run.py --only decoding checkpoints
+
+The table goes to the terminal and, with the machine and the command, to a JSON file.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import decoding
+import sparse_inference
+import torch
+import training
+from common import DEVICE, bandwidth, machine, matmul_peak, table, write_figures
+
+from nt_hf._cli import run
+
+BENCHMARKS = {
+    "training": training.measure,
+    "decoding": decoding.measure,
+    "sparse_inference": sparse_inference.measure,
+    "checkpoints": checkpoints.measure,
+}
+PEAKS = {"fp32 product": torch.float32, "bf16 product": torch.bfloat16}
+# The block of docs/performance.md that --docs writes anew.
+BEGIN, END = f"<!-- {DEVICE.type} figures -->\n", f"<!-- end of {DEVICE.type} figures -->\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--reference", type=Path, help="a checkout of https://github.com/bramgrooten/neurotrails")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
+    parser.add_argument("--docs", action="store_true", help="also write docs/performance.md and its JSON file")
+    args = parser.parse_args()
+    if args.reference and not (args.reference / "language_modeling").is_dir():
+        raise ValueError(f"--reference {args.reference}: accepted is a checkout of bramgrooten/neurotrails")
+
+    where = machine()
+    limits = {name: f"{matmul_peak(kind) / 1e9:,.0f} GFLOP/s" for name, kind in PEAKS.items()}
+    limits["copy"] = f"{bandwidth() / 1e9:.0f} GB/s"
+    where["limits"] = limits
+    print(json.dumps(where, indent=1), file=sys.stderr)
+    figures, start = [], time.perf_counter()
+    for name in args.only:
+        print(f"{name} …", file=sys.stderr)
+        options = {"reference": args.reference} if name == "training" else {}
+        figures += BENCHMARKS[name](**options)
+        print(f"{name}: done after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+    write_figures(args.output, figures, where)
+    print(table(figures))
+    print(f"\n{args.output} holds the figures and the machine", file=sys.stderr)
+    if args.docs:
+        write_figures(Path(f"docs/performance-{DEVICE.type}.json"), figures, where)
+        page = Path("docs/performance.md")
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(before + BEGIN + table(figures) + "\n" + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    run(main)
