@@ -231,8 +231,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
             loss = hidden.new_zeros((), dtype=torch.float32)
-            grad_hidden = []
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+            grad_hidden, grad_weight = [], None
             for x, y in zip(_loss_chunks(inputs), _loss_chunks(labels)):
                 ignored = (y == IGNORE_INDEX).unsqueeze(1)
                 place = y.clamp(min=0).unsqueeze(1)
@@ -247,11 +246,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden.append((grad @ matrix).masked_fill_(ignored, 0))
                 if need_weight:
                     x = x.masked_fill(ignored, 0)
-                    if dtype == torch.float32:
+                    if grad_weight is None:
+                        grad_weight = (grad.T @ x).float()
+                    elif dtype == torch.float32:
                         grad_weight.addmm_(grad.T, x)
                     else:
                         grad_weight += grad.T @ x
-        ctx.save_for_backward(
+        ctx.grads = (
             torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None,
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
         )
@@ -260,7 +261,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None
+        if ctx.grads is None:
+            raise RuntimeError("a loss of NeuroTrailsLlamaForCausalLM goes backward once; call forward again")
+        # In place: a copy of the weight's size would cost as much time as the optimizer does.
+        grads, ctx.grads = ctx.grads, None
+        return *(None if each is None else each.mul_(grad) for each in grads), None
 
 
 class LMHead(nn.Linear):
