@@ -1,4 +1,4 @@
-"""Imports run one way. What a checkpoint carries along imports only torch, transformers and its own flat files."""
+"""Imports run one way. What a checkpoint carries imports only torch, transformers, safetensors and its own files."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "nt_hf").rglob("*.py"))
 FOLDERS = ("recipes", "eval", "examples", "benchmarks")
 SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks"}
+MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks", "sparse_checkpoint"}
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
     "selection": (set(), {"torch", "numpy"}),
@@ -18,7 +18,11 @@ ARROWS = {
     "schedules": (set(), {"torch"}),
     "masks": (set(), {"torch", "transformers"}),
     "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
-    "modeling_neurotrails_llama": ({"configuration_neurotrails_llama", "masks"}, {"torch", "transformers"}),
+    "sparse_checkpoint": ({"masks"}, {"torch", "safetensors"}),
+    "modeling_neurotrails_llama": (
+        {"configuration_neurotrails_llama", "masks", "sparse_checkpoint"},
+        {"torch", "transformers"},
+    ),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
     "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),
