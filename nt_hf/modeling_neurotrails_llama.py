@@ -304,7 +304,7 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
                 f"{path} has {len(info['mismatched_keys'])} tensors of another shape than its config asks for, for "
                 f"example {name}: {list(theirs)} instead of {list(ours)}"
             )
-        if violations := check_masks(model):
+        if violations := check_masks(model, known=vars(model).pop("_expanded", ())):
             raise ValueError(
                 f"{path} has non-zero weights outside their masks in {', '.join(violations)}; a sparse checkpoint "
                 "stores exact zeros there (call nt_hf.apply_masks before saving; from_pretrained(..., "
@@ -319,17 +319,18 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
         tensors = state_dict or {}
         if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             tensors = read_tensors(checkpoint_files)
-        if tensors and hasattr(model, "_source_heads"):
-            numbers = {old: new for new, old in enumerate(model._source_heads)}
+        heads = vars(model).pop("_source_heads", None) if tensors else None
+        if heads is not None:
+            numbers = {old: new for new, old in enumerate(heads)}
             renamed = ((renumber_head(name, numbers), tensor) for name, tensor in tensors.items())
             tensors = {name: tensor for name, tensor in renamed if name is not None}
-            del model._source_heads
-        elif not any(isinstance(tensor, SparseWeight) for tensor in tensors.values()):
-            return LlamaPreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, **kwargs
-            )
-        # Without the files: weights that are offloaded to the disk would be looked up in them.
-        return LlamaPreTrainedModel._load_pretrained_model(model, tensors, None, load_config, **kwargs)
+        expanded = {name for name, tensor in tensors.items() if isinstance(tensor, SparseWeight)}
+        if heads is None and not expanded:
+            tensors = state_dict
+        else:
+            checkpoint_files = None  # weights that are offloaded to the disk would be looked up in them
+            model._expanded = expanded  # these are 0 outside their masks
+        return LlamaPreTrainedModel._load_pretrained_model(model, tensors, checkpoint_files, load_config, **kwargs)
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, state_dict=None, *args, sparse: bool = False, **kwargs

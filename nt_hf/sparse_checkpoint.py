@@ -21,13 +21,10 @@ from .masks import count_active, full_mask, packed_shape, unpack_mask
 
 PARTS = ("_values", "_mask", "_shape")
 
-# For each byte of a mask the number of its set bits, and for each bit the number of set ones before it, or NOWHERE.
-_BITS = torch.arange(256)[:, None] >> torch.arange(8) & 1
-_COUNT = _BITS.sum(1, dtype=torch.int32)
-NOWHERE = 2**30
-_PLACE = (_BITS.cumsum(1) - _BITS).where(_BITS.bool(), NOWHERE).to(torch.int32)
-# Bytes of a mask that are expanded at one time: their indices take 32 bytes each.
-_PIECE = 2**18
+# The bits of each byte of a mask, least significant first.
+_BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.int32)
+# Bytes of a mask that are expanded at one time: their indices stay in a CPU's cache.
+_PIECE = 2**16
 
 
 def compress(weight: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
@@ -50,22 +47,18 @@ def expand(values: torch.Tensor, packed: torch.Tensor, shape: Sequence[int]) -> 
         ValueError: the mask does not belong to a weight of this shape, or the number of values is not that of its bits.
     """
     _check_mask(packed, shape)
-    active = count_active(packed)
-    if values.dim() != 1 or len(values) != active:
-        raise ValueError(f"values {list(values.shape)}, but {active} bits are set in the mask; accepted is one a bit")
+    if values.shape != (count := count_active(packed),):
+        raise ValueError(f"values {list(values.shape)}, but {count} bits are set in the mask; accepted is one a bit")
     weight = values.new_empty(len(packed), packed.shape[1] * 8)
-    count, place = _COUNT.to(values.device), _PLACE.to(values.device)
-    start = 0
-    # Every weight is looked up, the inactive ones at a 0 behind the values: two to three times as fast as
-    # ``masked_scatter``, which decides weight by weight, where half of them are active.
+    bits, start = _BITS.to(values.device), 0
+    # Every weight is looked up, inactive ones at a 0 before the values. ``masked_scatter`` decides weight by weight,
+    # which takes three times as long where half of them are active.
     for piece, target in zip(packed.flatten().split(_PIECE), weight.flatten().split(_PIECE * 8)):
-        piece = piece.int()
-        counts = count.index_select(0, piece)
-        ends = counts.cumsum(0, dtype=torch.int32)
-        end = start + int(counts.sum())
-        source = torch.cat([values[start:end], values.new_zeros(1)])
-        places = place.index_select(0, piece).add_((ends - counts)[:, None]).clamp_(max=end - start)
-        torch.index_select(source, 0, places.flatten(), out=target)
+        active = bits.index_select(0, piece.int()).flatten()
+        places = active.cumsum(0, dtype=torch.int32)
+        end = start + int(places[-1:].sum())
+        source = torch.cat([values.new_zeros(1), values[start:end]])
+        torch.index_select(source, 0, places.mul_(active), out=target)
         start = end
     return weight[:, : torch.Size(shape[1:]).numel()].contiguous().view(tuple(shape))
 
