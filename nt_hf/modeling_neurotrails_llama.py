@@ -304,7 +304,8 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
                 f"{path} has {len(info['mismatched_keys'])} tensors of another shape than its config asks for, for "
                 f"example {name}: {list(theirs)} instead of {list(ours)}"
             )
-        if violations := check_masks(model, known=vars(model).pop("_expanded", ())):
+        expanded = vars(model).pop("_expanded", ())
+        if violations := check_masks(model, known=() if info["mismatched_keys"] else expanded):
             raise ValueError(
                 f"{path} has non-zero weights outside their masks in {', '.join(violations)}; a sparse checkpoint "
                 "stores exact zeros there (call nt_hf.apply_masks before saving; from_pretrained(..., "
