@@ -22,7 +22,7 @@ from .masks import count_active, full_mask, packed_shape, unpack_mask
 PARTS = ("_values", "_mask", "_shape")
 
 # The bits of each byte of a mask, least significant first.
-_BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.int32)
+_BITS = (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1).to(torch.int32)
 # Bytes of a mask that are expanded at one time: their indices stay in a CPU's cache.
 _PIECE = 2**16
 
@@ -97,7 +97,7 @@ def compress_state_dict(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
             compressed[name] = weight
         else:
             compressed[f"{name}_values"] = values
-            compressed[f"{name}_shape"] = torch.tensor(weight.shape)
+            compressed[f"{name}_shape"] = torch.tensor(weight.shape, device="cpu")
     return compressed
 
 
