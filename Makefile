@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest Transformers that setup.cfg accepts, tried by test-min.
 VENV_MIN := .venv-min
-MODEL_TESTS := tests/test_architecture.py tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py
+MODEL_TESTS := tests/test_architecture.py tests/test_configuration.py tests/test_masks.py tests/test_modeling.py tests/test_remote_code.py tests/test_sparse_checkpoints.py
 
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
 export GOMP_SPINCOUNT := 10000

@@ -7,7 +7,8 @@ stock dense modules compute the right thing.
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaPreTrainedModel,
@@ -29,7 +31,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaConfig
-from .masks import attach_masks, check_masks, full_mask, resize_mask
+from .masks import attach_masks, check_masks, full_mask, maskable_modules, matches, resize_mask
+from .sparse_checkpoint import SparseWeight, compress_state_dict, read_tensors
 from .speculative import generate_speculatively
 
 IGNORE_INDEX = -100
@@ -300,6 +303,13 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
     config_class = NeuroTrailsLlamaConfig
     config: NeuroTrailsLlamaConfig
 
+    def __init__(self, config: NeuroTrailsLlamaConfig, heads: Sequence[int] | None = None):
+        config.check_heads()
+        chosen = select_heads(config, heads, "heads")
+        super().__init__(config if heads is None else keep_heads(config, chosen))
+        if heads is not None:
+            self._source_heads = chosen  # until the weights are loaded, from a checkpoint of all heads
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -325,19 +335,27 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
         cls,
         pretrained_model_name_or_path,
         *args,
+        heads: Sequence[int] | None = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
         **kwargs,
     ):
         """As in ``PreTrainedModel``; a checkpoint that lacks weights or violates its masks is an error.
 
-        Masks that a checkpoint lacks are all ones (dense).
+        Masks that a checkpoint lacks are all ones (dense). Sparse checkpoints load like dense ones.
+
+        Args:
+            heads: the heads to load, all by default. Head ``heads[i]`` of the checkpoint becomes head ``i`` of a model
+                of ``len(heads)`` heads; the weights of the others are not read.
 
         Raises:
-            ValueError: a file is truncated, weights are missing or of another shape, or a weight outside its mask is
-                not 0; the message names them.
+            ValueError: ``heads`` is no choice of the checkpoint's heads, a file is truncated, weights are missing or of
+                another shape, a sparse weight lacks values, or a weight outside its mask is not 0; the message names
+                them.
         """
         path = pretrained_model_name_or_path
+        if heads is not None:
+            kwargs["heads"] = heads  # Transformers hands on to ``__init__`` what is no key of the config
         try:
             # Stock, a wrong shape is named in the log only, and masks may be missing.
             model, info = super().from_pretrained(
@@ -347,6 +365,10 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
             if type(error).__name__ != "SafetensorError":  # by name: this file imports torch and transformers only
                 raise
             raise ValueError(f"{path}: a truncated or damaged weight file: {error}") from error
+        if hasattr(model, "_source_heads"):
+            raise ValueError(
+                f"heads={heads!r}: {path} holds no safetensors files; single heads are read from these only"
+            )
         if missing := sorted(key for key in info["missing_keys"] if not key.endswith("weight_mask")):
             raise ValueError(
                 f"{path} lacks {len(missing)} weights of {cls.__name__}, for example {', '.join(missing[:3])}"
@@ -357,7 +379,8 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
                 f"{path} has {len(info['mismatched_keys'])} tensors of another shape than its config asks for, for "
                 f"example {name}: {list(theirs)} instead of {list(ours)}"
             )
-        if violations := check_masks(model):
+        expanded = vars(model).pop("_expanded", ())
+        if violations := check_masks(model, known=() if info["mismatched_keys"] else expanded):
             raise ValueError(
                 f"{path} has non-zero weights outside their masks in {', '.join(violations)}; a sparse checkpoint "
                 "stores exact zeros there (call nt_hf.apply_masks before saving; from_pretrained(..., "
@@ -365,13 +388,50 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        # Called when the files are found, and downloaded. Transformers reads the tensors of a state dict one by one, so
+        # the weights of a sparse checkpoint are expanded one by one, and those of other heads not read at all.
+        tensors = state_dict or {}
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            tensors = read_tensors(checkpoint_files)
+        heads = vars(model).pop("_source_heads", None) if tensors else None
+        if heads is not None:
+            numbers = {old: new for new, old in enumerate(heads)}
+            renamed = ((renumber_head(name, numbers), tensor) for name, tensor in tensors.items())
+            tensors = {name: tensor for name, tensor in renamed if name is not None}
+        expanded = {name for name, tensor in tensors.items() if isinstance(tensor, SparseWeight)}
+        if heads is None and not expanded:
+            tensors = state_dict
+        else:
+            checkpoint_files = None  # weights that are offloaded to the disk would be looked up in them
+            model._expanded = expanded  # these are 0 outside their masks
+        return LlamaPreTrainedModel._load_pretrained_model(model, tensors, checkpoint_files, load_config, **kwargs)
+
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, *args, sparse: bool = False, **kwargs
+    ):
+        """As in ``PreTrainedModel``; with ``sparse=True`` only the active values of masked weights are stored.
+
+        ``from_pretrained`` needs no option to load them, bit for bit. See the sparse_checkpoint module for the format.
+
+        Raises:
+            ValueError: with ``sparse=True``, the model has no masks, a weight outside its mask is not 0, or weights are
+                offloaded; nothing is written.
+        """
+        if sparse:
+            tensors = dict(self.state_dict() if state_dict is None else state_dict)
+            # First, as only an owner has a mask: later the owner's weight shares memory with nothing any more.
+            state_dict = compress_state_dict(remove_tied_weights_from_state_dict(tensors, self))
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
 
 class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
     """Backbone and heads, without the LM heads."""
 
-    def __init__(self, config: NeuroTrailsLlamaConfig):
-        config.check_heads()
-        super().__init__(config)
+    def __init__(self, config: NeuroTrailsLlamaConfig, heads: Sequence[int] | None = None):
+        super().__init__(config, heads)
+        config = self.config
         if config.share_embedding:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_backbone_layers))
@@ -461,28 +521,54 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         )
 
 
-def select_heads(config: NeuroTrailsLlamaConfig, active_heads: Sequence[int] | None) -> list[int]:
-    """The heads to run, in order; raises ``ValueError`` for an empty or impossible choice."""
-    if active_heads is None:
+def select_heads(config: NeuroTrailsLlamaConfig, choice: Sequence[int] | None, name: str = "active_heads") -> list[int]:
+    """The chosen heads, in order; raises ``ValueError``, by the argument's ``name``, for an impossible choice."""
+    if choice is None:
         return list(range(config.num_ensemble_heads))
     try:
-        heads = [operator.index(head) for head in active_heads]
+        heads = [operator.index(head) for head in choice]
     except TypeError:
         heads = []
     if not heads or len(set(heads)) < len(heads) or not all(0 <= h < config.num_ensemble_heads for h in heads):
         raise ValueError(
-            f"active_heads={active_heads!r}: accepted are one or more different heads of 0 to "
-            f"{config.num_ensemble_heads - 1}"
+            f"{name}={choice!r}: accepted are one or more different heads of 0 to {config.num_ensemble_heads - 1}"
         )
     return heads
+
+
+def renumber_head(name: str, numbers: Mapping[int, int]) -> str | None:
+    """A parameter's name with its head's number replaced; ``None`` where the head has no new one."""
+    match = re.match(r"((?:model\.)?heads\.|lm_heads\.)(\d+)(\..*)", name)
+    if match is None:
+        return name
+    start, number, rest = match.groups()
+    return f"{start}{numbers[int(number)]}{rest}" if int(number) in numbers else None
+
+
+def keep_heads(config: NeuroTrailsLlamaConfig, heads: Sequence[int]) -> NeuroTrailsLlamaConfig:
+    """The configuration of a model of these heads alone, in this order; the same weights of theirs carry masks.
+
+    ``masked_modules`` loses the globs that fit nothing any more, and gains the names of weights that the others would
+    choose, or not choose, by their new numbers alone.
+    """
+    numbers = dict(enumerate(heads))
+    kept = copy.deepcopy(config)
+    kept.num_ensemble_heads, kept.masked_modules = len(numbers), []
+    with torch.device("meta"):
+        names = list(maskable_modules(NeuroTrailsLlamaForCausalLM(kept)))
+    masked = {name: matches(renumber_head(name, numbers), config.masked_modules) for name in names}
+    globs = [glob for glob in config.masked_modules if any(matches(name, [glob.removeprefix("!")]) for name in names)]
+    corrections = [name if chosen else f"!{name}" for name, chosen in masked.items() if matches(name, globs) != chosen]
+    kept.masked_modules = globs + corrections
+    return kept
 
 
 class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMixin):
     """A Llama with several heads over one backbone, whose predictions are combined into one."""
 
-    def __init__(self, config: NeuroTrailsLlamaConfig):
-        super().__init__(config)
-        heads = range(config.num_ensemble_heads)
+    def __init__(self, config: NeuroTrailsLlamaConfig, heads: Sequence[int] | None = None):
+        super().__init__(config, heads)
+        config, heads = self.config, range(self.config.num_ensemble_heads)
         embedding = "model.embed_tokens" if config.share_embedding else "model.heads.{}.embed_tokens"
         self._tied_weights_keys = {f"lm_heads.{h}.weight": f"{embedding.format(h)}.weight" for h in heads}
         self.model = NeuroTrailsLlamaModel(config)

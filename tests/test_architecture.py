@@ -1,4 +1,4 @@
-"""Imports run one way. What a checkpoint carries along imports only torch, transformers and its own flat files."""
+"""Imports run one way. What a checkpoint carries imports only torch, transformers, safetensors and its own files."""
 
 import ast
 import sys
@@ -10,7 +10,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "nt_hf").rglob("*.py"))
 FOLDERS = ("recipes", "eval", "examples", "benchmarks")
 SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MODEL = {"configuration_neurotrails_llama", "modeling_neurotrails_llama", "masks", "speculative"}
+MODEL = {
+    "configuration_neurotrails_llama",
+    "modeling_neurotrails_llama",
+    "masks",
+    "sparse_checkpoint",
+    "speculative",
+}
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
     "selection": (set(), {"torch", "numpy"}),
@@ -19,8 +25,9 @@ ARROWS = {
     "masks": (set(), {"torch", "transformers"}),
     "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
     "speculative": (set(), {"torch", "transformers"}),
+    "sparse_checkpoint": ({"masks"}, {"torch", "safetensors"}),
     "modeling_neurotrails_llama": (
-        {"configuration_neurotrails_llama", "masks", "speculative"},
+        {"configuration_neurotrails_llama", "masks", "sparse_checkpoint", "speculative"},
         {"torch", "transformers"},
     ),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),

@@ -55,6 +55,16 @@ model.resize_token_embeddings(model.config.vocab_size + 8)
 save_file({"logits": model(**prompts).logits.detach()[..., :-8].contiguous()}, answers)
 """
 
+LOADS_SPARSE = """
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+part = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, heads=[2, 0])
+assert type(part).__module__.startswith("transformers_modules."), type(part)
+part.save_pretrained(target, sparse=True)
+again = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
+models = {"all": model, "part": part, "again": again}
+save_file({name: model(**prompts).logits.detach() for name, model in models.items()}, answers)
+"""
+
 
 @pytest.fixture
 def run_without_package(prompts, tmp_path):
@@ -109,6 +119,19 @@ def test_the_same_answers_without_the_package_also_after_saving_from_there(
     assert all(torch.equal(tensor, resaved.state_dict()[key]) for key, tensor in model.state_dict().items())
     again = run_without_package(RESIZES, second)
     torch.testing.assert_close(again["logits"], expected["logits"].detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_sparse_checkpoints_and_single_heads_without_the_package(model, prompts, tmp_path, run_without_package):
+    model.save_pretrained(tmp_path / "first", sparse=True)
+    answers = run_without_package(LOADS_SPARSE, tmp_path / "first", tmp_path / "second")
+    for name, heads in {"all": None, "part": [2, 0], "again": [2, 0]}.items():
+        expected = model(**prompts, active_heads=heads).logits.detach()
+        torch.testing.assert_close(answers[name], expected, atol=1e-6, rtol=1e-6)
+    part = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "second").state_dict()
+    assert all(
+        torch.equal(part[f"lm_heads.{new}.weight"], model.lm_heads[old].weight) for new, old in enumerate([2, 0])
+    )
+    assert "model.layers.0.mlp.up_proj.weight_values" in load_file(tmp_path / "second" / "model.safetensors")
 
 
 def test_errors_travel_with_the_model(model, tmp_path, run_without_package):
