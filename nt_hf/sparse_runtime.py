@@ -1,22 +1,23 @@
 """Sparse inference: masked linear layers computed by whichever kernel is fastest on this machine, at this batch.
 
 [`specialize`] times each kind of layer with dense and sparse kernels and gives a layer another forward where that
-pays; [`restore`] takes it back. The dense weights stay where they are, so that the state dict, ``save_pretrained``, losses
-and everything else that reads a weight are as before; the sparse copies come on top (6 bytes an active weight in fp32, 4
-in bf16, on a CPU).
+pays; [`restore`] takes it back. The dense weights stay where they are, so that the state dict, ``save_pretrained``,
+losses and everything else that reads a weight are as before; the sparse copies come on top (on a CPU 6 bytes an active
+weight in fp32, 4 in bf16).
 
 Kernels beside ``dense``, the module's own forward:
 
 - ``compiled``: csrc/sparse_linear.cpp, fp32 and bf16 on a CPU; built by the system's compiler on first use.
 - ``csr``: PyTorch's compressed rows, fp32 on a CPU.
-- ``2:4 cutlass``, ``2:4 cusparselt``: PyTorch's semi-structured kernels, fp16 and bf16 on a CUDA GPU, for weights with at
-  most two of four neighbours active.
+- ``2:4 cutlass``, ``2:4 cusparselt``: PyTorch's semi-structured kernels, fp16 and bf16 on a CUDA GPU, for weights with
+  at most two of four neighbours active.
 """
 
 import bisect
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -95,16 +96,17 @@ class Report:
 def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
     """Gives the masked ``nn.Linear`` layers of a model the kernels that are fastest for the batch in use.
 
-    Everything else (embeddings, convolutions, unmasked layers) is left alone, and so are layers that are fastest dense.
-    A call with another number of rows than measured takes the kernel of the nearest, by ratio. A specialized layer runs
-    its own dense forward where the sparse kernels cannot stand in: with labels, under autocast, under ``torch.compile``.
+    Everything else (embeddings, convolutions, unmasked layers) is left alone, and so are layers that are fastest
+    dense. A call with another number of rows than measured takes the kernel of the nearest, by ratio. A specialized
+    layer runs its own dense forward where the sparse kernels cannot stand in: with labels, under autocast, under
+    ``torch.compile``. Gradients are an error, and so is a weight that has changed since.
 
     Measured with the current number of threads: set that first.
 
     Args:
         model: any module with masks, in eval mode, on the device and in the dtype it will run in.
-        rows: tokens that a call brings to a layer, batch times new positions: decoding 8 sequences has 8, the prefill of
-            a prompt of 128 has 128. Each is measured.
+        rows: tokens that a call brings to a layer, batch times new positions: decoding 8 sequences has 8, the prefill
+            of a prompt of 128 has 128. Each is measured.
 
     Raises:
         ValueError: the model is in training mode, specialized already, has no masked linear layers, or has non-zero
@@ -180,7 +182,7 @@ class _SparseForward:
     def __init__(self, module: nn.Linear, kernels: dict[str, Kernel], chosen: dict[int, str]):
         self.module, self.kernels = module, kernels
         rows = list(chosen)
-        self.limits = [math.sqrt(a * b) for a, b in zip(rows, rows[1:])]
+        self.limits = [math.sqrt(a * b) for a, b in itertools.pairwise(rows)]
         self.chosen = list(chosen.values())
         self.state = _state(module)
 

@@ -19,6 +19,7 @@ ARROWS = {
     "masks": (set(), {"torch", "transformers"}),
     "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
     "modeling_neurotrails_llama": ({"configuration_neurotrails_llama", "masks"}, {"torch", "transformers"}),
+    "sparse_runtime": ({"masks"}, {"torch"}),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
     "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),
