@@ -2,7 +2,6 @@
 
     python benchmarks/sparse_inference.py                 # end to end, rows 7 and 8; about two minutes on two cores
     python benchmarks/sparse_inference.py --layers        # each kernel on single layers
-    python benchmarks/sparse_inference.py --json FILE
 
 The model is a random Llama of three heads, wide as a real one and few blocks deep, all its linear layers and LM heads
 at density 0.1. The sides share their weights and take turns. Row 8 needs a CUDA GPU: layers 4096 wide and more, 2:4, in
@@ -13,10 +12,9 @@ import argparse
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from common import DEVICE, Figure, machine, ratio, seconds, table, take_turns, write_figures
+from common import DEVICE, Figure, machine, ratio, seconds, table, take_turns
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -192,7 +190,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", action="store_true", help="single layers instead of whole models")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS, help="of whole models")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     print(machine(), "\n")
     if args.layers:
@@ -203,8 +200,6 @@ def main() -> None:
     figures: list[Figure] = []
     took = seconds(lambda: figures.extend(measure(args.widths)))
     print(table(figures), f"\n\n{took:.0f} s")
-    if args.json:
-        write_figures(args.json, figures)
 
 
 if __name__ == "__main__":

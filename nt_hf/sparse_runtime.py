@@ -14,6 +14,7 @@ Kernels beside ``dense``, the module's own forward:
 """
 
 import bisect
+import copy
 import ctypes
 import functools
 import hashlib
@@ -185,6 +186,12 @@ class _SparseForward:
         self.limits = [math.sqrt(a * b) for a, b in itertools.pairwise(rows)]
         self.chosen = list(chosen.values())
         self.state = _state(module)
+
+    def __deepcopy__(self, memo) -> "_SparseForward":
+        # PyTorch's sparse tensors cannot be copied. A copied model has other weights, so this is refused when called.
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module, memo)
+        return other
 
     def __call__(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         module, weight = self.module, self.module.weight

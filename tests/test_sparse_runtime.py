@@ -333,6 +333,29 @@ def test_autocast_runs_dense(choose):
 
 
 @torch.no_grad()
+def test_torch_compile_runs_dense(choose):
+    choose("csr")
+    model = layer(8, 8)
+    dense = copy.deepcopy(model)
+    specialize(model, (1,))
+    x = torch.randn(2, 8)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), dense(x))
+
+
+@torch.no_grad()
+def test_a_copy_needs_to_be_specialized_anew(choose):
+    choose("csr")
+    model = layer(8, 8)
+    specialize(model, (1,))
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="or copied"):
+        other(torch.zeros(1, 8))
+    restore(other)
+    specialize(other, (1,))
+    assert torch.equal(other(torch.ones(1, 8)), model(torch.ones(1, 8)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
 def test_without_a_compiler_there_is_one_warning_and_torch_s_kernel(compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", compiler)
