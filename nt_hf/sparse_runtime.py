@@ -23,7 +23,6 @@ import logging
 import math
 import os
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
@@ -56,8 +55,8 @@ class LayerReport:
         shape: of its weight, ``(out, in)``.
         density: the share of its weights that are not 0.
         kernels: the chosen kernel by rows a call.
-        seconds: by rows a call, the median of each kernel that could be used; measured once for layers of equal type,
-            shape, dtype and (to 0.05) density.
+        seconds: by rows a call, the shortest time of each kernel that could be used; measured once for layers of equal
+            type, shape, dtype and (to 0.05) density.
     """
 
     name: str
@@ -224,12 +223,16 @@ def _state(module: nn.Linear) -> tuple:
 
 
 def _time(module: nn.Linear, kernels: dict[str, Kernel], rows: int) -> dict[str, float]:
-    """Median seconds of the dense forward and of each kernel, taking turns, with the weights in memory."""
+    """Seconds of the dense forward and of each kernel, taking turns, with the weights in memory.
+
+    The shortest of several times: what else a machine does only adds to it.
+    """
     weight = module.weight
     x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
     sides = {"dense": module.forward, **kernels}
     expected = module.forward(x).float()
-    tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().max().item()
+    # A rounding or two of the result, and what fp32 sums of thousands of numbers lose.
+    tolerance = (2 * torch.finfo(weight.dtype).eps + 2**-14) * expected.abs().max().item()
     for name, kernel in kernels.items():
         if not (error := (kernel(x).float() - expected).abs().max().item()) <= tolerance:
             logger.warning("the kernel %s is wrong by %g on a weight %s: left out", name, error, list(weight.shape))
@@ -244,7 +247,7 @@ def _time(module: nn.Linear, kernels: dict[str, Kernel], rows: int) -> dict[str,
             side(x)
             _synchronize(weight.device)
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def _synchronize(device: torch.device) -> None:
