@@ -1,6 +1,6 @@
 """Sparse inference: the ensemble's tokens a second with sparse kernels, against the faster of dense fp32 and bf16.
 
-    python benchmarks/sparse_inference.py                 # end to end, rows 7 and 8; about two minutes on two cores
+    python benchmarks/sparse_inference.py                 # end to end, rows 7 and 8; some minutes
     python benchmarks/sparse_inference.py --layers        # each kernel on single layers
 
 The model is a random Llama of three heads, wide as a real one and few blocks deep, all its linear layers and LM heads
