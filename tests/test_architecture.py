@@ -30,6 +30,7 @@ ARROWS = {
         {"configuration_neurotrails_llama", "masks", "sparse_checkpoint", "speculative"},
         {"torch", "transformers"},
     ),
+    "sparse_runtime": ({"masks"}, {"torch"}),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
     "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),

@@ -1,0 +1,252 @@
+// y = x W^T + bias for a sparse W on a CPU: W in compressed rows with 16-bit columns, x of few or many rows ("tokens").
+//
+// A weight is read once and multiplies the same input of 8, 16 or 32 tokens, which lie beside each other in a transposed
+// copy of x. One token takes a plain sparse dot product. Sums are fp32. Vectors are the compiler's own, so that one
+// source serves every CPU; whoever calls it gives -march.
+//
+// The OpenMP runtime is the one that the process has loaded already, PyTorch's.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef float HalfFloats __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+
+constexpr int64_t LANES = 16;
+// The indices and weights of so many bytes ahead are asked for early: a CPU foresees no stream broken by random reads.
+constexpr int64_t AHEAD = 2048;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline void store(float value, float* target) { *target = value; }
+inline void store(float value, BFloat16* target) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+  target->bits = value == value ? rounded : 0x7fc0;
+}
+
+// Transposes 16 x 16 words: four times every word of the first half is followed by its partner of the second.
+inline void transpose(Words (&block)[LANES]) {
+  for (int pass = 0; pass < 4; pass++) {
+    Words next[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      const Words a = block[i], b = block[i + LANES / 2];
+      next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    std::memcpy(block, next, sizeof(next));
+  }
+}
+
+// How the inputs of a tile's tokens lie in the transposed copy, and what a weight does with them.
+//
+// TOKENS: of a tile. STRIDE: words of the copy a column. UNROLL: weights of a row under way at a time, each with its own
+// sums, because an addition waits for the one before it.
+
+struct Eight {
+  static constexpr int64_t TOKENS = 8, STRIDE = 8;
+  static constexpr int UNROLL = 8;
+  typedef float Word;
+  struct Sums {
+    HalfFloats sum{};
+    void add(const float* x, float weight) { sum += *(const HalfFloats*)x * weight; }
+    void add(const Sums& other) { sum += other.sum; }
+    void write(float* target) const { std::memcpy(target, &sum, sizeof(sum)); }
+  };
+  template <class T>
+  static void gather(const T* x, int64_t tokens, int64_t in, int64_t column, int64_t count, float* target) {
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t t = 0; t < TOKENS; t++)
+        target[j * STRIDE + t] = t < tokens ? to_float(x[t * in + column + j]) : 0.0f;
+  }
+};
+
+// 16 or 32 tokens in fp32.
+template <int VECTORS>
+struct Wide {
+  static constexpr int64_t TOKENS = LANES * VECTORS, STRIDE = TOKENS;
+  static constexpr int UNROLL = 4;
+  typedef float Word;
+  struct Sums {
+    Floats sum[VECTORS]{};
+    void add(const float* x, float weight) {
+#pragma GCC unroll 2
+      for (int k = 0; k < VECTORS; k++) sum[k] += *(const Floats*)(x + LANES * k) * weight;
+    }
+    void add(const Sums& other) {
+      for (int k = 0; k < VECTORS; k++) sum[k] += other.sum[k];
+    }
+    void write(float* target) const { std::memcpy(target, sum, sizeof(sum)); }
+  };
+  template <class T>
+  static void gather(const T* x, int64_t tokens, int64_t in, int64_t column, int64_t count, float* target) {
+    for (int k = 0; k < VECTORS; k++) {
+      Words block[LANES]{};
+      for (int64_t t = 0; t < std::min(LANES, tokens - k * LANES); t++) {
+        float row[LANES]{};
+        for (int64_t j = 0; j < count; j++) row[j] = to_float(x[(k * LANES + t) * in + column + j]);
+        std::memcpy(&block[t], row, sizeof(row));
+      }
+      transpose(block);
+      for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE + k * LANES, &block[j], sizeof(Words));
+    }
+  }
+};
+
+// 32 tokens in bf16, half the memory to read: token t in the low half of word t, token t + 16 in its high half.
+struct Packed {
+  static constexpr int64_t TOKENS = 32, STRIDE = LANES;
+  static constexpr int UNROLL = 4;
+  typedef uint32_t Word;
+  struct Sums {
+    Floats low{}, high{};
+    void add(const uint32_t* x, float weight) {
+      const Words words = *(const Words*)x;
+      low += (Floats)(words << 16) * weight;
+      high += (Floats)(words & 0xffff0000u) * weight;
+    }
+    void add(const Sums& other) {
+      low += other.low;
+      high += other.high;
+    }
+    void write(float* target) const {
+      std::memcpy(target, &low, sizeof(low));
+      std::memcpy(target + LANES, &high, sizeof(high));
+    }
+  };
+  static void gather(const BFloat16* x, int64_t tokens, int64_t in, int64_t column, int64_t count, uint32_t* target) {
+    Words block[LANES]{};
+    for (int64_t t = 0; t < std::min(LANES, tokens); t++) {
+      const BFloat16 *low = x + t * in + column, *high = low + LANES * in;
+      uint32_t row[LANES]{};
+      for (int64_t j = 0; j < count; j++) row[j] = low[j].bits;
+      if (t + LANES < tokens)
+        for (int64_t j = 0; j < count; j++) row[j] |= uint32_t(high[j].bits) << 16;
+      std::memcpy(&block[t], row, sizeof(row));
+    }
+    transpose(block);
+    for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE, &block[j], sizeof(Words));
+  }
+};
+
+template <class T>
+struct Weight {
+  const int64_t* rows;      // [out + 1], where each row begins
+  const uint16_t* columns;  // [active weights], rising within a row
+  const T* values;          // [active weights]
+  const float* bias;        // [out] or null
+  int64_t out, in;
+};
+
+template <class T>
+void one_token(const Weight<T>& w, const T* x, T* y, float* copy, int threads) {
+  for (int64_t j = 0; j < w.in; j++) copy[j] = to_float(x[j]);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
+  for (int64_t row = 0; row < w.out; row++) {
+    const int64_t begin = w.rows[row], count = w.rows[row + 1] - begin;
+    const uint16_t* columns = w.columns + begin;
+    const T* values = w.values + begin;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t p = 0; p < count; p++) sum += to_float(values[p]) * copy[columns[p]];
+    store(w.bias ? sum + w.bias[row] : sum, y + row);
+  }
+}
+
+template <class Tile, class T>
+inline void one_row(const Weight<T>& w, int64_t row, const typename Tile::Word* copy, float* target) {
+  typename Tile::Sums sums[Tile::UNROLL];
+  int64_t p = w.rows[row];
+  const int64_t end = w.rows[row + 1];
+  for (; p + Tile::UNROLL <= end; p += Tile::UNROLL) {
+    __builtin_prefetch((const char*)(w.values + p) + AHEAD);
+    __builtin_prefetch((const char*)(w.columns + p) + AHEAD / 2);
+#pragma GCC unroll 8
+    for (int u = 0; u < Tile::UNROLL; u++)
+      sums[u].add(copy + w.columns[p + u] * Tile::STRIDE, to_float(w.values[p + u]));
+  }
+  for (; p < end; p++) sums[0].add(copy + w.columns[p] * Tile::STRIDE, to_float(w.values[p]));
+#pragma GCC unroll 8
+  for (int u = 1; u < Tile::UNROLL; u++) sums[0].add(sums[u]);
+  sums[0].write(target);
+}
+
+// Sums of 16 rows for a tile's tokens, `sums` [16, TOKENS], into y [tokens, out].
+template <class Tile, class T>
+void scatter(const Weight<T>& w, int64_t row, int64_t count, const float* sums, int64_t tokens, T* y) {
+  float bias[LANES]{};
+  if (w.bias) std::memcpy(bias, w.bias + row, count * sizeof(float));
+  for (int64_t first = 0; first < tokens; first += LANES) {
+    constexpr size_t width = std::min(LANES, Tile::TOKENS) * sizeof(float);
+    Words block[LANES]{};
+    for (int64_t i = 0; i < LANES; i++) std::memcpy(&block[i], sums + i * Tile::TOKENS + first, width);
+    transpose(block);
+    for (int64_t t = first; t < std::min(tokens, first + LANES); t++) {
+      float values[LANES];
+      std::memcpy(values, &block[t - first], sizeof(values));
+      for (int64_t i = 0; i < count; i++) store(values[i] + bias[i], y + t * w.out + row + i);
+    }
+  }
+}
+
+template <class Tile, class T>
+void one_tile(const Weight<T>& w, const T* x, T* y, int64_t tokens, void* scratch, int threads) {
+  auto* copy = (typename Tile::Word*)scratch;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t column = 0; column < w.in; column += LANES)
+      Tile::gather(x, tokens, w.in, column, std::min(LANES, w.in - column), copy + column * Tile::STRIDE);
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t row = 0; row < w.out; row += LANES) {
+      const int64_t count = std::min(LANES, w.out - row);
+      alignas(64) float sums[LANES * Tile::TOKENS]{};
+      for (int64_t i = 0; i < count; i++) one_row<Tile>(w, row + i, copy, sums + i * Tile::TOKENS);
+      scatter<Tile>(w, row, count, sums, tokens, y);
+    }
+  }
+}
+
+template <class T>
+void linear(const Weight<T>& w, const T* x, T* y, int64_t tokens, void* scratch, int threads) {
+  typedef typename std::conditional<std::is_same<T, float>::value, Wide<2>, Packed>::type Most;
+  for (int64_t step; tokens > 0; tokens -= step, x += step * w.in, y += step * w.out) {
+    step = std::min(tokens, Most::TOKENS);
+    if (step == 1)
+      one_token(w, x, y, (float*)scratch, threads);
+    else if (step <= Eight::TOKENS)
+      one_tile<Eight>(w, x, y, step, scratch, threads);
+    else if (step <= Wide<1>::TOKENS)
+      one_tile<Wide<1>>(w, x, y, step, scratch, threads);
+    else
+      one_tile<Most>(w, x, y, step, scratch, threads);
+  }
+}
+
+}  // namespace
+
+// x [tokens, in], y [tokens, out], contiguous. scratch: in * 128 bytes, the same for all sizes and types.
+#define DEFINE(name, T)                                                                                           \
+  extern "C" void name(const int64_t* rows, const uint16_t* columns, const T* values, const float* bias,          \
+                       const T* x, T* y, void* scratch, int64_t tokens, int64_t out, int64_t in, int64_t threads) { \
+    linear(Weight<T>{rows, columns, values, bias, out, in}, x, y, tokens, scratch, int(threads));                   \
+  }
+DEFINE(sparse_linear_float32, float)
+DEFINE(sparse_linear_bfloat16, BFloat16)
