@@ -4,7 +4,8 @@ import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
 def _resident(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Of fp32 products, for a while; see ``train.matmul_precision`` in docs/training.md."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:

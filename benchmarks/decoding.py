@@ -18,7 +18,7 @@ import sys
 import time
 
 import torch
-from common import DEVICE, Figure, ratio, table, take_turns
+from common import DEVICE, Figure, matmul_precision, ratio, table, take_turns
 from transformers import DynamicCache, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, draw_masks, freeze_topology
@@ -187,8 +187,12 @@ def measure(steps: int = 60, rounds: int = 3) -> list[Figure]:
     known, unknown = text_rows("sample:train", KNOWN), text_rows("sample:validation", KNOWN)
     model = trained(config, run.sparsity, known, steps)
     figures = [plain_decoding(model, known[:1, :PROMPT], rounds)]
-    figures += speculation(model, known[:4], "known text", rounds)
-    return figures + speculation(model, unknown[:4], "other text", rounds)
+    for precision in ("highest", "medium") if DEVICE.type == "cpu" else ("highest",):
+        setting = "" if precision == "highest" else f", matmul precision {precision}"
+        with matmul_precision(precision):
+            figures += speculation(model, known[:4], f"known text{setting}", rounds)
+            figures += speculation(model, unknown[:4], f"other text{setting}", rounds)
+    return figures
 
 
 def main() -> None:

@@ -24,7 +24,18 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from common import DEVICE, Figure, matmul_peak, peak_bytes, ratio, seconds, synchronize, table, take_turns
+from common import (
+    DEVICE,
+    Figure,
+    matmul_peak,
+    matmul_precision,
+    peak_bytes,
+    ratio,
+    seconds,
+    synchronize,
+    table,
+    take_turns,
+)
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -288,6 +299,8 @@ def measure(sizes: list[str], reference: Path | None = None, rounds: int = 4) ->
                 note=f"from the same measurements, {recipe:.0f} passes a step",
             )
         )
+        if not GPU:
+            figures += at_medium_precision(ours, flops, size, shape, rounds)
         if GPU:
             figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(ours), at_most=0))
         figures.append(stacked_heads(config, batch, rounds))
@@ -318,6 +331,20 @@ def share_of_peak(flops: float, size: str, shape: str) -> Figure:
         at_least=goal.get(size),
         note=f"{flops / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s" + (" (data sheet)" if named else " measured"),
     )
+
+
+def at_medium_precision(side: Ours, flops: float, size: str, shape: str, rounds: int) -> list[Figure]:
+    """What ``train.matmul_precision: medium`` makes of a step and of its share of the peak, which it raises as well."""
+
+    def medium() -> None:
+        with matmul_precision("medium"):
+            side.step()
+
+    times = take_turns({"highest": side.step, "medium": medium}, rounds)
+    with matmul_precision("medium"):
+        share = share_of_peak(flops / statistics.median(times["medium"]), size, f"{shape}, matmul_precision: medium")
+    faster = ratio(times, "highest", "medium")
+    return [share, Figure(4, f"tokens/s, matmul_precision medium against highest, {shape}", faster)]
 
 
 def memory_of(name: str, size: str, batch: int, reference: Path | None) -> int | None:

@@ -310,17 +310,18 @@ class _Compiled:
         self.bias = None if bias is None else bias.detach().float()
         self.shape = tuple(weight.shape)
         self.nbytes = sum(tensor.nbytes for tensor in (self.rows, self.columns, self.values))
+        self.function = getattr(_library(), _FUNCTIONS[weight.dtype])
+        self.pointers = (
+            *(tensor.data_ptr() for tensor in (self.rows, self.columns, self.values)),
+            (None if self.bias is None else self.bias.data_ptr()),
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out, inputs = self.shape
-        y = x.new_empty(len(x), out)
-        scratch = x.new_empty(inputs * 128, dtype=torch.uint8)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        pointers = self.rows.data_ptr(), self.columns.data_ptr(), self.values.data_ptr(), bias
-        function = getattr(_library(), _FUNCTIONS[x.dtype])
-        function(
-            *pointers, x.data_ptr(), y.data_ptr(), scratch.data_ptr(), len(x), out, inputs, torch.get_num_threads()
-        )
+        count = len(x)
+        y, scratch = x.new_empty(count, out), torch.empty(inputs * 128, dtype=torch.uint8)
+        places = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
+        self.function(*self.pointers, *places, count, out, inputs, torch.get_num_threads())
         return y
 
 
@@ -330,8 +331,9 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[:1]
-        logger.warning("no compiled sparse kernels, only PyTorch's: %s", *reason or ["the compiler failed"])
+        lines = [*(getattr(error, "stderr", None) or str(error)).strip().splitlines(), "the compiler failed"]
+        reason = next((line for line in lines if "error" in line.lower()), lines[0])
+        logger.warning("no compiled sparse kernels, only PyTorch's: %s", reason)
         return None
     for name in _FUNCTIONS.values():
         function = getattr(library, name)
