@@ -100,9 +100,12 @@ class NeuroTrailsModelOutput(BaseModelOutputWithPast):
         last_hidden_state: ``[active heads, batch, seq, hidden_size]``, after each head's final norm.
         backbone_states: the backbone's output ``[batch, seq, hidden_size]``; ``None`` where each head has an embedding
             of its own, and so nothing is shared.
+        head_losses: ``[active heads]``, summed over the positions, where ``lm_heads`` and ``labels`` were given; there
+            is no ``last_hidden_state`` then.
     """
 
     backbone_states: torch.FloatTensor | None = None
+    head_losses: torch.FloatTensor | None = None
 
 
 def combine_logits(logits: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
@@ -258,17 +261,52 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = (
             torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None,
             grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
         )
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.grads is None:
-            raise RuntimeError("a loss of NeuroTrailsLlamaForCausalLM goes backward once; call forward again")
-        # In place: a copy of the weight's size would cost as much time as the optimizer does.
-        grads, ctx.grads = ctx.grads, None
-        return *(None if each is None else each.mul_(grad) for each in grads), None
+        return _scaled_once(ctx, grad)
+
+
+class HeadByHead(torch.autograd.Function):
+    """A head's loss, whose gradients are computed along with it.
+
+    So a head's activations are gone when the next head runs, and training needs the memory of one head. Nothing is
+    computed twice: forward and backward of a head follow one another at once, in place of first all forward passes and
+    then all backward passes.
+
+    Args:
+        loss: from the head's input to its loss, a scalar.
+        states: the head's input.
+        parameters: all that ``loss`` depends on and that is to have gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, states, *parameters):
+        start = states.detach().requires_grad_(states.requires_grad)
+        wanted = [start, *parameters] if states.requires_grad else list(parameters)
+        with torch.enable_grad():
+            value = loss(start)
+        grads = torch.autograd.grad(value, wanted, allow_unused=True)
+        ctx.grads = (None, *([] if states.requires_grad else [None]), *grads)
+        return value.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scaled_once(ctx, grad)
+
+
+def _scaled_once(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that a forward pass left in ``ctx.grads``, times that of its scalar result."""
+    if ctx.grads is None:
+        raise RuntimeError("a loss of NeuroTrailsLlamaForCausalLM goes backward once; call forward again")
+    # In place: copies of the weights' sizes would cost as much time as the optimizer does.
+    grads, ctx.grads = ctx.grads, None
+    return tuple(None if each is None else each.mul_(grad) for each in grads)
 
 
 class LMHead(nn.Linear):
@@ -453,6 +491,8 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         use_cache: bool | None = None,
         active_heads: Sequence[int] | None = None,
         backbone_states: torch.FloatTensor | None = None,
+        lm_heads: Sequence[nn.Module] | None = None,
+        labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> NeuroTrailsModelOutput:
         """Runs the backbone once and each active head on its output.
@@ -464,6 +504,8 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             active_heads: the heads to run, all by default. A cache may lose heads on the way, never regain them.
             backbone_states: ``[batch, seq, hidden_size]`` of an earlier call over the same positions: the heads start
                 from them, the backbone does not run. Replaces ``input_ids``; needs ``share_embedding``.
+            lm_heads, labels: the active heads' LM heads, and the next tokens ``[batch * seq]``: one head after another
+                runs forward, into its loss, and backward (see ``HeadByHead``).
         """
         config = self.config
         if sum(given is not None for given in (input_ids, inputs_embeds, backbone_states)) != 1:
@@ -513,12 +555,31 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
 
         trunk = [run(backbone, embed) for embed in embeds]
         inputs = trunk if len(trunk) == len(heads) else trunk * len(heads)
-        outputs = [self.heads[h].norm(run(self.heads[h].layers, x)) for h, x in zip(heads, inputs)]
-        return NeuroTrailsModelOutput(
-            last_hidden_state=torch.stack(outputs),
-            past_key_values=past_key_values,
-            backbone_states=trunk[0] if config.share_embedding else None,
+
+        def run_head(h: int, states: torch.Tensor) -> torch.Tensor:
+            return self.heads[h].norm(run(self.heads[h].layers, states))
+
+        result = NeuroTrailsModelOutput(
+            past_key_values=past_key_values, backbone_states=trunk[0] if config.share_embedding else None
         )
+        if lm_heads is None:
+            result.last_hidden_state = torch.stack([run_head(h, states) for h, states in zip(heads, inputs)])
+            return result
+        losses = []
+        for h, lm_head, states in zip(heads, lm_heads, inputs):
+
+            def loss(states: torch.Tensor, h=h, lm_head=lm_head) -> torch.Tensor:
+                return head_loss(lm_head, run_head(h, states).flatten(0, 1), labels.to(states.device))
+
+            losses.append(
+                HeadByHead.apply(loss, states, *_trainable(self.heads[h].layers, self.heads[h].norm, lm_head))
+            )
+        result.head_losses = torch.stack(losses)
+        return result
+
+
+def _trainable(*modules: nn.Module) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
 def select_heads(config: NeuroTrailsLlamaConfig, choice: Sequence[int] | None, name: str = "active_heads") -> list[int]:
@@ -608,7 +669,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
 
         Args:
             input_ids ... logits_to_keep: as in ``LlamaForCausalLM``. ``labels`` ``[batch, seq]`` are shifted here,
-                ``-100`` is ignored.
+                ``-100`` is ignored. In training mode with labels there is no cache unless ``use_cache=True``.
             active_heads: the heads to use, all by default; loss and ensemble are over these. Without a backbone a
                 cache counts its tokens in head 0, which must be among them.
             output_head_logits: also return the heads' logits ``[M, batch, seq, vocab]``.
@@ -623,6 +684,14 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                 f"active_heads={heads}: without a backbone a cache counts its tokens in head 0, which must be active; "
                 "use_cache=False or extract_trail(h) work for any head"
             )
+        lm_heads = [self.lm_heads[h] for h in heads]
+        wants_logits = labels is None or not self.training or output_head_logits or output_uncertainty
+        targets = None
+        if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        if not (wants_logits or use_cache) and self._can_run_head_by_head(heads, kwargs):
+            kwargs |= {"lm_heads": lm_heads, "labels": targets}
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -634,18 +703,18 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        lm_heads = [self.lm_heads[h] for h in heads]
 
         loss = head_losses = logits = head_logits = measures = None
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)
+            head_losses = outputs.head_losses
+            if head_losses is None:
+                targets = targets.to(hidden.device)
+                each = [head_loss(m, x.flatten(0, 1), targets) for m, x in zip(lm_heads, hidden)]
+                head_losses = torch.stack(each)
             count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            if torch.is_tensor(count):
-                count = count.to(hidden.device)
-            head_losses = torch.stack([head_loss(m, x.flatten(0, 1), targets) for m, x in zip(lm_heads, hidden)])
-            head_losses = head_losses / count
+            head_losses = head_losses / (count.to(head_losses.device) if torch.is_tensor(count) else count)
             loss = head_losses.mean()
-        if labels is None or not self.training or output_head_logits or output_uncertainty:
+        if wants_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             each = (lm_head(x[:, keep]) for lm_head, x in zip(lm_heads, hidden))
             if output_head_logits or output_uncertainty:
@@ -663,6 +732,23 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_losses=head_losses,
             head_logits=head_logits,
             uncertainty=measures,
+        )
+
+    def _can_run_head_by_head(self, heads: Sequence[int], options: Mapping) -> bool:
+        """Whether the gradients of a head may be computed before the next head runs: nobody is to see the graph."""
+        parameters = _trainable(*(self.model.heads[h] for h in heads), *(self.lm_heads[h] for h in heads))
+        asked = (
+            options.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        return (
+            torch.is_grad_enabled()
+            and bool(parameters)
+            and not any(asked)
+            and not self.model.gradient_checkpointing  # which may not be compatible, and saves as much
+            and torch.backends.cuda.flash_sdp_enabled()  # see ``LMHead``
+            and not torch.compiler.is_compiling()
+            # A hook would run twice, and FSDP's sharded parameters want the passes in their usual order.
+            and not any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters)
         )
 
     def generate(

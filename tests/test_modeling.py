@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -405,6 +406,83 @@ def test_no_logits_are_kept_for_the_backward_pass(model, batch, head, kernel):
 
     assert not kept(lambda: model.train()(**batch))
     assert kept(lambda: reference_losses(model, batch))  # The hooks do see logits.
+
+
+# One head after another
+
+
+def usual_order(model):
+    """Forces the passes into their usual order, all forward and then all backward, as a hook does."""
+    next(model.model.heads[0].parameters()).register_hook(lambda grad: grad)
+    return model
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_gradients_head_by_head_are_those_of_the_usual_order(model, batch, autocast):
+    other = usual_order(copy.deepcopy(model))
+    results = []
+    for each in (model.train(), other.train()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = each(**batch, num_items_in_batch=50)
+        (3 * outputs.loss).backward()
+        results.append((outputs.head_losses.detach(), grads(each)))
+    assert torch.equal(results[0][0], results[1][0])
+    if not autocast:
+        assert_close(results[0][1], results[1][1])
+    # The loss's factor comes before or after bf16's rounding.
+    for name, grad in results[0][1].items():
+        assert (grad - results[1][1][name]).norm() <= 0.02 * results[1][1][name].norm(), name
+
+
+def test_frozen_parts_have_no_gradients_head_by_head(model, batch):
+    for frozen in (model.model.layers, model.model.embed_tokens, model.model.heads[1]):
+        frozen.requires_grad_(False)
+    other = usual_order(copy.deepcopy(model))
+    for each in (model.train(), other.train()):
+        each(**batch).loss.backward()
+    assert_close(grads(model), grads(other))
+    assert not any(name.startswith(("model.layers", "model.heads.1")) for name in grads(model))
+
+
+@pytest.mark.parametrize("order", ["head by head", "usual"])
+def test_a_heads_activations_are_gone_when_the_next_head_runs(model, batch, order):
+    if order == "usual":
+        usual_order(model)
+    alive = []
+
+    def count(module, args):
+        counts.append(sum(reference() is not None for reference in alive))
+
+    counts = []
+    for head in model.model.heads:
+        head.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
+        head.layers[0].register_forward_pre_hook(count)
+    model.train()(**batch).loss.backward()
+    assert counts == ([0, 0, 0] if order == "head by head" else [0, 1, 2])
+
+
+def test_what_needs_the_whole_graph_gets_it(model, batch):
+    outputs = model.train()(**batch, output_hidden_states=True)
+    states = outputs.hidden_states
+    (outputs.loss + sum(state.square().mean() for state in states)).backward()
+    expected = grads(model)
+    assert all(state.requires_grad for state in states[1:])
+    model.zero_grad()
+    outputs = model(**batch, use_cache=True)
+    assert outputs.past_key_values is not None
+    outputs.loss.backward()
+    assert any((grads(model)[name] - grad).abs().max() > 1e-6 for name, grad in expected.items())
+
+
+@pytest.mark.parametrize("order", ["head by head", "usual"])
+def test_a_loss_goes_backward_once(model, batch, order):
+    if order == "usual":
+        usual_order(model)
+    loss = model.train()(**batch).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once; call forward again"):
+        loss.backward()
 
 
 # What any Transformers model does
