@@ -21,11 +21,12 @@ from common import DEVICE, bandwidth, machine, matmul_peak, table, write_figures
 
 from nt_hf._cli import run
 
+SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
-    "training": training.measure,
-    "decoding": decoding.measure,
-    "sparse_inference": sparse_inference.measure,
-    "checkpoints": checkpoints.measure,
+    "training": lambda args: training.measure(SIZES, args.reference),
+    "decoding": lambda args: decoding.measure(),
+    "sparse_inference": lambda args: sparse_inference.measure(),
+    "checkpoints": lambda args: checkpoints.measure(),
 }
 PEAKS = {"fp32 product": torch.float32, "bf16 product": torch.bfloat16}
 # The block of docs/performance.md that --docs writes anew.
@@ -50,8 +51,7 @@ def main() -> None:
     figures, start = [], time.perf_counter()
     for name in args.only:
         print(f"{name} …", file=sys.stderr)
-        options = {"reference": args.reference} if name == "training" else {}
-        figures += BENCHMARKS[name](**options)
+        figures += BENCHMARKS[name](args)
         print(f"{name}: done after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     write_figures(args.output, figures, where)
     print(table(figures))

@@ -217,94 +217,86 @@ def build(name: str, run: RunConfig, batch: int, reference: Path | None) -> Side
     return {"nt_hf": Ours, "stock": Stock}[name](run, ids)
 
 
-def measure(sizes: list[str], reference: Path | None = None, rounds: int = 4) -> list[Figure]:
+def measure(sizes: list[str], reference: Path | None = None, rounds: int = 3) -> list[Figure]:
     """Rows 1 to 5 of the table of goals."""
+    return [figure for size in sizes for figure in of_one_size(size, reference, rounds)]
+
+
+def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     batch = 64 if GPU else 8
     other = "the reference code" if reference else "a plain loop in the reference's manner"
-    figures = []
-    for size in sizes:
-        run = load_run_config([f"recipes/configs/{size}.yaml"])
-        sides = {name: build(name, run, batch, reference) for name in ("nt_hf", "stock", "other")}
-        times = take_turns({name: side.step for name, side in sides.items()}, rounds)
-        updates = take_turns({name: sides[name].update for name in ("other",)}, 1, warm_up=0)
-        ours, theirs = sides["nt_hf"], sides["other"]
-        # The gradients of a real step for our update; what masking alone takes is in the step already.
-        update, masking = update_and_masking(ours)
-        del sides["stock"], sides["other"]
+    shape, figures = f"{size}, {batch} x {LENGTH}", []
+    run = load_run_config([f"recipes/configs/{size}.yaml"])
+    sides = {name: build(name, run, batch, reference) for name in ("nt_hf", "stock", "other")}
+    ours, theirs = sides["nt_hf"], sides["other"]
+    config = ours.model.config
+    trail = copy.deepcopy(config)
+    trail.num_ensemble_heads = 1
+    tokens = batch * LENGTH
+    flops, trail_flops = (tokens * training_flops_per_token(each, LENGTH) for each in (config, trail))
 
-        tokens = batch * LENGTH
-        config = ours.model.config
-        trail = copy.deepcopy(config)
-        trail.num_ensemble_heads = 1
-        flops, trail_flops = (tokens * training_flops_per_token(each, LENGTH) for each in (config, trail))
+    for precision in ("highest",) if GPU else ("highest", "medium"):
+        setting = "" if precision == "highest" else ", matmul precision medium"
+        with matmul_precision(precision):
+            times = take_turns({name: side.step for name, side in sides.items()}, rounds)
+            figures.append(share_of_peak(flops / statistics.median(times["nt_hf"]), size, shape + setting))
         median = {name: statistics.median(values) for name, values in times.items()}
-        shape = f"{size}, {batch} x {LENGTH}"
-        cost = ratio(times, "nt_hf", "stock") / (flops / trail_flops)
-        figures.append(
-            Figure(
-                1,
-                f"step / (stock Llama's step x FLOPs ratio), {shape}",
-                cost,
-                at_most=1.03,
-                note=f"{median['nt_hf']:.3f} s, {median['stock']:.3f} s x {flops / trail_flops:.2f}",
-            )
-        )
+        if precision == "highest":
+            their_update = seconds(theirs.update)
+            update, masking = update_and_masking(ours)
         step, their_step = (
             median["nt_hf"] + update / ours.interval,
-            median["other"] + updates["other"][0] / theirs.interval,
+            median["other"] + their_update / theirs.interval,
         )
-        figures.append(
+        figures += [
+            Figure(
+                1,
+                f"step / (stock Llama's step x FLOPs ratio), {shape}{setting}",
+                ratio(times, "nt_hf", "stock") / (flops / trail_flops),
+                at_most=1.03,
+                note=f"{median['nt_hf']:.3f} s, {median['stock']:.3f} s x {flops / trail_flops:.2f}",
+            ),
             Figure(
                 2,
-                f"tokens/s against {other}, {shape}",
+                f"tokens/s against {other}, {shape}{setting}",
                 their_step / step,
                 at_least=2.5 if GPU else 1.6,
-                note=f"{tokens / step:,.0f} and {tokens / their_step:,.0f} tokens/s; a topology update "
-                f"takes {update:.2f} and {updates['other'][0]:.1f} s",
-            )
+                note=f"{tokens / step:,.0f} and {tokens / their_step:,.0f} tokens/s; a topology update takes "
+                f"{update:.2f} and {their_update:.1f} s",
+            ),
+        ]
+        if precision == "highest":
+            figures += machinery(run, update, masking, median["nt_hf"], batch, shape)
+    if GPU:
+        figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(ours), at_most=0))
+    del sides, ours, theirs
+    memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "other")}
+    if all(memory.values()):
+        note = "{nt_hf:.2f} and {other:.2f} GB, weights and optimizer included"
+        note = note.format(**{name: value / 1e9 for name, value in memory.items()})
+        name = f"peak memory against {other}, {shape}"
+        figures.append(Figure(3, name, memory["nt_hf"] / memory["other"], at_most=0.5, note=note))
+    figures.append(stacked_heads(config, batch, rounds))
+    return sorted(figures, key=lambda figure: figure.row)
+
+
+def machinery(run: RunConfig, update: float, masking: float, step: float, batch: int, shape: str) -> list[Figure]:
+    """Row 5, from the seconds of an update, of masking and of a step that masks."""
+    interval, passes = run.sparsity.update_interval, run.train.batch_size // batch
+    whole = {f"{shape}": step, f"the recipe's batch of {run.train.batch_size} x {LENGTH} in {passes} passes": (
+        passes * (step - masking) + masking
+    )}  # fmt: skip
+    note = f"masking {1000 * masking:.1f} ms a step, an update {1000 * update:.0f} ms every {interval} steps"
+    return [
+        Figure(
+            5,
+            f"masks and updates, share of training, {what}",
+            (masking + update / interval) / (seconds + update / interval),
+            at_most=0.015,
+            note=note,
         )
-        memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "other")}
-        if all(memory.values()):
-            figures.append(
-                Figure(
-                    3,
-                    f"peak memory against {other}, {shape}",
-                    memory["nt_hf"] / memory["other"],
-                    at_most=0.5,
-                    note="{nt_hf:.2f} and {other:.2f} GB, weights and optimizer included".format(
-                        **{name: value / 1e9 for name, value in memory.items()}
-                    ),
-                )
-            )
-        figures.append(share_of_peak(flops / median["nt_hf"], size, shape))
-        machinery = (masking + update / ours.interval) / (median["nt_hf"] + update / ours.interval)
-        figures.append(
-            Figure(
-                5,
-                f"masks and updates, share of training, {shape}",
-                machinery,
-                at_most=0.015,
-                note=f"masking {1000 * masking:.1f} ms a step, an update {1000 * update:.0f} ms every "
-                f"{ours.interval} steps",
-            )
-        )
-        recipe = run.train.batch_size / batch
-        whole = recipe * (median["nt_hf"] - masking) + masking + update / ours.interval
-        figures.append(
-            Figure(
-                5,
-                f"the same with the recipe's batch of {run.train.batch_size} x {LENGTH}, {size}",
-                (masking + update / ours.interval) / whole,
-                at_most=0.015,
-                note=f"from the same measurements, {recipe:.0f} passes a step",
-            )
-        )
-        if not GPU:
-            figures += at_medium_precision(ours, flops, size, shape, rounds)
-        if GPU:
-            figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(ours), at_most=0))
-        figures.append(stacked_heads(config, batch, rounds))
-    return figures
+        for what, seconds in whole.items()
+    ]
 
 
 def update_and_masking(side: Ours, rounds: int = 3) -> tuple[float, float]:
@@ -331,20 +323,6 @@ def share_of_peak(flops: float, size: str, shape: str) -> Figure:
         at_least=goal.get(size),
         note=f"{flops / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s" + (" (data sheet)" if named else " measured"),
     )
-
-
-def at_medium_precision(side: Ours, flops: float, size: str, shape: str, rounds: int) -> list[Figure]:
-    """What ``train.matmul_precision: medium`` makes of a step and of its share of the peak, which it raises as well."""
-
-    def medium() -> None:
-        with matmul_precision("medium"):
-            side.step()
-
-    times = take_turns({"highest": side.step, "medium": medium}, rounds)
-    with matmul_precision("medium"):
-        share = share_of_peak(flops / statistics.median(times["medium"]), size, f"{shape}, matmul_precision: medium")
-    faster = ratio(times, "highest", "medium")
-    return [share, Figure(4, f"tokens/s, matmul_precision medium against highest, {shape}", faster)]
 
 
 def memory_of(name: str, size: str, batch: int, reference: Path | None) -> int | None:
@@ -401,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["20m", "60m"])
     parser.add_argument("--reference", type=Path, help="checkout of the paper's code")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory_of", choices=["nt_hf", "other"], help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
