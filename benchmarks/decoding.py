@@ -26,7 +26,7 @@ from nt_hf.data import load_tokenizer, read_texts
 from nt_hf.run_config import load_run_config
 
 PROMPT, TOKENS = 16, 48
-KNOWN = 8  # rows of text that the model learns
+KNOWN, PROMPTS = 8, 3  # rows of text that the model learns, and how many are continued
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -180,7 +180,7 @@ def check_near_tie(model: NeuroTrailsLlamaForCausalLM, one: torch.Tensor, other:
         raise AssertionError(f"drafts changed token {place}: the best logits are {best.tolist()}")
 
 
-def measure(steps: int = 60, rounds: int = 3) -> list[Figure]:
+def measure(steps: int = 50, rounds: int = 3) -> list[Figure]:
     """Row 6 of the table of goals."""
     run = load_run_config(["recipes/configs/60m.yaml"])
     config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=256)
@@ -190,14 +190,14 @@ def measure(steps: int = 60, rounds: int = 3) -> list[Figure]:
     for precision in ("highest", "medium") if DEVICE.type == "cpu" else ("highest",):
         setting = "" if precision == "highest" else f", matmul precision {precision}"
         with matmul_precision(precision):
-            figures += speculation(model, known[:4], f"known text{setting}", rounds)
-            figures += speculation(model, unknown[:4], f"other text{setting}", rounds)
+            figures += speculation(model, known[:PROMPTS], f"known text{setting}", rounds)
+            figures += speculation(model, unknown[:PROMPTS], f"other text{setting}", rounds)
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of training the model whose trails draft")
+    parser.add_argument("--steps", type=int, default=50, help="of training the model whose trails draft")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(table(measure(args.steps, args.rounds)))
