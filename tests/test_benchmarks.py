@@ -1,0 +1,44 @@
+"""The benchmarks' figures: how they are judged, and that the page shows what was measured."""
+
+import json
+
+import pytest
+from conftest import ROOT, script
+
+common = script("benchmarks/common.py")
+Figure = common.Figure
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "verdict"),
+    [
+        (1.0, {}, ""),
+        (1.03, {"at_most": 1.03}, "met"),
+        (1.04, {"at_most": 1.03}, "MISSED"),
+        (1.6, {"at_least": 1.6}, "met"),
+        (1.59, {"at_least": 1.6}, "MISSED"),
+        (None, {"at_least": 1.25}, "not run"),
+    ],
+)
+def test_a_figure_is_judged_by_its_goal(value, bounds, verdict):
+    assert Figure(1, "name", value, **bounds).verdict == verdict
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    times = common.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3 and {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert common.ratio({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("performance-*.json")), ids=lambda path: path.stem)
+def test_the_page_shows_what_was_measured(path):
+    content = json.loads(path.read_text())
+    figures = []
+    for row in content["figures"]:
+        stored = {key: row.pop(key) for key in ("goal", "verdict")}
+        figures.append(Figure(**row))
+        assert stored == {"goal": figures[-1].goal, "verdict": figures[-1].verdict}
+    assert {figure.row for figure in figures} == set(range(1, 10))
+    assert common.table(figures) in (ROOT / "docs" / "performance.md").read_text()
+    assert content["machine"]["device"] and content["machine"]["command"].startswith("python benchmarks/run.py")
