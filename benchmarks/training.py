@@ -283,7 +283,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
 def machinery(run: RunConfig, update: float, masking: float, step: float, batch: int, shape: str) -> list[Figure]:
     """Row 5, from the seconds of an update, of masking and of a step that masks."""
     interval, passes = run.sparsity.update_interval, run.train.batch_size // batch
-    whole = {f"{shape}": step, f"the recipe's batch of {run.train.batch_size} x {LENGTH} in {passes} passes": (
+    whole = {f"{shape}": step, f"{shape} in {passes} passes, the recipe's batch": (
         passes * (step - masking) + masking
     )}  # fmt: skip
     note = f"masking {1000 * masking:.1f} ms a step, an update {1000 * update:.0f} ms every {interval} steps"
