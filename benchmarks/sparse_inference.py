@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_inference.py                 # end to end, rows 7 and 8; some minutes
     python benchmarks/sparse_inference.py --layers        # each kernel on single layers
+    python benchmarks/sparse_inference.py --profile       # the share of the compiled kernel in the widest model
 
 The model is a random Llama of three heads, wide as a real one and few blocks deep, all its linear layers and LM heads
 at density 0.1. The sides share their weights and take turns. Row 8 needs a CUDA GPU: layers 4096 wide and more, 2:4, in
@@ -11,6 +12,7 @@ bf16. On a machine that does other work as well set GOMP_SPINCOUNT=10000, as the
 import argparse
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,7 +20,7 @@ from common import DEVICE, Figure, machine, ratio, seconds, table, take_turns
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, sparse_runtime
 from nt_hf.masks import attach_masks, masked_modules, set_mask
 from nt_hf.report import markdown_table
 from nt_hf.sparse_runtime import Report, restore, specialize
@@ -186,9 +188,44 @@ def _times(layer: nn.Module, rows) -> Report:
     return report
 
 
+@torch.no_grad()
+def profile(hidden: int, dtype: torch.dtype) -> list[list[str]]:
+    """Milliseconds of a step, and of it within the compiled kernel; the shortest of several rounds."""
+    model = random_model(hidden).to(dtype)
+    specialize(model, rows=(1, 8, PROMPT))
+    inside, kernel = [], sparse_runtime._Compiled.__call__
+
+    def timed(self, x: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        try:
+            return kernel(self, x)
+        finally:
+            inside.append(time.perf_counter() - start)
+
+    ids = torch.randint(32000, (8, PROMPT), generator=torch.Generator().manual_seed(1))
+    works = {
+        "decoding, batch 8": (lambda: decode(model, ids[:, :1]), NEW_TOKENS),
+        f"prefill of {PROMPT}": (lambda: model(ids[:1], logits_to_keep=1, use_cache=True), 1),
+    }
+    lines = []
+    sparse_runtime._Compiled.__call__ = timed
+    try:
+        for name, (work, steps) in works.items():
+            rounds = []
+            for _ in range(ROUNDS + 1):
+                inside.clear()
+                rounds.append((1000 * seconds(work) / steps, 1000 * sum(inside) / steps))
+            whole, within = min(rounds)
+            lines.append([str(dtype), name, f"{whole:.1f}", f"{within:.1f}"])
+    finally:
+        sparse_runtime._Compiled.__call__ = kernel
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", action="store_true", help="single layers instead of whole models")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS, help="of whole models")
     args = parser.parse_args()
     print(machine(), "\n")
@@ -196,6 +233,10 @@ def main() -> None:
         head = ["weight", "density", "tokens", "dense fp32", "dense bf16", "csr", "compiled fp32", "compiled bf16"]
         lines = [line for density in (0.1, 0.2, 0.5) for line in layer_times(density)]
         print(markdown_table([[*head, "faster dense / best"], *lines]))
+        return
+    if args.profile:
+        lines = [line for dtype in (torch.float32, torch.bfloat16) for line in profile(max(WIDTHS), dtype)]
+        print(markdown_table([["type", "work", "ms a step", "in the kernel"], *lines]))
         return
     figures: list[Figure] = []
     took = seconds(lambda: figures.extend(measure(args.widths)))
