@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from .data import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
+from .sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
 CHUNK = 512
@@ -236,6 +236,7 @@ def evaluate(
         batch = {key: value.to(model.device) for key, value in batch.items()}
         with autocast():
             sums += _batch_sums(model, batch).cpu()
+    reshard(model)
     model.train(training)
     sums = reduce(sums)
     *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
@@ -256,7 +257,7 @@ def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Te
     keep = labels != IGNORE_INDEX
     labels = labels[keep]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         # Parts of a sharded model do not run by themselves, and each part as often on every process.
         logits = model(**inputs, output_head_logits=True).head_logits[:, :, :-1][:, keep]
         chunks = (logits[:, start : start + CHUNK].float() for start in range(0, labels.numel(), CHUNK))

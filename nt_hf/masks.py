@@ -141,6 +141,11 @@ def check_structure(mask: torch.Tensor, structure: str, transposed: bool = False
 # ------------------------------------------------------------------------------------------------------- modules
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: its shard of a `DTensor`, which shares its memory, or all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def canonical_name(name: str) -> str:
     """Parameter name without the prefixes that DDP, FSDP, ``torch.compile`` and checkpointing add."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -223,15 +228,15 @@ def attach_masks(model: nn.Module, patterns: Sequence[str], prefix: str = "", st
 
 
 def get_mask(module: nn.Module) -> torch.Tensor:
-    """The bool mask of a masked module, in its weight's shape."""
-    return unpack_mask(module.weight_mask, module.weight.shape)
+    """The bool mask of a masked module, in its weight's shape; of a sharded one this process's rows."""
+    return unpack_mask(local(module.weight_mask), local(module.weight).shape)
 
 
 @torch.no_grad()
 def set_mask(module: nn.Module, mask: torch.Tensor) -> None:
-    """Writes a bool mask of the weight's shape and zeros the weight outside it."""
-    module.weight_mask.copy_(pack_mask(mask))
-    module.weight.masked_fill_(~mask, 0)
+    """Writes a bool mask of the weight's shape (sharded: of this process's rows) and zeros the weight outside it."""
+    local(module.weight_mask).copy_(pack_mask(mask))
+    local(module.weight).masked_fill_(~mask, 0)
 
 
 def resize_mask(module: nn.Module) -> None:
@@ -248,12 +253,14 @@ def resize_mask(module: nn.Module) -> None:
 def apply_masks(model: nn.Module) -> None:
     """Restores the invariant: every weight outside its mask becomes exactly 0."""
     for module in masked_modules(model).values():
-        module.weight.masked_fill_(~get_mask(module), 0)
+        local(module.weight).masked_fill_(~get_mask(module), 0)
 
 
 @torch.no_grad()
 def check_masks(model: nn.Module, known: Container[str] = ()) -> list[str]:
     """Names of the weights that are non-zero (or NaN) somewhere outside their mask; empty when all is well.
+
+    Of a sharded model each process looks at its own rows.
 
     Args:
         model: any module.
@@ -266,7 +273,7 @@ def check_masks(model: nn.Module, known: Container[str] = ()) -> list[str]:
     violations = []
     structure = getattr(getattr(model, "config", None), "mask_structure", "unstructured")
     for name, module in masked_modules(model).items():
-        packed, weight = module.weight_mask, module.weight
+        packed, weight = local(module.weight_mask), local(module.weight)
         if packed.is_meta or weight.is_meta or not weight.is_floating_point():
             continue  # offloaded, or quantised into another layout
         if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(weight.shape):

@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from weakref import WeakKeyDictionary
 
@@ -33,11 +34,14 @@ from .masks import (
     get_mask,
     group_count,
     is_transposed,
+    local,
     masked_modules,
     pack_mask,
     set_mask,
 )
 from .schedules import last_update, linear, scheduled, update_due
+from .selection import Reduce, count_set, whole
+from .sharding import as_shard, first_row, sum_over_shards
 from .sparsity_config import SparsityConfig, is_integer
 from .topology import (
     DROP,
@@ -154,7 +158,7 @@ def group_of(name: str) -> str:
 
 @dataclass
 class _Masked:
-    """A masked tensor while it trains."""
+    """A masked tensor while it trains; of a sharded one its tensors are this process's rows, its numbers of all."""
 
     module: nn.Module
     inactive: torch.Tensor | None  # bool, the weight's shape: unpacked once an update, not once a step; None if dense
@@ -168,24 +172,34 @@ class _Masked:
     def weight(self) -> nn.Parameter:
         return self.module.weight
 
+    @property
+    def grad(self) -> torch.Tensor | None:
+        return None if self.weight.grad is None else local(self.weight.grad)
 
-def head_overlap(masks: Mapping[str, torch.Tensor]) -> float | None:
+    @property
+    def packed(self) -> torch.Tensor:
+        return local(self.module.weight_mask)
+
+
+def head_overlap(masks: Mapping[str, torch.Tensor], reduce: Reduce = whole) -> float | None:
     """Mean Jaccard overlap of the masks of every two heads, from packed masks by weight name.
 
     Heads are the parts named ``…heads.<number>``; weights of the same name in two heads are compared. ``None`` where no
-    two heads have one.
+    two heads have one. ``reduce`` sums counts over the processes that hold the other rows.
     """
     heads: dict[str, dict[str, torch.Tensor]] = {}
     for name, packed in masks.items():
         if found := _HEAD.search(name):
             rest = name[: found.start(1)] + name[found.end(1) :]
             heads.setdefault(found.group(1), {})[rest] = packed
-    overlaps = []
+    counts = []
     for one, other in combinations(heads.values(), 2):
         pairs = [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
-        either = sum(count_active(a | b) for a, b in pairs)
-        if either:
-            overlaps.append(sum(count_active(a & b) for a, b in pairs) / either)
+        counts.append([sum(count_active(a & b) for a, b in pairs), sum(count_active(a | b) for a, b in pairs)])
+    if not counts:
+        return None
+    summed = reduce(torch.tensor(counts, device=next(iter(masks.values())).device)).tolist()
+    overlaps = [both / either for both, either in summed if either]
     return sum(overlaps) / len(overlaps) if overlaps else None
 
 
@@ -201,6 +215,9 @@ class Sparsifier:
     number of active weights that it has now: a model loaded from a checkpoint keeps its masks whatever
     ``config.density`` says.
 
+    Of a model that FSDP2 shards (see [`shard_model`]) every process keeps its rows, and all must call the same methods;
+    equal gradients give the masks of the unsharded model bit for bit.
+
     Build it when the model lies on its device and its masks are there (see [`draw_masks`]).
 
     Args:
@@ -212,7 +229,8 @@ class Sparsifier:
 
     Raises:
         ValueError: ``config`` asks for a sparse model and ``model`` has no masks, a masked weight that trains is not
-            the optimizer's, a weight is not 0 outside its mask, or a mask has not the structure.
+            the optimizer's, a weight is not 0 outside its mask, a mask has not the structure, or weights are sharded in
+            a way that is not [`shard_model`]'s.
     """
 
     def __init__(
@@ -226,6 +244,7 @@ class Sparsifier:
         self.model, self.optimizer, self.config, self.total_steps = model, optimizer, config, total_steps
         self.steps = 0  #: optimizer steps so far
         self._told_of_state = False
+        self._reduce = _sum_of_shards(model, config.structure)
         self._tensors = self._read_masks()
         if config.is_sparse and not self._tensors:
             raise ValueError(
@@ -291,14 +310,12 @@ class Sparsifier:
             )
             update = self._update(drop_fraction)
         for tensor in self._tensors.values():
-            if tensor.inactive is not None and tensor.weight.grad is not None:
-                tensor.weight.grad.masked_fill_(tensor.inactive, 0)
+            if tensor.inactive is not None and tensor.grad is not None:
+                tensor.grad.masked_fill_(tensor.inactive, 0)
         return update
 
     def _average_gradients(self) -> None:
-        pairs = [
-            (tensor.momentum, tensor.weight.grad) for tensor in self._tensors.values() if tensor.weight.grad is not None
-        ]
+        pairs = [(tensor.momentum, tensor.grad) for tensor in self._tensors.values() if tensor.grad is not None]
         if pairs:
             torch._foreach_lerp_(*map(list, zip(*pairs)), weight=1 - _MOMENTUM)
 
@@ -311,7 +328,7 @@ class Sparsifier:
             if tensor.weight.requires_grad and min(tensor.active, targets[name]) < tensor.weight.numel()
         }
         for name, tensor in moving.items():
-            if tensor.weight.grad is None:
+            if tensor.grad is None:
                 raise ValueError(
                     f"step {self.steps}: {name} has no gradient at a topology update; accepted: backward before step, "
                     "and requires_grad=False for weights that take no part"
@@ -345,20 +362,19 @@ class Sparsifier:
             new_masks[name] = grow_weights(weight, kept.pop(name), target, grow=config.grow, regrow=config.regrow)
 
         norms = self._gradient_norms(moving)
-        dropped, grown, grown_kept, were_grown = 0, 0, 0, 0
+        counts = []
         for name, tensor in moving.items():
             mask, weight, old = new_masks.pop(name), tensor.weight, weights.pop(name).mask
             gone, come = old & ~mask, mask & ~old
-            dropped += int(torch.count_nonzero(gone))
-            grown += int(torch.count_nonzero(come))
             set_mask(tensor.module, mask)
-            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), weight.grad, gone, come))
-            were_grown += count_active(tensor.last_grown)
-            grown_kept += count_active(tensor.last_grown & tensor.module.weight_mask)
+            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, gone, come))
+            still = count_active(tensor.last_grown & tensor.packed)
+            counts.append([int(count_set(gone)), int(count_set(come)), still, count_active(tensor.last_grown)])
             tensor.last_grown = pack_mask(come)
             tensor.active = tensor.target = targets[name]
             tensor.inactive = None if tensor.active == weight.numel() else ~mask
-            tensor.ever_active |= tensor.module.weight_mask
+            tensor.ever_active |= tensor.packed
+        dropped, grown, grown_kept, were_grown = self._sum([sum(column) for column in zip(*counts)] or [0] * 4)
         if config.regrow == "forbid" and dropped < requested:
             logger.info("step %d: %d of %d weights moved, for want of inactive ones", self.steps, dropped, requested)
         report = self.report()
@@ -375,7 +391,7 @@ class Sparsifier:
             ever_active=self.ever_active(),
             dead_rows=dead_rows,
             dead_columns=dead_columns,
-            head_overlap=head_overlap({name: each.module.weight_mask for name, each in self._tensors.items()}),
+            head_overlap=head_overlap({name: each.packed for name, each in self._tensors.items()}, self._reduce),
             grad_norm_active=norms[0],
             grad_norm_inactive=norms[1],
         )
@@ -403,12 +419,12 @@ class Sparsifier:
 
     def _as_weight(self, name: str, tensor: _Masked) -> SparseWeight:
         config = self.config
-        weight, first = tensor.weight, config.drop_exponent
+        weight, first = local(tensor.weight), config.drop_exponent
         last = first if config.drop_exponent_end is None else config.drop_exponent_end
         return SparseWeight(
             mask=torch.ones_like(weight, dtype=torch.bool) if tensor.inactive is None else ~tensor.inactive,
             weight=weight,
-            grad=weight.grad,
+            grad=tensor.grad,
             momentum=tensor.momentum,
             name=name,
             seed=config.seed,
@@ -418,18 +434,24 @@ class Sparsifier:
             random_share=config.random_share,
             structure=config.structure,
             transposed=is_transposed(tensor.module),
+            offset=first_row(tensor.weight) * weight[:1].numel(),
+            reduce=self._reduce,
         )
 
     def _redistributed(
         self, weights: Mapping[str, SparseWeight], kept: Mapping[str, torch.Tensor], total: int
     ) -> dict[str, int]:
         """Targets when what grows goes where the active weights' gradients are large."""
-        shares, counts, room = {}, {}, {}
+        shares, room = {}, {}
+        counts = dict(zip(kept, self._sum([int(count_set(mask)) for mask in kept.values()])))
         for name, weight in weights.items():
             values = weight.momentum if self.config.redistribute == "momentum" else weight.grad
-            active = values.abs().masked_fill_(~weight.mask, 0).sum(dtype=torch.float64)
-            shares[name] = float(active) / max(1, weight.active)
-            counts[name] = int(torch.count_nonzero(kept[name]))
+            # Row by row, in the order of the whole tensor: the sum does not depend on how it is sharded.
+            rows = values.new_zeros(self._tensors[name].weight.shape[0], dtype=torch.float64)
+            first = first_row(self._tensors[name].weight)
+            active = values.abs().masked_fill_(~weight.mask, 0)
+            rows[first : first + len(active)] = active.flatten(1).sum(1, dtype=torch.float64)
+            shares[name] = float(self._reduce(rows).sum()) / max(1, weight.active)
             room[name] = weight.size - (counts[name] if self.config.regrow == "allow" else weight.active)
         return redistribute(counts, room, total, shares)
 
@@ -437,13 +459,13 @@ class Sparsifier:
         """Norms of the gradient of the active and of the inactive weights."""
         squares = []
         for tensor in tensors.values():
-            grad, inactive = tensor.weight.grad, tensor.inactive
+            grad, inactive = tensor.grad, tensor.inactive
             everywhere = torch.linalg.vector_norm(grad, dtype=torch.float32)
             outside = everywhere * 0
             if inactive is not None:
                 outside = torch.linalg.vector_norm(grad.masked_fill(~inactive, 0), dtype=torch.float32)
             squares.append(torch.stack([everywhere, outside]).square())
-        everywhere, outside = torch.stack(squares).sum(0).tolist() if squares else (0.0, 0.0)
+        everywhere, outside = self._reduce(torch.stack(squares).sum(0)).tolist() if squares else (0.0, 0.0)
         return max(0.0, everywhere - outside) ** 0.5, outside**0.5
 
     def _dead_units(self) -> tuple[int, int]:
@@ -452,9 +474,14 @@ class Sparsifier:
         for tensor in self._tensors.values():
             if tensor.inactive is None:
                 continue
-            inactive = tensor.inactive.T if is_transposed(tensor.module) else tensor.inactive
-            dead[0] += int(torch.count_nonzero(inactive.flatten(1).all(1)))
-            dead[1] += int(torch.count_nonzero(inactive.transpose(0, 1).flatten(1).all(1)))
+            # Units of the first dimension lie in one process each, those of the second are spread over all.
+            active = ~tensor.inactive
+            first = active.flatten(1).any(1)
+            second = self._reduce(active.transpose(0, 1).flatten(1).sum(1))
+            (alive,) = self._sum([int(count_set(first))])
+            units = [tensor.weight.shape[0] - alive, int(torch.count_nonzero(second == 0))]
+            for side, number in enumerate(reversed(units) if is_transposed(tensor.module) else units):
+                dead[side] += number
         return dead[0], dead[1]
 
     def _tell_of_state(self, name: str, keys: list[str]) -> None:
@@ -471,7 +498,7 @@ class Sparsifier:
     def _apply_masks(self, *_) -> None:
         for tensor in self._tensors.values():
             if tensor.inactive is not None:
-                tensor.weight.masked_fill_(tensor.inactive, 0)
+                local(tensor.weight).masked_fill_(tensor.inactive, 0)
 
     @torch.no_grad()
     def _read_masks(self) -> dict[str, _Masked]:
@@ -488,22 +515,33 @@ class Sparsifier:
                 raise ValueError(f"the mask of {name}: {error}") from None
             if getattr(module, "sparse", False):
                 raise ValueError(f"{name} has sparse gradients; accepted: an embedding with sparse=False")
-            active = count_active(module.weight_mask)
+            packed = local(module.weight_mask)
+            (active,) = self._sum([count_active(packed)])
             inactive = None if active == module.weight.numel() else ~get_mask(module)
             if inactive is not None:  # an optimizer that ran before may hold moments of weights that are now dead
                 nothing = torch.zeros_like(inactive)
                 move_state(self.optimizer.state.get(module.weight, {}), None, inactive, nothing)
-            momentum = torch.zeros_like(module.weight) if self.config.needs_momentum else None
-            packed = module.weight_mask
+            momentum = torch.zeros_like(local(module.weight)) if self.config.needs_momentum else None
             tensors[name] = _Masked(
                 module, inactive, active, active, packed.clone(), torch.zeros_like(packed), momentum
             )
         return tensors
 
+    def _sum(self, counts: list[int]) -> list[int]:
+        """Counts of this process's rows, summed over all rows."""
+        if self._reduce is whole:
+            return counts
+        return self._reduce(torch.tensor(counts, device=self._device)).tolist()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(module.weight.device for module in masked_modules(self.model).values())
+
     def ever_active(self) -> float:
         """Share of the masked weights that were active at any time so far; 1.0 without masks."""
         size = sum(tensor.weight.numel() for tensor in self._tensors.values())
-        return sum(count_active(tensor.ever_active) for tensor in self._tensors.values()) / size if size else 1.0
+        (ever,) = self._sum([sum(count_active(tensor.ever_active) for tensor in self._tensors.values())])
+        return ever / size if size else 1.0
 
     def report(self) -> DensityReport:
         """Target and actual number of active weights of each masked tensor, each group, and overall.
@@ -511,8 +549,9 @@ class Sparsifier:
         The actual numbers are counted in the model's packed masks.
         """
         tensors = []
-        for name, tensor in self._tensors.items():
-            size, active = tensor.weight.numel(), count_active(tensor.module.weight_mask)
+        counts = self._sum([count_active(tensor.packed) for tensor in self._tensors.values()])
+        for (name, tensor), active in zip(self._tensors.items(), counts):
+            size = tensor.weight.numel()
             shape = tuple(tensor.weight.shape)
             tensors.append(DensityRow(name, shape, size, tensor.target, active, active / size if size else 1.0))
         groups = dict.fromkeys(group_of(row.name) for row in tensors)
@@ -527,13 +566,13 @@ class Sparsifier:
 
         ``steps`` int64 []; of each masked tensor ``target.<name>`` int64 [], ``ever_active.<name>`` and
         ``last_grown.<name>`` uint8, packed as its mask, and where updates need it ``momentum.<name>``, of the weight's
-        shape and type.
+        shape and type. Of a sharded weight they are sharded alike.
         """
         state = {"steps": torch.tensor(self.steps)}
         for name, tensor in self._tensors.items():
             state[f"target.{name}"] = torch.tensor(tensor.target)
             state |= {
-                f"{kind}.{name}": value.clone(memory_format=torch.contiguous_format)
+                f"{kind}.{name}": as_shard(value.clone(memory_format=torch.contiguous_format), tensor.weight)
                 for kind, value in _saved(tensor).items()
             }
         return state
@@ -554,7 +593,7 @@ class Sparsifier:
             )
         for name, tensor in tensors.items():
             target, ours = int(state[f"target.{name}"]), _saved(tensor)
-            theirs = {kind: state[f"{kind}.{name}"] for kind in ours}
+            theirs = {kind: local(state[f"{kind}.{name}"]) for kind in ours}
             differing = [kind for kind in ours if theirs[kind].shape != ours[kind].shape]
             if target != tensor.active or differing:
                 raise ValueError(
@@ -564,11 +603,29 @@ class Sparsifier:
                         f"; {kind} {list(theirs[kind].shape)}, not {list(ours[kind].shape)}" for kind in differing
                     )
                 )
-            if (tensor.module.weight_mask & ~theirs["ever_active"].to(tensor.ever_active.device)).any():
+            if (tensor.packed & ~theirs["ever_active"].to(tensor.ever_active.device)).any():
                 raise ValueError(f"the sparsifier's state is of another run: its mask of {name} had other weights")
             for kind, value in ours.items():
                 value.copy_(theirs[kind])
         self.steps, self._tensors = int(state["steps"]), tensors
+
+
+def _sum_of_shards(model: nn.Module, structure: str) -> Reduce:
+    """How to sum over the processes that share the masked weights of a model."""
+    weights = {name: module.weight for name, module in masked_modules(model).items()}
+    sharded = [name for name, weight in weights.items() if hasattr(weight, "device_mesh")]
+    if not sharded:
+        return whole
+    if len(sharded) < len(weights):
+        raise ValueError("some masked weights are sharded and others are not; accepted: all of them, or none")
+    first = weights[sharded[0]]
+    for name, module in masked_modules(model).items():
+        first_row(weights[name])  # refuses what is not split by rows
+        if weights[name].device_mesh != first.device_mesh or not hasattr(module.weight_mask, "device_mesh"):
+            raise ValueError(f"the mask of {name} is not sharded as its weight; accepted: models from shard_model")
+        if structure != "unstructured" and is_transposed(module):
+            raise ValueError(f"structure is {structure} and {name} has its inputs first; accepted when sharded: linear")
+    return partial(sum_over_shards, weight=first)
 
 
 def _saved(tensor: _Masked) -> dict[str, torch.Tensor]:
@@ -602,8 +659,9 @@ def move_state(
     """
     other_shape = []
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or (value.numel() == 1 and dropped.numel() != 1):
+        if not isinstance(value, torch.Tensor) or (value.dim() == 0 and dropped.dim()):
             continue  # counters
+        value = local(value)
         if value.shape != dropped.shape:
             other_shape.append(key)
             continue

@@ -39,9 +39,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import PreTrainedTokenizerBase
 
 from .data import tokenizer_fingerprint
+from .masks import local
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from .run_config import RunConfig
-from .sharding import first_row, full_state_dict, is_sharded, local, owns_shard
+from .sharding import first_row, full_state_dict, is_sharded, owns_shard
 from .sparsifier import Sparsifier
 
 logger = logging.getLogger(__name__)

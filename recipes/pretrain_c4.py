@@ -170,7 +170,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         mesh = init_device_mesh(device.type, (accelerator.num_processes,))
         shard_model(
             model, mesh, param_dtype=torch.bfloat16 if bf16 else None,
-            reshard_after_forward=sharding.reshard_after_forward, offload=sharding.cpu_offload.offload_params,
+            reshard_after_forward=sharding.reshard_after_forward, offload_policy=sharding.cpu_offload,
         )  # fmt: skip
     optimizer = make_optimizer(model, train)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)

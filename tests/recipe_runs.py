@@ -1,14 +1,13 @@
 """Runs of recipes/pretrain_c4.py on a tiny model: in this process, or in processes of their own that may be killed."""
 
-import multiprocessing
 import os
-import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 from conftest import script
+from processes import SERVER, free_port
 
 from nt_hf import training
 
@@ -53,37 +52,15 @@ def of(records: list[dict], event: str, *keys: str) -> list[tuple]:
     return [tuple(record[key] for key in keys) for record in records if record["event"] == event]
 
 
-# One server process imports everything once; each run is a fork of it, which takes milliseconds.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["recipe_runs"])
-
-
 def start(processes: int, *arguments: object, before=None, **environment: str) -> list[BaseProcess]:
     """Starts the recipe on some gloo processes; ``before()`` is called in each first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **environment}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes), **environment}
     started = []
     for rank in range(processes):
         own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else environment
-        started.append(_SERVER.Process(target=_run, args=(own, list(map(str, arguments)), before), daemon=True))
+        started.append(SERVER.Process(target=_run, args=(own, list(map(str, arguments)), before), daemon=True))
         started[-1].start()
     return started
-
-
-def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int]:
-    """Waits for the processes and returns their exit codes; when one fails the others are killed, as launchers do."""
-    while any(process.is_alive() for process in processes):
-        multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], seconds)
-        codes = [process.exitcode for process in processes]
-        if any(codes) or all(code is None for code in codes):
-            for process in processes:
-                process.kill()
-            break
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def _run(environment: dict[str, str], arguments: list[str], before) -> None:

@@ -33,7 +33,11 @@ ARROWS = {
     "sparse_runtime": ({"masks"}, {"torch"}),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
-    "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),
+    "sharding": ({"masks"}, {"torch"}),
+    "sparsifier": (
+        {"sparsity_config", "first_masks", "topology", "selection", "schedules", "masks", "sharding"},
+        {"torch"},
+    ),
 }
 # Absent on some machines that train from local files: they may be imported within functions only.
 OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard"}

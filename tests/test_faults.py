@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import call, finish, of, pretrain, start, train
+from processes import finish
+from recipe_runs import call, of, pretrain, start, train
 from safetensors.torch import load_file
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, training, training_checkpoint

@@ -1,0 +1,97 @@
+"""The recipe on several processes, by DDP and by FSDP2: the same training as on one, and checkpoints for any number."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish
+from recipe_runs import of, start, train
+from safetensors.torch import load_file
+
+from nt_hf import NeuroTrailsLlamaForCausalLM, training
+from nt_hf.masks import check_masks, count_active
+from nt_hf.training_checkpoint import find_checkpoints, find_damage
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+# Padded documents in their order: the rows of a step are the same ones, however they are divided.
+SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
+             "--data.validation", Path(__file__).parent / "small.jsonl", "--train.micro_batch_size", 1)  # fmt: skip
+LONG = ("--train.max_steps", 40, "--train.eval_steps", 20, "--train.save_steps", 20, "--sparsity.update_interval", 10)
+
+
+def train_on(processes: int, config: Path, run_dir: Path, *overrides: object, **environment: str) -> list[dict]:
+    """Runs the recipe on some processes; returns its metrics."""
+    codes = finish(start(processes, "--config", config, "--output_dir", run_dir, *overrides, **environment))
+    assert codes == [0] * processes
+    return training.read_metrics(run_dir / "metrics.jsonl")
+
+
+def masks_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(find_checkpoints(run_dir)[-1] / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.endswith("weight_mask")}
+
+
+def jaccard(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    both = sum(count_active(one[name] & other[name]) for name in one)
+    return both / sum(count_active(one[name] | other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def single(config, tmp_path_factory) -> Path:
+    """The directory of a run of 40 steps on one process."""
+    directory = tmp_path_factory.mktemp("single") / "run"
+    train(config, directory, *SAME_ROWS, *LONG)
+    return directory
+
+
+@pytest.mark.parametrize(("processes", "environment"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)])
+def test_several_processes_train_as_one(config, single, tmp_path, processes, environment):
+    one = training.read_metrics(single / "metrics.jsonl")
+    many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
+    for key in ("head_losses", "grad_norm"):
+        pairs = list(zip(of(one, "train", key), of(many, "train", key)))
+        assert len(pairs) == 40
+        for (a,), (b,) in pairs[:9]:
+            assert b == pytest.approx(a, rel=1e-5)
+        # From the first update on rounding decides between weights that score the same.
+        for (a,), (b,) in pairs[9:] if key == "head_losses" else []:
+            assert b == pytest.approx(a, rel=1e-3)
+    assert jaccard(masks_of(single), masks_of(tmp_path / "run")) >= 0.999
+    assert of(many, "eval", "tokens") == of(one, "eval", "tokens")
+    last = find_checkpoints(tmp_path / "run")[-1]
+    assert not find_damage(last) and not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(last))
+    shards = len(list((last / "training_state").glob("state-*.safetensors")))
+    assert shards == (processes if environment else 1)
+    theirs = find_checkpoints(single)[-1]
+    assert {path.name for path in last.iterdir()} == {path.name for path in theirs.iterdir()}
+    assert (last / "config.json").read_text() == (theirs / "config.json").read_text()  # auto_map and all
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2])
+def test_several_processes_resume_exactly(config, tmp_path, environment):
+    whole = train_on(2, config, tmp_path / "run", **environment)
+    expected = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    again = train_on(2, config, tmp_path / "run", **environment)
+    keys = ("step", "head_losses", "grad_norm")
+    assert of(again, "train", *keys) == of(whole, "train", *keys)
+    found = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((2, FSDP2), (1, {})), ((2, FSDP2), (4, FSDP2)), ((1, {}), (2, FSDP2)), ((2, {}), (2, FSDP2)), ((4, {}), (1, {}))],
+)
+def test_a_run_goes_on_with_another_number_of_processes(config, single, tmp_path, first, then):
+    """What the optimizer and the topology know goes along: the losses are those of the run that was not moved."""
+    settings = (*SAME_ROWS, *LONG)
+    train_on(first[0], config, tmp_path / "run", *settings, **first[1])
+    shutil.rmtree(tmp_path / "run" / "checkpoint-40")
+    moved = train_on(then[0], config, tmp_path / "run", *settings, **then[1])
+    expected = training.read_metrics(single / "metrics.jsonl")
+    assert of(moved, "train", "step") == of(expected, "train", "step")
+    assert of(moved, "update", "dropped", "ever_active")[-1] == pytest.approx(
+        of(expected, "update", "dropped", "ever_active")[-1], rel=1e-2
+    )
