@@ -62,10 +62,15 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, dataclasses as objects, in one piece: a reader never sees half of it."""
+    """Writes a JSON file, dataclasses as objects, in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2, default=asdict) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in one piece: a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 

@@ -113,6 +113,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of all that a tokenizer's ids depend on, its vocabulary and its end-of-sequence token."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # From a source to files
 

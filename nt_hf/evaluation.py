@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from .data import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
@@ -210,17 +211,16 @@ def evaluate(
     model: NeuroTrailsLlamaForCausalLM,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
-    max_tokens: int | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> Perplexities:
     """Measures perplexities, every token weighing the same.
 
     Args:
-        model: the model, not wrapped; it is left in the mode (train or eval) it was in.
+        model: the model, not wrapped by DDP; it is left in the mode (train or eval) it was in. Of a sharded one every
+            process must bring as many batches.
         batches: dicts of ``input_ids``, ``attention_mask`` and ``labels`` ``[batch, seq]``, labels unshifted, -100
             ignored.
-        max_tokens: stop after the first batch that reaches this many predicted tokens (of this process).
         autocast: makes the context to run the model in.
         reduce: sums a tensor over all processes.
 
@@ -236,8 +236,6 @@ def evaluate(
         batch = {key: value.to(model.device) for key, value in batch.items()}
         with autocast():
             sums += _batch_sums(model, batch).cpu()
-        if max_tokens is not None and sums[-1] >= max_tokens:
-            break
     model.train(training)
     sums = reduce(sums)
     *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
@@ -255,15 +253,21 @@ def evaluate(
 
 def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labels = batch["labels"][:, 1:]
-    hidden = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-    ).last_hidden_state[:, :, :-1]
     keep = labels != IGNORE_INDEX
-    hidden, labels = hidden[:, keep], labels[keep]
-    total = torch.zeros(len(hidden) + 4, dtype=torch.float64, device=hidden.device)
-    for start in range(0, labels.numel(), CHUNK):
-        targets = labels[start : start + CHUNK, None]
-        each = [head(x[start : start + CHUNK]).float() for head, x in zip(model.lm_heads, hidden)]
+    labels = labels[keep]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    if isinstance(model, FSDPModule):
+        # Parts of a sharded model do not run by themselves, and each part as often on every process.
+        logits = model(**inputs, output_head_logits=True).head_logits[:, :, :-1][:, keep]
+        chunks = (logits[:, start : start + CHUNK].float() for start in range(0, labels.numel(), CHUNK))
+    else:
+        hidden = model.model(**inputs).last_hidden_state[:, :, :-1][:, keep]
+        chunks = (
+            [head(x[start : start + CHUNK]).float() for head, x in zip(model.lm_heads, hidden)]
+            for start in range(0, labels.numel(), CHUNK)
+        )
+    total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)
+    for each, targets in zip(chunks, labels[:, None].split(CHUNK)):
         ensembles = [combine_logits(each, mode) for mode in ("logits", "probs")]
         losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*each, *ensembles]]
         guesses = torch.stack([logits.argmax(-1) for logits in each])

@@ -42,7 +42,9 @@ class TrainConfig:
         peak_tflops: the hardware's dense matrix peak for one process, to report MFU; ``None``: looked up by the
             device's name, no MFU when unknown.
         log_steps, eval_steps, save_steps: steps between log lines, evaluations, checkpoints.
-        keep: checkpoints to keep, the newest; older ones are deleted once a newer one is complete.
+        check_interval: topology updates between two checks that all processes of DDP hold the same weights, masks and
+            optimizer state.
+        keep: checkpoints to keep, the newest; older ones are deleted once a newer one is verified.
         save_dtype: type of the weights in ``model.safetensors``. Training always resumes from fp32.
         seed: of initialisation, masks and data order.
     """
@@ -66,12 +68,13 @@ class TrainConfig:
     log_steps: int = 10
     eval_steps: int = 1_000
     save_steps: int = 1_000
+    check_interval: int = 10
     keep: int = 2
     save_dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "log_steps", "eval_steps", "save_steps", "keep"):
+        for name in ("max_steps", "batch_size", "log_steps", "eval_steps", "save_steps", "check_interval", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
                  self.micro_batch_size, "1 or more, or null")  # fmt: skip

@@ -1,29 +1,22 @@
-"""What the training loop needs and no more: optimizer, learning rate, accumulation, checkpoints, metrics."""
+"""What the training loop needs and no more: optimizer, learning rate, accumulation, preemption, metrics."""
 
 import itertools
 import json
 import logging
-import os
 import resource
-import shutil
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from .data import TokenBatches
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM
-from .run_config import RunConfig, TrainConfig
+from .run_config import TrainConfig
 from .schedules import cosine
-from .sparsifier import Sparsifier
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +110,60 @@ class HostCopy:
         return {name: value.tolist() for name, value in self._numbers.items()}
 
 
+#: Exit code of a run that a signal stopped, once its state was saved: "temporary failure, try again" in sysexits.h.
+EXIT_PREEMPTED = 75
+
+
+class Preemption:
+    """Remembers that SIGTERM or SIGUSR1 came, with which schedulers announce that a process will be killed.
+
+    A context manager: it puts the signals' handlers back when it is left.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "Preemption":
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        logger.info("%s: saving after this step, then stopping", signal.Signals(number).name)
+        self.received = True
+
+
+def limited(batches: Iterable[Batch], max_tokens: int | None, stop: Callable[[], bool]) -> Iterator[Batch]:
+    """At least one of the batches, and on until they hold ``max_tokens`` predicted tokens or ``stop`` says so."""
+    tokens = 0
+    for batch in batches:
+        yield batch
+        tokens += count_targets([batch])
+        if stop() or (max_tokens is not None and tokens >= max_tokens):
+            return
+
+
+def in_step(batches: Iterable[Batch], length: int, accelerator: Accelerator) -> Iterator[Batch]:
+    """As many batches on every process, whose passes through a sharded model must come together.
+
+    A process that has run out gets rows ``[1, length]`` without a token to predict.
+    """
+    iterator = iter(batches)
+    nothing = {"input_ids": torch.zeros(1, length, dtype=torch.long)}
+    nothing |= {"attention_mask": torch.ones(1, length, dtype=torch.long)}
+    nothing |= {"labels": torch.full((1, length), IGNORE_INDEX)}
+    while True:
+        batch = next(iterator, None)
+        if not accelerator.reduce(torch.tensor(int(batch is not None), device=accelerator.device)):
+            return
+        yield batch or nothing
+
+
 def count_targets(batches: Iterable[Batch]) -> int:
     """Number of predicted tokens: labels that count, without each row's first, which nothing predicts."""
     return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
@@ -167,200 +214,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             logger.warning("%s: dropped an unfinished line", path)
     return records
-
-
-# -------------------------------------------------------------------------------------------- checkpoints
-
-
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    complete = (path for path in found if (path / "training_state" / "state.json").is_file())
-    return sorted(complete, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def find_resume(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from: ``"auto"`` the newest of ``run_dir`` if any, ``"never"`` none, or a path.
-
-    Raises:
-        ValueError: ``"never"`` for a directory that holds a run, a path that is no checkpoint of a run, or one that
-            ``run_dir`` has newer checkpoints than: the next ``"auto"`` would go back to those.
-    """
-    newest = (find_checkpoints(run_dir) or [None])[-1]
-    if resume == "auto":
-        return newest
-    if resume == "never":
-        if newest:
-            raise ValueError(f"--resume never: {run_dir} holds a run ({newest.name}); take another --output_dir")
-        return None
-    path = Path(resume)
-    if not (path / "training_state" / "state.json").is_file():
-        raise ValueError(f"--resume {resume}: accepted are auto, never, or a checkpoint-<step> directory of a run")
-    if newest and newest.resolve() != path.resolve():
-        raise ValueError(
-            f"--resume {resume}: {run_dir} holds a later checkpoint, {newest.name}; take another --output_dir "
-            "or move the later ones away"
-        )
-    return path
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    tokens: int,
-    *,
-    accelerator: Accelerator,
-    model: NeuroTrailsLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    sparsifier: Sparsifier,
-    data: TokenBatches,
-    config: RunConfig,
-    model_card: str,
-) -> Path:
-    """Writes ``checkpoint-<step>`` under a temporary name, renames it when complete, then deletes old ones.
-
-    Whatever goes wrong on the way (a full disk) leaves the earlier checkpoints as they were and no partial one.
-    All processes must call it.
-    """
-    final, partial = run_dir / f"checkpoint-{step}", run_dir / f".partial-checkpoint-{step}"
-    state = partial / "training_state"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        state.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        if accelerator.is_main_process:
-            _save_model(partial, model, config.train.save_dtype)
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(model_card)
-            (partial / "sparsity.json").write_text(json.dumps(_sparsity(sparsifier), indent=1))
-            (partial / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            if config.train.save_dtype != "float32":
-                save_file(_unshared(model), state / "master.safetensors")
-            save_file(sparsifier.state_dict(), state / "sparsifier.safetensors")
-            torch.save(optimizer.state_dict(), state / "optimizer.pt")
-            progress = {"step": step, "tokens": tokens, "processes": accelerator.num_processes}
-            (state / "state.json").write_text(json.dumps(progress))
-        rank = accelerator.process_index
-        (state / f"data-{rank}.json").write_text(json.dumps(data.state_dict()))
-        torch.save(_rng_state(), state / f"rng-{rank}.pt")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _remove(final)
-            os.rename(partial, final)
-    except BaseException:
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if accelerator.is_main_process:
-        for old in find_checkpoints(run_dir)[: -config.train.keep]:
-            _remove(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def _remove(checkpoint: Path) -> None:
-    """Deletes a checkpoint; its name goes first, so that a half-deleted one is never taken for complete."""
-    if checkpoint.exists():
-        doomed = checkpoint.with_name(f".partial-{checkpoint.name}.old")
-        os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed)
-
-
-def clean_up(run_dir: Path) -> None:
-    """Removes what a killed run left unfinished."""
-    for path in run_dir.glob(".partial-checkpoint-*"):
-        shutil.rmtree(path)
-
-
-def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
-    """The model of a checkpoint in fp32, its weights as ``model.safetensors`` has them.
-
-    Raises:
-        ValueError: the checkpoint is incomplete, damaged, or of another kind of model.
-    """
-    try:
-        model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except ValueError:
-        raise
-    except Exception as error:  # damaged files: as many types as causes
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return model
-
-
-def load_training_state(
-    path: Path,
-    *,
-    accelerator: Accelerator,
-    model: NeuroTrailsLlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    sparsifier: Sparsifier,
-    data: TokenBatches,
-) -> tuple[int, int]:
-    """Restores what training needs beside ``load_model``; returns the completed (steps, tokens).
-
-    Raises:
-        ValueError: a part is missing or damaged, or was written by another number of processes.
-    """
-    state, rank = path / "training_state", accelerator.process_index
-    try:
-        progress = json.loads((state / "state.json").read_text())
-        if progress["processes"] == accelerator.num_processes:
-            position = json.loads((state / f"data-{rank}.json").read_text())
-            rng = torch.load(state / f"rng-{rank}.pt", weights_only=True)
-        moments = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
-        topology = load_file(state / "sparsifier.safetensors")
-        masters = state / "master.safetensors"  # where the model's own file is rounded
-        if masters.exists():
-            missing = model.load_state_dict(load_file(masters), strict=False).missing_keys
-            if set(missing) - set(model.all_tied_weights_keys):
-                raise KeyError(f"{masters.name} lacks {missing[0]}")
-    except Exception as error:
-        raise ValueError(f"{state} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if progress["processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"{path} was written by {progress['processes']} processes; it resumes on as many, "
-            f"not on {accelerator.num_processes}"
-        )
-    optimizer.load_state_dict(moments)
-    sparsifier.load_state_dict(topology)
-    data.load_state_dict(position)
-    _set_rng_state(rng)
-    return progress["step"], progress["tokens"]
-
-
-def _sparsity(sparsifier: Sparsifier) -> dict[str, Any]:
-    return {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(sparsifier.report())}
-
-
-def _save_model(path: Path, model: NeuroTrailsLlamaForCausalLM, dtype: str) -> None:
-    if dtype == "float32":
-        model.save_pretrained(path)
-        return
-    kind = getattr(torch, dtype)
-    weights = {k: v.to(kind) if v.is_floating_point() else v for k, v in _unshared(model).items()}
-    model.save_pretrained(path, state_dict=weights)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-
-
-def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with tied weights once, as safetensors wants it."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return {name: value.contiguous() for name, value in model.state_dict().items() if name not in tied}
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -5,7 +5,8 @@
         --output_dir runs/treenet-60m --train.max_steps 20000 --data.train 'my/text/*.jsonl.gz'
 
 Any key of the configuration can be set on the command line as --section.key value. A killed run continues from its
-last checkpoint when it is started again in the same way.
+last checkpoint when it is started again in the same way, also on another number of processes. recipes/accelerate has
+launch files for several GPUs and nodes.
 """
 
 import argparse
@@ -13,42 +14,61 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    set_seed,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf._cli import run
-from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
+from nt_hf._cli import run, write_whole
+from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
+from nt_hf.sharding import require_equal_replicas, shard_model
 from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.training import (
+    EXIT_PREEMPTED,
     HostCopy,
     Metrics,
+    Preemption,
     accumulation_steps,
-    clean_up,
     compile_blocks,
     count_targets,
-    find_resume,
     grouped,
+    in_step,
     learning_rate,
-    load_model,
-    load_training_state,
+    limited,
     make_optimizer,
     peak_memory,
     read_metrics,
-    save_checkpoint,
     to_device,
+)
+from nt_hf.training_checkpoint import (
+    Progress,
+    choose_checkpoint,
+    clean_up,
+    find_resume,
+    load_model,
+    load_training_state,
+    save_checkpoint,
+    set_aside,
 )
 
 logger = logging.getLogger("nt_hf.pretrain")
@@ -57,10 +77,14 @@ logger = logging.getLogger("nt_hf.pretrain")
 def main() -> None:
     args, overrides = parse_arguments()
     config = load_run_config(args.config, overrides)
+    with Preemption() as preemption:
+        pretrain(args, config, preemption)
+
+
+def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption) -> None:
+    """Trains to the end, or until a signal: then it saves and exits."""
     train, run_dir = config.train, Path(args.output_dir)
-    resume_from = find_resume(args.resume, run_dir)
-    if resume_from:
-        require_same_run(config, load_run_config([resume_from / "run.yaml"]), resume_from)
+    checkpoints = find_resume(args.resume, run_dir)
 
     # ---------------------------------------------------------------------------------------- processes
 
@@ -69,6 +93,7 @@ def main() -> None:
         and torch.cuda.is_available()
         and torch.cuda.is_bf16_supported(including_emulation=False)
     )
+    sharding = sharding_asked_for()
     if args.log_with != "none" and importlib.util.find_spec(args.log_with) is None:
         raise ValueError(f"--log_with {args.log_with}: it is not installed; pip install 'nt_hf[track]' brings it")
     accelerator = Accelerator(
@@ -80,14 +105,22 @@ def main() -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     accelerator.gradient_accumulation_steps = 1  # the loop normalises by itself, whatever the launcher was told
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process and DDP")
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in plain:
+        raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process, DDP and FSDP2")
+    if accelerator.num_processes == 1:
+        sharding = None
     main_process, device = accelerator.is_main_process, accelerator.device
     if not main_process:
         logging.getLogger("nt_hf").setLevel(logging.WARNING)
     micro_batch_size, passes = accumulation_steps(train, accelerator.num_processes)
     set_seed(train.seed)
     torch.set_float32_matmul_precision(train.matmul_precision)
+
+    resume_from = choose_checkpoint(checkpoints, accelerator)
+    begun = (resume_from or run_dir) / "run.yaml"
+    if begun.is_file() and (resume_from or args.resume != "never"):
+        require_same_run(config, load_run_config([begun]), begun, args.resume_override)
 
     # --------------------------------------------------------------------------------------------- data
 
@@ -133,17 +166,26 @@ def main() -> None:
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(device).train()
+    if sharding:
+        mesh = init_device_mesh(device.type, (accelerator.num_processes,))
+        shard_model(
+            model, mesh, param_dtype=torch.bfloat16 if bf16 else None,
+            reshard_after_forward=sharding.reshard_after_forward, offload=sharding.cpu_offload.offload_params,
+        )  # fmt: skip
     optimizer = make_optimizer(model, train)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)
-    first_step = tokens = 0
+    start = Progress(0, 0, False, accelerator.num_processes, tokenizer_fingerprint(tokenizer))
     if resume_from:
-        first_step, tokens = load_training_state(
+        start = load_training_state(
             resume_from, accelerator=accelerator, model=model, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches,
         )  # fmt: skip
+        if start.tokenizer != tokenizer_fingerprint(tokenizer):
+            raise ValueError(f"data.tokenizer={config.data.tokenizer!r}: {resume_from} was trained with another one")
+    first_step, tokens = start.step, start.tokens
     if train.compile:
         compile_blocks(model)
-    wrapped = accelerator.prepare(model)
+    wrapped = model if sharding else accelerator.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # The first batches are read before anything is written: unreadable data leaves no run behind.
@@ -153,6 +195,8 @@ def main() -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if main_process:
         clean_up(run_dir)
+        set_aside(run_dir, after=first_step)
+        write_whole(run_dir / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         metrics = Metrics(run_dir / "metrics.jsonl", first_step if resume_from else None)
     if args.log_with != "none":
         accelerator.init_trackers("nt_hf", config={k: str(v) for k, v in config.to_dict().items()})
@@ -162,21 +206,26 @@ def main() -> None:
             metrics.write(event, **values)
             accelerator.log(dict(numbers(event, values)), step=values["step"])
 
-    def run_evaluation(step: int) -> None:
+    def run_evaluation(step: int) -> bool:
+        """Whether it was finished: a signal ends it early, and it begins anew in the continued run."""
         limit = config.data.validation_tokens
+        share = limit and -(-limit // accelerator.num_processes)
+        batches = limited(validation_batches, share, stop=lambda: preemption.received)
         result = evaluate(
             model,
-            validation_batches,
-            max_tokens=limit and -(-limit // accelerator.num_processes),
+            in_step(batches, config.data.sequence_length, accelerator) if sharding else batches,
             autocast=accelerator.autocast,
             reduce=lambda sums: accelerator.reduce(sums.to(device)),
         ).to_dict()
+        if accelerator.reduce(torch.tensor(int(preemption.received), device=device)):
+            return False
         log("eval", step=step, training_tokens=tokens, density=overall_density(model), **result)
         heads = ", ".join(f"{value:.2f}" for value in result["head_perplexities"])
         logger.info(
             "step %d: validation perplexity %.2f (heads %s), disagreement %.3f",
             step, result["perplexity"], heads, result["disagreement"],
         )  # fmt: skip
+        return True
 
     def log_measured() -> None:
         """Logs what the last logged step measured, once the device has done it."""
@@ -188,9 +237,11 @@ def main() -> None:
         stop_if_any(values["first_bad_steps"], last_saved)
         step, tokens, losses = record["step"], record["tokens"], values["head_losses"]
         loss = sum(losses) / len(losses)
-        speed = (tokens - clock_tokens) / (time.perf_counter() - clock)
+        seconds = time.perf_counter() - clock
+        speed = (tokens - clock_tokens) / seconds
         clock, clock_tokens = time.perf_counter(), tokens
         mfu = flops * speed / (peak * 1e12 * accelerator.num_processes) if peak else None
+        record["data_wait"] /= seconds
         log(
             "train", **record, loss=loss, perplexity=perplexity(loss), head_losses=losses,
             grad_norm=values["grad_norm"], tokens_per_second=speed, mfu=mfu,
@@ -201,13 +252,21 @@ def main() -> None:
             left = (train.max_steps - step) * train.batch_size * config.data.sequence_length / speed
             logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, tqdm.format_interval(left))
 
-    def save(step: int) -> None:
+    def save(step: int, evaluated: bool) -> None:
         nonlocal last_saved
         last_saved = save_checkpoint(
             run_dir, step, tokens, accelerator=accelerator, model=model, tokenizer=tokenizer, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches, config=config,
             model_card=model_card(model.config, config, step, read_metrics(metrics.path)) if main_process else "",
+            evaluated=evaluated,
         )  # fmt: skip
+
+    def stop_for_signal(step: int, evaluated: bool) -> NoReturn:
+        if step and last_saved != run_dir / f"checkpoint-{step}":
+            save(step, evaluated)
+        accelerator.end_training()
+        logger.info("stopped at step %d; the same command continues from %s", step, last_saved or "the beginning")
+        sys.exit(EXIT_PREEMPTED)
 
     # --------------------------------------------------------------------------------------------- loop
 
@@ -219,24 +278,35 @@ def main() -> None:
     last_saved = resume_from
     first_bad_step = torch.tensor(-1, device=device)  # found without waiting for the device at every step
     unread = None  # what the last logged step measured, while the device may still be at it
+    updates = 0
     clock, clock_tokens = time.perf_counter(), tokens
-    if first_step == 0:
-        run_evaluation(0)
+    stop_asked = None  # by any process, as known a step later: nobody waits for the answer
+    waited = 0.0
+    if not start.evaluated:
+        if not run_evaluation(first_step):
+            stop_for_signal(first_step, evaluated=False)
         clock = time.perf_counter()
     # A terminal gets a progress bar, a log file a line a logged step.
     show_bar = main_process and sys.stderr.isatty()
     bar = tqdm(total=train.max_steps, initial=first_step, disable=not show_bar, unit="step", dynamic_ncols=True)
     for step in range(first_step + 1, train.max_steps + 1):
+        asked = time.perf_counter()
         group = group if step == first_step + 1 else next(groups)
+        waited += time.perf_counter() - asked
         logging_step = step % train.log_steps == 0 or step == train.max_steps
         evaluating = step % train.eval_steps == 0 or step == train.max_steps
         saving = step % train.save_steps == 0 or step == train.max_steps
 
         # Dividing every pass's summed loss by the tokens of the whole step weighs each token the same.
-        targets = accelerator.reduce(torch.full((), count_targets(group), device=device))
+        counts = torch.tensor([count_targets(group), int(preemption.received)], device=device)
+        targets, stopping = accelerator.reduce(counts).unbind()
+        stop_asked, asked_before = HostCopy(stop=stopping), stop_asked
         head_losses = torch.zeros(model_config.num_ensemble_heads, device=device)
         for i, batch in enumerate(group):
-            with contextlib.nullcontext() if i == len(group) - 1 else accelerator.no_sync(wrapped):
+            last = i == len(group) - 1
+            if sharding:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or sharding else accelerator.no_sync(wrapped):
                 # Gradients are averaged over processes: counteract, the loss is a sum over all tokens.
                 output = wrapped(
                     **to_device(batch, device), use_cache=False,
@@ -254,7 +324,7 @@ def main() -> None:
             parameter_group["lr"] = rate
         update = sparsifier.step()  # may move weights; from here on gradients are masked
         if train.max_grad_norm or logging_step:
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or float("inf"))
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or float("inf")))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -263,25 +333,34 @@ def main() -> None:
         log_measured()  # of the step before: this one keeps the device busy meanwhile
         if update:
             log("update", **dataclasses.asdict(update), active=sparsifier.report().overall.active)
+            updates += 1
+            if not sharding and accelerator.num_processes > 1 and updates % train.check_interval == 0:
+                require_equal_replicas(model, optimizer)
         if logging_step:
             record = {
                 "step": step, "tokens": tokens, "lr": rate, "epoch": train_batches.epoch,
-                "bad_lines": train_batches.bad_lines, "peak_memory": peak_memory(device),
+                "bad_lines": train_batches.bad_lines, "data_wait": waited, "peak_memory": peak_memory(device),
             }  # fmt: skip
             unread = record, HostCopy(
                 head_losses=accelerator.reduce(head_losses), grad_norm=grad_norm,
                 first_bad_steps=accelerator.gather(first_bad_step[None]),
             )  # fmt: skip
-        if evaluating or saving:
+            waited = 0.0
+        stopping = asked_before is not None and asked_before.read()["stop"] > 0
+        if evaluating or saving or stopping:
             log_measured()
             paused = time.perf_counter()
             # The loss was finite before the step; to be worth saving, the weights must be so after it.
-            finite = torch.nn.utils.get_total_norm(parameters).isfinite()
+            finite = whole(torch.nn.utils.get_total_norm(parameters)).isfinite()
             stop_if_not_finite(accelerator, torch.where(finite, first_bad_step, step), last_saved)
-            if evaluating:
-                run_evaluation(step)
-            if saving:
-                save(step)
+            evaluated = not evaluating
+            if evaluating and not stopping:
+                evaluated = run_evaluation(step)
+                stopping = not evaluated
+            if saving or stopping:
+                save(step, evaluated)
+            if stopping:
+                stop_for_signal(step, evaluated)
             clock += time.perf_counter() - paused
     bar.close()
 
@@ -301,29 +380,81 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones override earlier ones")
     parser.add_argument("--output_dir", required=True, help="the run's directory")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint's path")
+    parser.add_argument("--resume_override", action="store_true", help="continue although the configuration changed")
     parser.add_argument("--log_with", default="none", choices=["none", "tensorboard", "wandb", "trackio"])
     args, rest = parser.parse_known_args()
     return args, parse_overrides(rest)
 
 
-def require_same_run(wanted: RunConfig, found: RunConfig, path: Path) -> None:
-    """A run continues with the model, the tokens and the sparsity it began with; other keys may change."""
-    fixed = {
-        "data": ("tokenizer", "sequence_length", "text_field"),
-        "sparsity": (
-            "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
-        ),
-        "train": ("optimizer",),
-    }  # fmt: skip
+# What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.
+FIXED = {
+    "data": {"sequence_length", "text_field"},
+    "sparsity": {
+        "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
+    },
+    "train": {"optimizer", "seed"},
+}  # fmt: skip
+FREE = {
+    # The tokenizer is compared by its content, once it is loaded.
+    "data": {"validation", "validation_tokens", "num_workers", "tokenizer"},
+    "train": {
+        "micro_batch_size", "gradient_checkpointing", "compile", "peak_tflops", "log_steps", "eval_steps", "save_steps",
+        "keep", "save_dtype", "check_interval",
+    },
+}  # fmt: skip
+
+
+def require_same_run(wanted: RunConfig, found: RunConfig, path: Path, override: bool) -> None:
+    """Refuses to continue a run with another configuration, key by key.
+
+    Raises:
+        ValueError: keys differ that a run must keep, or others without ``override``.
+    """
     wanted, found = wanted.to_dict(), found.to_dict()
-    for section, keys in {"model": sorted(wanted["model"].keys() | found["model"].keys()), **fixed}.items():
-        for key in keys:
-            ours, theirs = wanted[section].get(key), found[section].get(key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{section}.{key}={ours!r}: {path} was trained with {theirs!r}; "
-                    "set it so, or take another --output_dir"
-                )
+    changed = [
+        (section, key, wanted[section].get(key), found[section].get(key))
+        for section in wanted
+        for key in sorted(wanted[section].keys() | found[section].keys())
+        if wanted[section].get(key) != found[section].get(key) and key not in FREE.get(section, ())
+    ]
+    fixed = [change for change in changed if change[0] == "model" or change[1] in FIXED[change[0]]]
+    listed = ", ".join(f"{section}.{key}={ours!r} (was {theirs!r})" for section, key, ours, theirs in fixed or changed)
+    if fixed:
+        raise ValueError(f"{listed}: {path} cannot continue so; set it as it was, or take another --output_dir")
+    if changed and not override:
+        raise ValueError(
+            f"{listed}: {path} was written otherwise; --resume_override continues all the same, or take another "
+            "--output_dir"
+        )
+    if changed:
+        logger.warning("continuing with another configuration: %s", listed)
+
+
+def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP2 where the launcher asked for it.
+
+    Raises:
+        ValueError: the launcher asked for DeepSpeed, FSDP1 or fp16.
+    """
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed: accepted are DDP and FSDP2 (see recipes/accelerate)")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise ValueError("--mixed_precision fp16: accepted are bf16 and no, where gradients need no scaling")
+    if not asked("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP1: accepted are DDP and FSDP2 (fsdp_version: 2, see recipes/accelerate/fsdp2.yaml)")
+    return plugin
+
+
+def whole(norm: torch.Tensor) -> torch.Tensor:
+    """A norm of sharded tensors as an ordinary tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def numbers(name: str, value) -> Iterator[tuple[str, float]]:

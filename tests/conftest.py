@@ -97,6 +97,14 @@ def trained(variant: str, steps: int = 50) -> NeuroTrailsLlamaForCausalLM:
     return model.zero_grad() or model.eval()
 
 
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """The configuration file of a tiny run of the recipe."""
+    from recipe_runs import write_config
+
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture
 def model(request) -> NeuroTrailsLlamaForCausalLM:
     """A copy of a trained model; ``parametrize("model", [...], indirect=True)`` chooses the variant."""

@@ -1,6 +1,5 @@
 """recipes/pretrain_c4.py as a user runs it, on a tiny model and the embedded sample."""
 
-import errno
 import importlib.util
 import json
 import os
@@ -12,62 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import script
+from recipe_runs import call, of, pretrain, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nt_hf import NeuroTrailsLlamaForCausalLM, training
+from nt_hf import NeuroTrailsLlamaForCausalLM, training, training_checkpoint
 from nt_hf.data import TokenBatches, load_tokenizer
 from nt_hf.evaluation import evaluate, load_for_evaluation
 from nt_hf.masks import check_masks, count_active, masked_modules, overall_density, unpack_mask
-from nt_hf.sparsifier import Sparsifier
 
 ROOT = Path(__file__).parents[1]
-CONFIG = """
-model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
-        blocks_in_head: 1}
-data: {train: "sample:train", validation: "sample:validation", tokenizer: TOKENIZER, sequence_length: 32,
-       validation_tokens: 500}
-sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
-train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2, warmup_ratio: 0.17,
-        max_grad_norm: 1.0, log_steps: 1, eval_steps: 6, save_steps: 6}
-"""
-
-
 SMALL = ROOT / "tests" / "small.jsonl"
-
-
-pretrain = script("recipes/pretrain_c4.py")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    """A configuration file with a tokenizer of 320 pieces."""
-    directory = tmp_path_factory.mktemp("config")
-    command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
-    path = directory / "tiny.yaml"
-    path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
-    return path
-
-
-def call(main, *arguments: object) -> None:
-    argv, sys.argv = sys.argv, ["script", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = argv
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(config: Path, run_dir: Path, *overrides: object) -> list[dict]:
-    call(pretrain.main, "--config", config, "--output_dir", run_dir, *overrides)
-    return training.read_metrics(run_dir / "metrics.jsonl")
-
-
-def of(records: list[dict], event: str, *keys: str) -> list[tuple]:
-    return [tuple(record[key] for key in keys) for record in records if record["event"] == event]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +37,13 @@ def run(config, tmp_path_factory) -> Path:
 
 
 def test_the_run_directory_is_complete(run):
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-12", "checkpoint-6", "metrics.jsonl", "report"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint-12",
+        "checkpoint-6",
+        "metrics.jsonl",
+        "report",
+        "run.yaml",
+    ]
     assert {path.name for path in (run / "report").iterdir()} >= {"results.md", "training.png"}
     files = {path.name for path in (run / "checkpoint-12").iterdir()}
     assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "run.yaml", "sparsity.json"}
@@ -136,7 +97,7 @@ def test_perplexity_of_the_checkpoint_is_that_of_the_run(run):
     path = run / "checkpoint-12"
     rows = TokenBatches("sample:validation", load_tokenizer(str(path)), batch_size=2, sequence_length=32, epochs=1)
     model = load_for_evaluation(path)
-    result = evaluate(model, rows, max_tokens=500).to_dict()
+    result = evaluate(model, training.limited(rows, 500, stop=lambda: False)).to_dict()
     last = training.read_metrics(run / "metrics.jsonl")[-1]
     assert result["tokens"] == last["tokens"] and overall_density(model) == last["density"]
     for key in ("head_perplexities", "disagreement", "perplexity"):
@@ -189,45 +150,6 @@ def test_the_demo_shows_what_it_should(tmp_path):
     assert len(exact_masks(tmp_path / "run" / "checkpoint-1400")) == 8 * 7
 
 
-# -------------------------------------------------------------------------------------------------- resuming
-
-
-class Killed(BaseException):
-    """Stands for a signal that ends the process."""
-
-
-def stopped_at(step: int, monkeypatch) -> None:
-    original = Sparsifier.step
-
-    def dying(self):
-        if self.steps + 1 == step:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(Sparsifier, "step", dying)
-
-
-@pytest.mark.parametrize("overrides", [(), ("--data.packing", "pad", "--data.num_workers", "2"),
-                                       ("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
-                                        "--train.save_dtype", "bfloat16"),
-                                       ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",
-                                        "--sparsity.density_start", 1.0)])  # fmt: skip
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):
-    whole = train(config, tmp_path / "whole", *overrides)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        stopped_at(10, patch)
-        train(config, tmp_path / "killed", *overrides)
-    assert [path.name for path in training.find_checkpoints(tmp_path / "killed")] == ["checkpoint-6"]
-    resumed = train(config, tmp_path / "killed", *overrides)
-    keys = ("step", "tokens", "head_losses", "lr", "grad_norm", "epoch")
-    assert of(resumed, "train", *keys) == of(whole, "train", *keys)
-    keys = ("step", "dropped", "grown", "grown_kept", "density", "density_by_group", "ever_active")
-    assert of(resumed, "update", *keys) == of(whole, "update", *keys)
-    assert of(resumed, "eval", "step", "head_losses") == of(whole, "eval", "step", "head_losses")
-    ends = [load_file(tmp_path / name / "checkpoint-12" / "model.safetensors") for name in ("whole", "killed")]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
 def test_a_finished_run_is_only_reported_again(config, run, caplog):
     before = (run / "metrics.jsonl").read_bytes()
     train(config, run)
@@ -236,7 +158,7 @@ def test_a_finished_run_is_only_reported_again(config, run, caplog):
 
 def test_old_checkpoints_go_when_newer_ones_are_complete(config, tmp_path):
     train(config, tmp_path / "run", "--train.save_steps", 3, "--train.keep", 1)
-    assert [path.name for path in training.find_checkpoints(tmp_path / "run")] == ["checkpoint-12"]
+    assert [path.name for path in training_checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-12"]
 
 
 def test_a_bf16_checkpoint_is_half_as_large_and_keeps_its_masks(config, run, tmp_path):
@@ -433,40 +355,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_broken(config
         train(config, tmp_path / "run", "--sparsity.update_interval", 5)
     with pytest.raises(FloatingPointError, match=r"not finite at step 8; .*checkpoint-6"):  # before it is saved
         train(config, tmp_path / "run", "--sparsity.update_interval", 5, "--train.save_steps", 8)
-    assert [path.name for path in training.find_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert [path.name for path in training_checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6"))
 
 
-@pytest.mark.parametrize("where", ["save_file", "torch.save"])
-def test_a_full_disk_leaves_the_earlier_checkpoint_whole(config, tmp_path, monkeypatch, where):
-    train(config, tmp_path / "run", "--train.max_steps", 6)
-    before = (tmp_path / "run" / "checkpoint-6" / "model.safetensors").read_bytes()
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(f"nt_hf.training.{where}", full)
-        train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").read_bytes() == before
-    assert not [path for path in (tmp_path / "run").iterdir() if "partial" in path.name or "12" in path.name]
-    train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoint-12").is_dir()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.pt", "training_state/state.json",
-                                  "training_state/sparsifier.safetensors"])  # fmt: skip
-def test_a_truncated_checkpoint_is_named(config, tmp_path, name):
-    train(config, tmp_path / "run", "--train.max_steps", 6)
-    path = tmp_path / "run" / "checkpoint-6" / name
-    path.write_bytes(path.read_bytes()[:-20] if name != "training_state/state.json" else b'{"step"')
-    with pytest.raises(ValueError, match=r"checkpoint-6.*(cannot be loaded|damaged)") as caught:
-        train(config, tmp_path / "run")
-    assert "\n" not in str(caught.value)
-
-
 def test_a_run_of_another_shape_is_not_continued(config, run):
-    with pytest.raises(ValueError, match=r"model.hidden_size=64: .*checkpoint-12 was trained with 32"):
+    with pytest.raises(ValueError, match=r"model.hidden_size=64 \(was 32\): .*checkpoint-12.* cannot continue so"):
         train(config, run, "--model.hidden_size", 64)
-    with pytest.raises(ValueError, match=r"sparsity.density=0.6: .*checkpoint-12 was trained with 0.5"):
+    with pytest.raises(ValueError, match=r"sparsity.density=0.6 \(was 0.5\): .*checkpoint-12.* cannot continue so"):
         train(config, run, "--sparsity.density", 0.6)

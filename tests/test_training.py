@@ -23,13 +23,13 @@ from nt_hf.training import (
     accumulation_steps,
     compile_blocks,
     count_targets,
-    find_checkpoints,
-    find_resume,
     grouped,
     learning_rate,
+    limited,
     read_metrics,
     to_device,
 )
+from nt_hf.training_checkpoint import find_checkpoints, find_resume
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 SHAPE = {
@@ -227,22 +227,31 @@ def test_metrics_are_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_only_complete_checkpoints_are_found(tmp_path):
+def test_checkpoints_are_found_and_chosen(tmp_path):
     for name in ("checkpoint-5", "checkpoint-40", "checkpoint-x", ".partial-checkpoint-50"):
-        (tmp_path / name / "training_state").mkdir(parents=True)
-        (tmp_path / name / "training_state" / "state.json").write_text("{}")
-    (tmp_path / "checkpoint-60").mkdir()  # a bare model
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        (tmp_path / name / "run.yaml").write_text("{}")
+    (tmp_path / "model").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-40"]
-    assert find_resume("auto", tmp_path).name == "checkpoint-40"
-    assert find_resume("auto", tmp_path / "new") is None
-    assert find_resume(str(tmp_path / "checkpoint-5"), tmp_path / "new").name == "checkpoint-5"
-    assert find_resume(str(tmp_path / "checkpoint-40"), tmp_path).name == "checkpoint-40"
+    assert [path.name for path in find_resume("auto", tmp_path)] == ["checkpoint-40", "checkpoint-5"]
+    assert find_resume("auto", tmp_path / "new") == find_resume("never", tmp_path / "new") == []
+    assert find_resume(str(tmp_path / "checkpoint-5"), tmp_path / "new") == [tmp_path / "checkpoint-5"]
+    assert find_resume(str(tmp_path / "checkpoint-40"), tmp_path) == [tmp_path / "checkpoint-40"]
     with pytest.raises(ValueError, match="holds a later checkpoint, checkpoint-40"):
         find_resume(str(tmp_path / "checkpoint-5"), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         find_resume("never", tmp_path)
     with pytest.raises(ValueError, match="accepted are auto, never, or a checkpoint"):
-        find_resume(str(tmp_path / "checkpoint-60"), tmp_path)
+        find_resume(str(tmp_path / "model"), tmp_path)
+
+
+def test_a_part_of_the_validation_text_is_scored():
+    batches = [{"labels": torch.zeros(1, 5, dtype=torch.long)}] * 4  # 4 predicted tokens each
+    assert len(list(limited(batches, 8, stop=lambda: False))) == 2
+    assert len(list(limited(batches, 9, stop=lambda: False))) == 3
+    assert len(list(limited(batches, None, stop=lambda: False))) == 4
+    assert len(list(limited(batches, None, stop=lambda: True))) == 1
 
 
 # --------------------------------------------------------------------------------------------------- costs

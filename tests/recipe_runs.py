@@ -1,0 +1,96 @@
+"""Runs of recipes/pretrain_c4.py on a tiny model: in this process, or in processes of their own that may be killed."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+from conftest import script
+
+from nt_hf import training
+
+CONFIG = """
+model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+        blocks_in_head: 1}
+data: {train: "sample:train", validation: "sample:validation", tokenizer: TOKENIZER, sequence_length: 32,
+       validation_tokens: 500}
+sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
+train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2, warmup_ratio: 0.17,
+        max_grad_norm: 1.0, log_steps: 1, eval_steps: 6, save_steps: 6}
+"""
+
+pretrain = script("recipes/pretrain_c4.py")
+
+
+def write_config(directory: Path) -> Path:
+    """A configuration file with a tokenizer of 320 pieces."""
+    command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
+    call(script("recipes/train_tokenizer.py").main, *command)
+    path = directory / "tiny.yaml"
+    path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
+    return path
+
+
+def call(main, *arguments: object) -> None:
+    argv, sys.argv = sys.argv, ["script", *map(str, arguments)]
+    try:
+        main()
+    finally:
+        sys.argv = argv
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(config: Path, run_dir: Path, *overrides: object) -> list[dict]:
+    """Runs the recipe in this process; returns its metrics."""
+    call(pretrain.main, "--config", config, "--output_dir", run_dir, *overrides)
+    return training.read_metrics(run_dir / "metrics.jsonl")
+
+
+def of(records: list[dict], event: str, *keys: str) -> list[tuple]:
+    return [tuple(record[key] for key in keys) for record in records if record["event"] == event]
+
+
+# One server process imports everything once; each run is a fork of it, which takes milliseconds.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["recipe_runs"])
+
+
+def start(processes: int, *arguments: object, before=None, **environment: str) -> list[BaseProcess]:
+    """Starts the recipe on some gloo processes; ``before()`` is called in each first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), **environment}
+    started = []
+    for rank in range(processes):
+        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else environment
+        started.append(_SERVER.Process(target=_run, args=(own, list(map(str, arguments)), before), daemon=True))
+        started[-1].start()
+    return started
+
+
+def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int]:
+    """Waits for the processes and returns their exit codes; when one fails the others are killed, as launchers do."""
+    while any(process.is_alive() for process in processes):
+        multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], seconds)
+        codes = [process.exitcode for process in processes]
+        if any(codes) or all(code is None for code in codes):
+            for process in processes:
+                process.kill()
+            break
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _run(environment: dict[str, str], arguments: list[str], before) -> None:
+    os.environ.update(environment, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    if before:
+        before()
+    try:
+        call(pretrain.main, *arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
