@@ -492,4 +492,372 @@ def _update_memory(parameters: Parameters, setting: Setting) -> float:
     """
     n = parameters.largest
     stretch = min(n, 2**17 if setting.device == "cpu" else 2**25)
-    return 2 * parameters.mobile + max(7 * n + 8 * stretch, 13 * n)
+    histograms = 4 * 2**20  # and the samples that bracket a score
+    return 2 * parameters.mobile + max(7 * n + 8 * stretch, 13 * n) + histograms
+
+
+# ---------------------------------------------------------------------------------------- time, disk, network
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Bytes on disk of one checkpoint, and how many there are."""
+
+    model: int
+    training_state: int
+    kept: int
+
+
+def checkpoint_size(run: RunConfig, parameters: Parameters) -> Checkpoint:
+    """Size of ``model.safetensors`` (weights and masks) and of the training state; tokenizer and text files beside.
+
+    The training state holds Adam's moments, which masks were ever active and last grown, averaged gradients where
+    updates look at them, and the fp32 weights where the model's own file is rounded.
+    """
+    weights, masks = parameters.all.total, parameters.packed
+    rounded = run.train.save_dtype != "float32"
+    momentum = FP32 * parameters.masked * run.sparsity.needs_momentum
+    state = ADAM * weights + 2 * masks + momentum + rounded * (FP32 * weights + masks)
+    return Checkpoint((2 if rounded else FP32) * weights + masks, state, run.train.keep)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What a rank sends for one optimizer step, in bytes, and how long that takes at the sheets' bandwidths."""
+
+    name: str
+    sent: float
+    seconds: float
+
+
+def communication(
+    strategy: str, weights: int, passes: int, gpus: int, per_node: int, gpu: GPU, bf16: bool
+) -> Communication:
+    """Communication of one step, not overlapped with anything.
+
+    DDP all-reduces the fp32 gradients once a step: each rank sends ``2 (n - 1) / n`` times their bytes. FSDP2 gathers
+    the weights (bf16 under bf16) for the forward and again for the backward pass, and reduces and scatters the fp32
+    gradients, in every pass: ``(n - 1) / n`` of their bytes each.
+
+    Time: ring algorithms in two levels, as NCCL has them. Of ``B`` bytes a rank sends ``(g - 1) / g * B`` within its
+    node of ``g`` GPUs, and between ``N`` nodes each of the ``g`` network cards sends its part ``(N - 1) / N * B / g``;
+    the two are added up, latencies are left out.
+    """
+    nodes, local = -(-gpus // per_node), min(gpus, per_node)
+
+    def seconds(size: float) -> float:
+        within = (local - 1) / local * size / (gpu.node_gb_s * 1e9)
+        return within + (nodes - 1) / nodes * size / local / (gpu.network_gb_s * 1e9)
+
+    gradients = FP32 * weights
+    if strategy == "FSDP2":
+        gathered = 2 * (2 if bf16 else FP32) * weights
+        total = passes * (gathered + gradients)
+    else:
+        total = 2 * gradients
+    return Communication(strategy, (gpus - 1) / gpus * total, seconds(total))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The work of a run, and its time at an assumed share ``mfu`` of the peak.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens_per_step: over all processes.
+        rows, passes: sequences of one forward pass of one process, and forward passes of one step.
+        step_seconds: of computing alone; executed FLOPs of the model, without what checkpointing recomputes.
+        mfu: the assumption.
+    """
+
+    steps: int
+    tokens_per_step: int
+    rows: int
+    passes: int
+    step_seconds: float
+    mfu: float
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_seconds / 3600
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The fullest moment of a step in one setting, and whether it fits a GPU that keeps `RESERVE` free."""
+
+    setting: Setting
+    peak: Moment
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs; see the classes of its parts.
+
+    Attributes:
+        memory: by strategy, each without and with gradient checkpointing.
+        remedies: where the run as configured does not fit, what would: a text each, none if nothing does.
+    """
+
+    gpu: GPU
+    gpus: int
+    per_node: int
+    parameters: Parameters
+    flops: Flops
+    schedule: Schedule
+    memory: list[Memory]
+    remedies: list[str]
+    checkpoint: Checkpoint
+    communication: list[Communication]
+    bf16: bool
+    checkpointing: bool
+
+
+def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int = 8) -> Plan:
+    """The costs of a run on ``gpus`` GPUs of one kind.
+
+    Args:
+        run: its configuration.
+        gpus: one process each.
+        gpu: of the table.
+        mfu: assumed share of the bf16 peak that training reaches, in (0, 1].
+        per_node: GPUs of a node.
+
+    Raises:
+        ValueError: a number out of range, a batch that does not divide among the GPUs, or an impossible model.
+    """
+    if gpus < 1 or per_node < 1:
+        raise ValueError(f"--gpus {gpus}, --gpus_per_node {per_node}: accepted are whole numbers from 1")
+    if gpus > per_node and gpus % per_node:
+        raise ValueError(f"--gpus {gpus}: accepted are up to {per_node}, a node's, and multiples of it")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu {mfu:g}: accepted is a number in (0, 1]")
+    config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=run.data.sequence_length)
+    rows, passes = accumulation_steps(run.train, gpus)
+    parameters = count_parameters(config, run.sparsity)
+    flops = count_flops(run, config, parameters)
+    bf16 = run.train.precision != "fp32"
+    tokens = run.train.batch_size * run.data.sequence_length
+    strategies = ("DDP", "FSDP2") if gpus > 1 else ("one process",)
+    base = Setting(rows, run.data.sequence_length, bf16, passes=passes, ranks=gpus)
+
+    def memory(setting: Setting) -> Memory:
+        peak = peak_moment(config, parameters, setting)
+        return Memory(setting, peak, peak.total <= gpu.memory_gib * GIB * (1 - RESERVE))
+
+    settings = [replace(base, strategy=name, checkpointing=on) for name in strategies for on in (False, True)]
+    memories = [memory(setting) for setting in settings]
+    as_configured = replace(base, strategy=strategies[0], checkpointing=run.train.gradient_checkpointing)
+    remedies = []
+    if not memory(as_configured).fits:
+        remedies = list(_remedies(as_configured, memory, run.train.batch_size))
+    return Plan(
+        gpu=gpu,
+        gpus=gpus,
+        per_node=per_node,
+        parameters=parameters,
+        flops=flops,
+        schedule=Schedule(
+            run.train.max_steps, tokens, rows, passes, flops.training * tokens / (gpus * gpu.tflops * 1e12 * mfu), mfu
+        ),
+        memory=memories,
+        remedies=remedies,
+        checkpoint=checkpoint_size(run, parameters),
+        communication=[
+            communication(name, parameters.all.total, passes, gpus, per_node, gpu, bf16)
+            for name in strategies
+            if gpus > 1
+        ],
+        bf16=bf16,
+        checkpointing=run.train.gradient_checkpointing,
+    )
+
+
+def _remedies(setting: Setting, memory, batch: int) -> Iterator[str]:
+    """What makes a step fit, one change or two at a time."""
+    smaller = [rows for rows in range(setting.rows - 1, 0, -1) if setting.rows % rows == 0]
+
+    def fitting(setting: Setting) -> Iterator[str]:
+        if memory(setting).fits:
+            yield ""
+            return
+        for rows in smaller:
+            if memory(replace(setting, rows=rows, passes=setting.passes * setting.rows // rows)).fits:
+                yield f" with --train.micro_batch_size {rows}"
+                return
+
+    for text in fitting(setting):
+        yield text.removeprefix(" with ")
+    if not setting.checkpointing:
+        yield from (f"--train.gradient_checkpointing true{text}" for text in fitting(replace(setting, checkpointing=True)))
+    for ranks in dict.fromkeys((max(2, setting.ranks), 8, 64, 512)):
+        if ranks < setting.ranks or batch % ranks:
+            continue
+        for on in sorted({setting.checkpointing, True}):
+            rows = min(setting.rows, batch // ranks)
+            sharded = replace(setting, strategy="FSDP2", ranks=ranks, rows=rows, checkpointing=on)
+            found = [text for text in fitting(sharded) if memory(sharded).fits or rows > 1]
+            for text in found:
+                more = f" on {ranks} GPUs" if ranks > setting.ranks else ""
+                yield f"FSDP2{more}{' and gradient checkpointing' if on else ''}{text}"
+            if found:
+                return
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def report(plan: Plan) -> str:
+    """The plan as plain text."""
+    return "\n\n".join(
+        "\n".join(lines)
+        for lines in (
+            _describe_parameters(plan.parameters),
+            _describe_flops(plan),
+            _describe_memory(plan),
+            _describe_schedule(plan),
+            _describe_communication(plan),
+        )
+    )
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns two spaces apart, the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _describe_parameters(parameters: Parameters) -> list[str]:
+    rows = [["", "total", "active", "density"]]
+    trails = {f"trail {head}": trail for head, trail in enumerate(parameters.trails)}
+    for name, count in {**parameters.parts, "all": parameters.all, **trails}.items():
+        density = count.active / count.total if count.total else 1.0
+        rows.append([name, _millions(count.total), _millions(count.active), f"{density:.4f}"])
+    return ["Parameters (a trail is the path through the backbone and one head)", *_table(rows)]
+
+
+def _describe_flops(plan: Plan) -> list[str]:
+    flops, weights = plan.flops, 2 * plan.parameters.all.total
+    rows = [["", "executed", "active weights only"]]
+    rows.append(["training", f"{flops.training / 1e9:.3f} G", f"{flops.sparse_training / 1e9:.3f} G"])
+    if flops.recomputed:
+        rows.append(["  recomputed by checkpointing", f"{flops.recomputed / 1e9:.3f} G", ""])
+    rows.append([f"decoding, {flops.context} tokens of context", f"{flops.decoding / 1e9:.3f} G",
+                 f"{flops.sparse_decoding / 1e9:.3f} G"])  # fmt: skip
+    read = (weights + flops.cache_bytes) / (plan.gpu.memory_gb_s * 1e9)
+    return [
+        "FLOPs per token, all heads (zeros are multiplied like any weight: only the first column is time)",
+        *_table(rows),
+        f"  one token decoded reads {_gib(weights)} GiB of bf16 weights and {_gib(flops.cache_bytes)} GiB of cache: "
+        f"at least {read * 1e3:.2f} ms",
+    ]
+
+
+def _describe_memory(plan: Plan) -> list[str]:
+    columns = plan.memory
+    rows = [["", *(f"{m.setting.strategy}{' + ckpt' if m.setting.checkpointing else ''}" for m in columns)]]
+    names = dict.fromkeys(name for memory in columns for name in memory.peak.items)
+    for name in names:
+        values = [memory.peak.items.get(name, 0) for memory in columns]
+        if any(values):
+            rows.append([name, *map(_gib, values)])
+    rows.append(["total", *(_gib(memory.peak.total) for memory in columns)])
+    rows.append(["fits", *("yes" if memory.fits else "NO" for memory in columns)])
+    usable = plan.gpu.memory_gib * (1 - RESERVE)
+    moments: dict[str, list[str]] = {}
+    for label, memory in zip(rows[0][1:], columns):
+        moments.setdefault(memory.peak.name, []).append(label)
+    lines = [
+        f"Memory of a rank in GiB, {plan.schedule.rows} x {columns[0].setting.length} tokens a pass, "
+        f"{'bf16 autocast' if plan.bf16 else 'fp32'}, at the fullest moment of a step",
+        *_table(rows),
+        *(f"  fullest at: {name} ({', '.join(labels)})" for name, labels in moments.items()),
+        f"  usable: {usable:.1f} of {plan.gpu.memory_gib:g} GiB, {RESERVE:.0%} kept for CUDA, NCCL and fragmentation",
+        "  (ckpt: gradient checkpointing; FSDP2 is not measured here)",
+    ]
+    configured = next(memory for memory in columns if memory.setting.checkpointing == plan.checkpointing)
+    if not configured.fits:
+        lines.append(f"  WARNING: {rows[0][1 + columns.index(configured)]}, as configured, does not fit. What would:")
+        lines += [f"    {remedy}" for remedy in plan.remedies] or ["    nothing that this planner tries"]
+    return lines
+
+
+def _describe_schedule(plan: Plan) -> list[str]:
+    schedule, saved = plan.schedule, plan.checkpoint
+    hours = f"{schedule.hours:,.2f} hours" if schedule.hours < 48 else f"{schedule.hours / 24:,.1f} days"
+    time = (
+        f"  {hours}, {plan.gpus * schedule.hours:,.0f} GPU hours, {schedule.step_seconds * 1e3:,.1f} ms a step, at an MFU "
+        f"of {schedule.mfu:g}: an assumption"
+        if plan.bf16
+        else "  no time: train.precision is fp32, and the peaks of the table are bf16's"
+    )
+    return [
+        f"Run on {plan.gpus} x {plan.gpu.name} ({plan.gpu.tflops:g} TFLOP/s dense bf16 each)",
+        f"  {schedule.steps:,} steps of {schedule.tokens_per_step:,} tokens ({schedule.passes} passes of "
+        f"{schedule.rows} sequences on each GPU): {schedule.tokens / 1e9:.2f} G tokens",
+        time,
+        "  computing alone: evaluation, topology updates, checkpoints and communication come on top",
+        f"  a checkpoint: {_gib(saved.model)} GiB model.safetensors and {_gib(saved.training_state)} GiB training "
+        f"state; {saved.kept} kept, {_gib((saved.kept + 1) * (saved.model + saved.training_state))} GiB at most",
+    ]
+
+
+def _describe_communication(plan: Plan) -> list[str]:
+    if not plan.communication:
+        return ["Communication: none, one process"]
+    compute = plan.schedule.step_seconds
+    rows = [["", "sent by a rank", "time", "share of computing", "step, all hidden", "step, none hidden"]]
+    for each in plan.communication:
+        rows.append([
+            each.name, f"{_gib(each.sent)} GiB", f"{each.seconds * 1e3:,.1f} ms", f"{each.seconds / compute:.1%}",
+            f"{max(compute, each.seconds) * 1e3:,.1f} ms", f"{(compute + each.seconds) * 1e3:,.1f} ms",
+        ])  # fmt: skip
+    return [
+        f"Communication of a step, {-(-plan.gpus // plan.per_node)} nodes of {min(plan.gpus, plan.per_node)} GPUs "
+        f"({plan.gpu.node_gb_s:g} GB/s within, {plan.gpu.network_gb_s:g} GB/s a GPU between them, each direction), "
+        "at full bandwidth",
+        *_table(rows),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nt_hf.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones override earlier ones")
+    parser.add_argument("--gpus", type=int, default=1, help="how many, one process each")
+    parser.add_argument("--gpu", default="h100", help=", ".join(gpu.name for gpu in GPUS))
+    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the bf16 peak (default: 0.4)")
+    args, rest = parser.parse_known_args()
+    run_config = load_run_config(args.config, parse_overrides(rest))
+    found = plan(run_config, args.gpus, find_gpu(args.gpu), mfu=args.mfu, per_node=args.gpus_per_node)
+    sys.stdout.write(report(found) + "\n")
+
+
+if __name__ == "__main__":
+    from ._cli import run  # loads what evaluations need, which the recipe's two functions above do without
+
+    run(main)
