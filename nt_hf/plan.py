@@ -10,7 +10,7 @@ no GPU is needed.
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,10 +145,10 @@ def count_parameters(config: NeuroTrailsLlamaConfig, sparsity: SparsityConfig) -
     """
     with torch.device("meta"):
         model = NeuroTrailsLlamaForCausalLM(config)
-    if sparsity.is_sparse:
+    if sparsity.is_sparse or config.masked_modules:
         attach_masks(model, [*(config.masked_modules or ["*"]), *(f"!{glob}" for glob in sparsity.exclude)])
     modules = masked_modules(model)
-    targets = target_counts(model, sparsity) if modules and sparsity.is_sparse else {}
+    targets = target_counts(model, sparsity) if modules else {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     counts = {name: Count(weight.numel(), targets.get(name, weight.numel())) for name, weight in weights.items()}
     owners = {id(weight): name for name, weight in reversed(weights.items())}  # of a tied weight the first name
@@ -681,7 +681,7 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
     )
 
 
-def _remedies(setting: Setting, memory, batch: int) -> Iterator[str]:
+def _remedies(setting: Setting, memory: Callable[[Setting], Memory], batch: int) -> Iterator[str]:
     """What makes a step fit, one change or two at a time."""
     smaller = [rows for rows in range(setting.rows - 1, 0, -1) if setting.rows % rows == 0]
 
@@ -697,7 +697,8 @@ def _remedies(setting: Setting, memory, batch: int) -> Iterator[str]:
     for text in fitting(setting):
         yield text.removeprefix(" with ")
     if not setting.checkpointing:
-        yield from (f"--train.gradient_checkpointing true{text}" for text in fitting(replace(setting, checkpointing=True)))
+        for text in fitting(replace(setting, checkpointing=True)):
+            yield f"--train.gradient_checkpointing true{text}"
     for ranks in dict.fromkeys((max(2, setting.ranks), 8, 64, 512)):
         if ranks < setting.ranks or batch % ranks:
             continue
@@ -732,14 +733,15 @@ def report(plan: Plan) -> str:
 def _table(rows: list[list[str]]) -> list[str]:
     """Columns two spaces apart, the first one to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    return ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def _millions(number: float) -> str:
     return f"{number / 1e6:,.2f} M"
+
+
+def _plural(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _gib(size: float) -> str:
@@ -792,7 +794,7 @@ def _describe_memory(plan: Plan) -> list[str]:
         *_table(rows),
         *(f"  fullest at: {name} ({', '.join(labels)})" for name, labels in moments.items()),
         f"  usable: {usable:.1f} of {plan.gpu.memory_gib:g} GiB, {RESERVE:.0%} kept for CUDA, NCCL and fragmentation",
-        "  (ckpt: gradient checkpointing; FSDP2 is not measured here)",
+        "  ckpt: gradient checkpointing. FSDP2's columns rest on assumptions, see nt_hf.plan.step_memory",
     ]
     configured = next(memory for memory in columns if memory.setting.checkpointing == plan.checkpointing)
     if not configured.fits:
@@ -805,15 +807,15 @@ def _describe_schedule(plan: Plan) -> list[str]:
     schedule, saved = plan.schedule, plan.checkpoint
     hours = f"{schedule.hours:,.2f} hours" if schedule.hours < 48 else f"{schedule.hours / 24:,.1f} days"
     time = (
-        f"  {hours}, {plan.gpus * schedule.hours:,.0f} GPU hours, {schedule.step_seconds * 1e3:,.1f} ms a step, at an MFU "
-        f"of {schedule.mfu:g}: an assumption"
+        f"  {hours}, {plan.gpus * schedule.hours:,.0f} GPU hours, {schedule.step_seconds * 1e3:,.1f} ms a step, "
+        f"at an MFU of {schedule.mfu:g}: an assumption"
         if plan.bf16
         else "  no time: train.precision is fp32, and the peaks of the table are bf16's"
     )
     return [
         f"Run on {plan.gpus} x {plan.gpu.name} ({plan.gpu.tflops:g} TFLOP/s dense bf16 each)",
-        f"  {schedule.steps:,} steps of {schedule.tokens_per_step:,} tokens ({schedule.passes} passes of "
-        f"{schedule.rows} sequences on each GPU): {schedule.tokens / 1e9:.2f} G tokens",
+        f"  {schedule.steps:,} steps of {schedule.tokens_per_step:,} tokens: {schedule.tokens / 1e9:.2f} G tokens; "
+        f"{_plural(schedule.passes, 'pass', 'passes')} of {_plural(schedule.rows, 'sequence')} a step on each GPU",
         time,
         "  computing alone: evaluation, topology updates, checkpoints and communication come on top",
         f"  a checkpoint: {_gib(saved.model)} GiB model.safetensors and {_gib(saved.training_state)} GiB training "
@@ -831,8 +833,9 @@ def _describe_communication(plan: Plan) -> list[str]:
             each.name, f"{_gib(each.sent)} GiB", f"{each.seconds * 1e3:,.1f} ms", f"{each.seconds / compute:.1%}",
             f"{max(compute, each.seconds) * 1e3:,.1f} ms", f"{(compute + each.seconds) * 1e3:,.1f} ms",
         ])  # fmt: skip
+    nodes = _plural(-(-plan.gpus // plan.per_node), "node")
     return [
-        f"Communication of a step, {-(-plan.gpus // plan.per_node)} nodes of {min(plan.gpus, plan.per_node)} GPUs "
+        f"Communication of a step, {nodes} of {min(plan.gpus, plan.per_node)} GPUs "
         f"({plan.gpu.node_gb_s:g} GB/s within, {plan.gpu.network_gb_s:g} GB/s a GPU between them, each direction), "
         "at full bandwidth",
         *_table(rows),
@@ -858,6 +861,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from ._cli import run  # loads what evaluations need, which the recipe's two functions above do without
+    from ._cli import run
 
     run(main)
