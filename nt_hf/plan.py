@@ -523,17 +523,42 @@ def checkpoint_size(run: RunConfig, parameters: Parameters) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Communication:
-    """What a rank sends for one optimizer step, in bytes, and how long that takes at the sheets' bandwidths."""
+    """What a rank sends for one optimizer step, in bytes, and how long that takes at the sheets' bandwidths.
+
+    Attributes:
+        overlap: share of the step's computing that communication can run beside, see [`overlap`].
+    """
 
     name: str
     sent: float
     seconds: float
+    overlap: float
+
+    def step_seconds(self, computing: float) -> float:
+        """A step whose communication is hidden behind ``computing`` seconds as far as can be."""
+        return computing + max(0.0, self.seconds - self.overlap * computing)
+
+
+def overlap(config: NeuroTrailsLlamaConfig, setting: Setting) -> float:
+    """Share of a step's computing during which gradients or weights can travel, at best.
+
+    FSDP2 gathers and reduces all along. DDP reduces a gradient once it is there, in the last pass only: in the backward
+    pass, two thirds of a pass; where heads run head by head, in the backbone's alone, since all the heads' gradients
+    are handed over when the backward pass of the whole begins.
+    """
+    if setting.strategy == "FSDP2":
+        return 1.0
+    trunk = config.num_backbone_layers
+    forward = forward_flops_per_token(config, setting.length)
+    block = 2 * _block_products(config) + 4 * _widths(config)[1] * setting.length
+    late = forward if setting.checkpointing else trunk * block
+    return 2 / 3 * late / forward / setting.passes
 
 
 def communication(
-    strategy: str, weights: int, passes: int, gpus: int, per_node: int, gpu: GPU, bf16: bool
+    config: NeuroTrailsLlamaConfig, weights: int, setting: Setting, gpu: GPU, per_node: int
 ) -> Communication:
-    """Communication of one step, not overlapped with anything.
+    """Communication of one step.
 
     DDP all-reduces the fp32 gradients once a step: each rank sends ``2 (n - 1) / n`` times their bytes. FSDP2 gathers
     the weights (bf16 under bf16) for the forward and again for the backward pass, and reduces and scatters the fp32
@@ -543,6 +568,7 @@ def communication(
     node of ``g`` GPUs, and between ``N`` nodes each of the ``g`` network cards sends its part ``(N - 1) / N * B / g``;
     the two are added up, latencies are left out.
     """
+    gpus = setting.ranks
     nodes, local = -(-gpus // per_node), min(gpus, per_node)
 
     def seconds(size: float) -> float:
@@ -550,12 +576,12 @@ def communication(
         return within + (nodes - 1) / nodes * size / local / (gpu.network_gb_s * 1e9)
 
     gradients = FP32 * weights
-    if strategy == "FSDP2":
-        gathered = 2 * (2 if bf16 else FP32) * weights
-        total = passes * (gathered + gradients)
+    if setting.strategy == "FSDP2":
+        gathered = 2 * (2 if setting.bf16 else FP32) * weights
+        total = setting.passes * (gathered + gradients)
     else:
         total = 2 * gradients
-    return Communication(strategy, (gpus - 1) / gpus * total, seconds(total))
+    return Communication(setting.strategy, (gpus - 1) / gpus * total, seconds(total), overlap(config, setting))
 
 
 @dataclass(frozen=True)
@@ -672,7 +698,7 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
         remedies=remedies,
         checkpoint=checkpoint_size(run, parameters),
         communication=[
-            communication(name, parameters.all.total, passes, gpus, per_node, gpu, bf16)
+            communication(config, parameters.all.total, replace(as_configured, strategy=name), gpu, per_node)
             for name in strategies
             if gpus > 1
         ],
@@ -794,7 +820,8 @@ def _describe_memory(plan: Plan) -> list[str]:
         *_table(rows),
         *(f"  fullest at: {name} ({', '.join(labels)})" for name, labels in moments.items()),
         f"  usable: {usable:.1f} of {plan.gpu.memory_gib:g} GiB, {RESERVE:.0%} kept for CUDA, NCCL and fragmentation",
-        "  ckpt: gradient checkpointing. FSDP2's columns rest on assumptions, see nt_hf.plan.step_memory",
+        "  ckpt: gradient checkpointing"
+        + ". FSDP2's columns rest on assumptions, see nt_hf.plan.step_memory" * (plan.gpus > 1),
     ]
     configured = next(memory for memory in columns if memory.setting.checkpointing == plan.checkpointing)
     if not configured.fits:
@@ -827,18 +854,19 @@ def _describe_communication(plan: Plan) -> list[str]:
     if not plan.communication:
         return ["Communication: none, one process"]
     compute = plan.schedule.step_seconds
-    rows = [["", "sent by a rank", "time", "share of computing", "step, all hidden", "step, none hidden"]]
+    rows = [["", "sent by a rank", "time", "share of computing", "overlap", "step, hidden", "step, not hidden"]]
     for each in plan.communication:
-        rows.append([
-            each.name, f"{_gib(each.sent)} GiB", f"{each.seconds * 1e3:,.1f} ms", f"{each.seconds / compute:.1%}",
-            f"{max(compute, each.seconds) * 1e3:,.1f} ms", f"{(compute + each.seconds) * 1e3:,.1f} ms",
-        ])  # fmt: skip
+        times = (each.seconds, each.step_seconds(compute), compute + each.seconds)
+        sent, *steps = (f"{seconds * 1e3:,.1f} ms" for seconds in times)
+        rows.append([each.name, f"{_gib(each.sent)} GiB", sent, f"{each.seconds / compute:.1%}",
+                     f"{each.overlap:.1%}", *steps])  # fmt: skip
     nodes = _plural(-(-plan.gpus // plan.per_node), "node")
     return [
         f"Communication of a step, {nodes} of {min(plan.gpus, plan.per_node)} GPUs "
         f"({plan.gpu.node_gb_s:g} GB/s within, {plan.gpu.network_gb_s:g} GB/s a GPU between them, each direction), "
         "at full bandwidth",
         *_table(rows),
+        "  overlap: share of the computing that communication can at best run beside; hidden: it does",
     ]
 
 
