@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, or find their files damaged: what is left, and what the next start makes of it."""
 
 import errno
+import functools
 import logging
 import os
 import random
@@ -15,7 +16,8 @@ import torch
 from recipe_runs import call, finish, of, pretrain, start, train
 from safetensors.torch import load_file
 
-from nt_hf import training, training_checkpoint
+from nt_hf import NeuroTrailsLlamaForCausalLM, training, training_checkpoint
+from nt_hf.masks import check_masks
 from nt_hf.sparsifier import Sparsifier
 from nt_hf.training import EXIT_PREEMPTED
 from nt_hf.training_checkpoint import find_checkpoints, find_damage
@@ -328,3 +330,80 @@ def test_what_the_launcher_cannot_ask_for(config, tmp_path, monkeypatch, environ
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     refused(message, config, tmp_path / "run")
+
+
+# -------------------------------------------------------------------------------------------------------- kills
+
+
+def kill_at_operation(number: int, step: int) -> None:
+    """Lets this process die of SIGKILL at its ``number``-th file operation within the save of a step."""
+    count = 0
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"} and any(
+            f"checkpoint-{step}" in str(argument) for argument in arguments
+        ):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def kill_at_moment(processes: list, seconds: float) -> None:
+    """Kills one of the processes after some seconds, if it still runs then."""
+    processes[-1].join(seconds)
+    processes[-1].kill()
+
+
+def resumed_until_done(processes: int, run_dir: Path, arguments: tuple, **environment: str) -> None:
+    assert finish(start(processes, *arguments, "--output_dir", run_dir, **environment)) == [0] * processes
+
+
+@pytest.mark.slow
+def test_killed_between_any_two_file_operations_of_a_save(config, whole, tmp_path):
+    arguments = ("--config", config, *SAVES_OFTEN)
+    number = 0
+    while True:
+        number += 1
+        run_dir = tmp_path / str(number)
+        killed = start(
+            1, *arguments, "--output_dir", run_dir, before=functools.partial(kill_at_operation, number, step=6)
+        )
+        if finish(killed) == [0]:
+            break  # the save has fewer operations
+        left = find_checkpoints(run_dir)
+        assert left and not any(map(find_damage, left)), number
+        for path in left:
+            assert not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(path))
+        resumed_until_done(1, run_dir, arguments)
+        require_same_result(run_dir, whole)
+        shutil.rmtree(run_dir)
+    assert number > 30
+    print(f"killed at each of {number - 1} file operations of a save")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "fsdp"), [(1, False), (2, False), (2, True)])
+def test_killed_at_random_moments(config, tmp_path, processes, fsdp):
+    arguments = ("--config", config, *SAVES_OFTEN, "--train.save_steps", 2, "--train.keep", 3)
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}
+    begin = time.monotonic()
+    resumed_until_done(processes, tmp_path / "whole", arguments, **environment)
+    duration = time.monotonic() - begin
+    chance, kills = random.Random(processes), 0
+    for number in range(30):
+        run_dir = tmp_path / str(number)
+        for _ in range(3):
+            killed = start(processes, *arguments, "--output_dir", run_dir, **environment)
+            kill_at_moment(killed, chance.uniform(0.1, 1.0) * duration)
+            if finish(killed) == [0] * processes:
+                break
+            kills += 1
+            assert not any(map(find_damage, find_checkpoints(run_dir)))
+        resumed_until_done(processes, run_dir, arguments, **environment)
+        require_same_result(run_dir, tmp_path / "whole")
+        shutil.rmtree(run_dir)
+    print(f"{kills} kills of 30 runs of {processes} processes, each of {duration:.1f} s")
+    assert kills >= 30
