@@ -148,6 +148,25 @@ def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | 
     return RunConfig(**built)
 
 
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """The dotted overrides ``--section.key value`` (or ``=value``) of a command line, for `load_run_config`.
+
+    Raises:
+        ValueError: an argument is no dotted key, or a key has no value.
+    """
+    overrides, rest = {}, []
+    for argument in arguments:
+        rest += argument.split("=", 1) if argument.startswith("--") else [argument]
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or "." not in name:
+            raise ValueError(f"unknown argument {name}: configuration keys are --section.key value")
+        if not rest:
+            raise ValueError(f"{name} needs a value")
+        overrides[name.removeprefix("--")] = rest.pop(0)
+    return overrides
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 2:4 as 124, a number to the base 60: nobody means that, and here it is a sparsity structure."""
 

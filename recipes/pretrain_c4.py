@@ -40,7 +40,7 @@ from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.report import model_card, write_report
-from nt_hf.run_config import RunConfig, load_run_config
+from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
 from nt_hf.sharding import require_equal_replicas, shard_model
 from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.training import (
@@ -383,15 +383,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--resume_override", action="store_true", help="continue although the configuration changed")
     parser.add_argument("--log_with", default="none", choices=["none", "tensorboard", "wandb", "trackio"])
     args, rest = parser.parse_known_args()
-    overrides, rest = {}, [part for item in rest for part in (item.split("=", 1) if item[:2] == "--" else [item])]
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--") or "." not in name:
-            parser.error(f"unknown argument {name}: configuration keys are --section.key value")
-        if not rest:
-            parser.error(f"{name} needs a value")
-        overrides[name.removeprefix("--")] = rest.pop(0)
-    return args, overrides
+    return args, parse_overrides(rest)
 
 
 # What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.

@@ -148,18 +148,21 @@ SIZES = [
     ("60m", 512, 1376, 8, 8, 5, 0.0),
     ("130m", 768, 2048, 12, 12, 8, 0.10),
     ("350m", 1024, 2736, 16, 24, 16, 0.50),
+    ("1b", 2048, 5472, 32, 24, 16, 0.73),
+    ("7b", 4096, 10928, 32, 32, 21, 0.90),
 ]
 
 
 @pytest.mark.parametrize(("name", "hidden", "inner", "attention", "depth", "in_head", "in_blocks"), SIZES)
-def test_the_papers_sizes(name, hidden, inner, attention, depth, in_head, in_blocks):
+def test_the_papers_sizes_and_larger_ones(name, hidden, inner, attention, depth, in_head, in_blocks):
     config = load_run_config([CONFIGS / f"{name}.yaml"])
     with torch.device("meta"):
         model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**config.model, masked_modules=["*"]))
     c = model.config
     assert (c.hidden_size, c.intermediate_size, c.num_attention_heads) == (hidden, inner, attention)
     assert (c.num_hidden_layers, c.blocks_in_head, c.num_ensemble_heads, c.vocab_size) == (depth, in_head, 3, 32000)
-    assert config.train.batch_size * config.data.sequence_length == 512 * 256
+    tokens = {"1b": 512 * 1024, "7b": 1024 * 2048}.get(name, 512 * 256)
+    assert config.train.batch_size * config.data.sequence_length == tokens
     targets = target_counts(model, config.sparsity)
     zeros = {key: module.weight.numel() - targets[key] for key, module in masked_modules(model).items()}
     assert sum(v for k, v in zeros.items() if ".layers." in k) / sum(zeros.values()) == pytest.approx(
