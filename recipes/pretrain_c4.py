@@ -37,7 +37,6 @@ from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run, write_whole
 from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from nt_hf.evaluation import evaluate, perplexity
-from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
@@ -219,7 +218,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         ).to_dict()
         if accelerator.reduce(torch.tensor(int(preemption.received), device=device)):
             return False
-        log("eval", step=step, training_tokens=tokens, density=overall_density(model), **result)
+        log("eval", step=step, training_tokens=tokens, density=sparsifier.report().overall.density, **result)
         heads = ", ".join(f"{value:.2f}" for value in result["head_perplexities"])
         logger.info(
             "step %d: validation perplexity %.2f (heads %s), disagreement %.3f",
@@ -270,7 +269,8 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
     # --------------------------------------------------------------------------------------------- loop
 
-    describe(model, config, resume_from, first_step)
+    kind = "" if accelerator.num_processes == 1 else " (FSDP2)" if sharding else " (DDP)"
+    describe(model, sparsifier, resume_from, first_step, f"{accelerator.num_processes} processes{kind}")
     flops = training_flops_per_token(model_config, config.data.sequence_length)
     peak = train.peak_tflops or (
         peak_tflops(torch.cuda.get_device_name(device)) if bf16 and device.type == "cuda" else None
@@ -466,14 +466,15 @@ def numbers(name: str, value) -> Iterator[tuple[str, float]]:
             yield from numbers(f"{name}/{key}", item)
 
 
-def describe(model, config, resume_from, first_step: int) -> None:
+def describe(model, sparsifier: Sparsifier, resume_from, first_step: int, processes: str) -> None:
     """Says what is about to run."""
     cfg = model.config
     total = sum(p.numel() for p in model.parameters())
     logger.info(
-        "%s: %.1fM parameters, %d heads of %d blocks on a backbone of %d, density %.3f of the masked weights",
+        "%s: %.1fM parameters, %d heads of %d blocks on a backbone of %d, density %.3f of the masked weights, %s",
         f"resuming {resume_from} at step {first_step}" if resume_from else "new run",
-        total / 1e6, cfg.num_ensemble_heads, cfg.blocks_in_head, cfg.num_backbone_layers, overall_density(model),
+        total / 1e6, cfg.num_ensemble_heads, cfg.blocks_in_head, cfg.num_backbone_layers,
+        sparsifier.report().overall.density, processes,
     )  # fmt: skip
 
 

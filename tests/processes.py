@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -38,6 +39,14 @@ def finish(processes: Sequence[BaseProcess], seconds: float = 120) -> list[int]:
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
+
+
+def wait_for(path: Path, text: str, seconds: float = 60) -> None:
+    """Waits until a file holds a text."""
+    end = time.monotonic() + seconds
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end, f"{path} does not hold {text}"
+        time.sleep(0.02)
 
 
 def run_on(processes: int, function: Callable, *arguments: object) -> list:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish
+from processes import finish, wait_for
 from recipe_runs import call, of, pretrain, start, train
 from safetensors.torch import load_file
 
@@ -130,14 +130,6 @@ def test_a_signal_to_one_of_two_processes_stops_both(config, tmp_path):
     os.kill(processes[1].pid, signal.SIGUSR1)
     assert finish(processes) == [EXIT_PREEMPTED] * 2
     assert len(names(run_dir)) == 1 and not find_damage(find_checkpoints(run_dir)[0])
-
-
-def wait_for(path: Path, text: str, seconds: float = 60) -> None:
-    """Waits until a file holds a text."""
-    end = time.monotonic() + seconds
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < end, f"{path} does not hold {text}"
-        time.sleep(0.02)
 
 
 # -------------------------------------------------------------------------------------------------- damaged files

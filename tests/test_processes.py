@@ -1,11 +1,14 @@
 """The recipe on several processes, by DDP and by FSDP2: the same training as on one, and checkpoints for any number."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import finish
+from processes import finish, free_port, wait_for
 from recipe_runs import of, start, train
 from safetensors.torch import load_file
 
@@ -13,6 +16,8 @@ from nt_hf import NeuroTrailsLlamaForCausalLM, training
 from nt_hf.masks import check_masks, count_active
 from nt_hf.training_checkpoint import find_checkpoints, find_damage
 
+ROOT = Path(__file__).parents[1]
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # Padded documents in their order: the rows of a step are the same ones, however they are divided.
 SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
@@ -95,3 +100,46 @@ def test_a_run_goes_on_with_another_number_of_processes(config, single, tmp_path
     assert of(moved, "update", "dropped", "ever_active")[-1] == pytest.approx(
         of(expected, "update", "dropped", "ever_active")[-1], rel=1e-2
     )
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+
+
+@pytest.mark.parametrize(("name", "shards"), [("ddp", 1), ("fsdp2", 2)])
+def test_the_launch_files(config, tmp_path, name, shards):
+    command = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/" + name + ".yaml"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command, "--num_processes", "2", *recipe(config, tmp_path / "run")],
+        cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"2 processes ({name.upper()})" in result.stderr
+    assert len(list((tmp_path / "run" / "checkpoint-3" / "training_state").glob("state-*"))) == shards
+
+
+def test_a_signal_to_torchrun_reaches_every_process(config, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_dir = tmp_path / "run"
+    endless = ("--train.max_steps", "100000", "--train.eval_steps", "100000", "--train.save_steps", "100000")
+    launcher = subprocess.Popen([*command, *recipe(config, run_dir), *endless], cwd=ROOT, env=os.environ | ON_CPU)
+    wait_for(run_dir / "metrics.jsonl", '"step": 4')
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    assert len(find_checkpoints(run_dir)) == 1 and not find_damage(find_checkpoints(run_dir)[0])
+
+
+def recipe(config: Path, run_dir: Path) -> list[str]:
+    return ["recipes/pretrain_c4.py", "--config", str(config), "--output_dir", str(run_dir), "--train.max_steps", "3"]
+
+
+@pytest.mark.parametrize("script", ["multi_node.sh", "slurm.sbatch"])
+def test_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", str(ROOT / "recipes" / "accelerate" / script)], check=True)
+
+
+def test_the_multi_node_script_starts_the_recipe(config, tmp_path):
+    environment = os.environ | ON_CPU | {"NODES": "1", "GPUS_PER_NODE": "2", "HEAD": f"127.0.0.1:{free_port()}"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", "recipes/accelerate/multi_node.sh", *recipe(config, tmp_path / "run")[1:]]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-3"]

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,35 +259,6 @@ def test_training_from_local_files_needs_neither_datasets_nor_lm_eval(config, tm
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
-
-
-def test_two_processes_train_as_one(config, tmp_path):
-    # Padded documents in their order: both ranks' rows together are the single process's.
-    settings = ["--config", config, "--data.packing", "pad", "--data.shuffle_block", 0]
-    settings += ["--data.validation_tokens", "null", "--data.validation", SMALL, "--train.keep", 3]
-    one = train(config, tmp_path / "one", *settings[2:])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes" / "pretrain_c4.py"), "--output_dir", str(tmp_path / "two"), *map(str, settings)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-    def launch() -> list[dict]:
-        subprocess.run(command, check=True, cwd=ROOT, env=environment)
-        return training.read_metrics(tmp_path / "two" / "metrics.jsonl")
-
-    two = launch()
-    for key in ("head_losses", "grad_norm"):
-        pairs = list(zip(of(one, "train", key), of(two, "train", key)))
-        assert len(pairs) == 12
-        for (a,), (b,) in pairs[:3]:  # rounding can choose other weights at the first update
-            assert b == pytest.approx(a, rel=1e-5)
-        for (a,), (b,) in pairs[3:]:
-            assert b == pytest.approx(a, rel=1e-2)
-    assert of(two, "eval", "tokens") == of(one, "eval", "tokens")
-    assert not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-12"))
-
-    shutil.rmtree(tmp_path / "two" / "checkpoint-12")
-    keys = ("step", "head_losses", "grad_norm")
-    assert of(launch(), "train", *keys) == of(two, "train", *keys)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
