@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .masks import local, masked_modules
@@ -22,7 +22,6 @@ def shard_model(
     *,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
-    offload_policy: OffloadPolicy | None = None,
 ) -> None:
     """Splits weights and masks over the processes of a mesh, in place, as FSDP2 does.
 
@@ -34,13 +33,10 @@ def shard_model(
         mesh: of one dimension, or of two (replicas, shards).
         param_dtype: of the gathered weights and of activations; gradients are summed in fp32 all the same.
         reshard_after_forward: free a block's gathered weights between forward and backward pass.
-        offload_policy: where the shards lie; by default on the device.
     """
     options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    if offload_policy is not None:
-        options["offload_policy"] = offload_policy
     blocks = [*model.model.layers, *(block for head in model.model.heads for block in head.layers)]
     alone = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.lm_heads]
     for module in (*blocks, *alone):

@@ -163,14 +163,13 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         model = NeuroTrailsLlamaForCausalLM(model_config).to(device)
         draw_masks(model, config.sparsity, loss=lambda: model(**first_batch(), use_cache=False).loss)
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Transformers 5.23 knows it by the first name, earlier ones by the second.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.to(device).train()
     if sharding:
         mesh = init_device_mesh(device.type, (accelerator.num_processes,))
-        shard_model(
-            model, mesh, param_dtype=torch.bfloat16 if bf16 else None,
-            reshard_after_forward=sharding.reshard_after_forward, offload_policy=sharding.cpu_offload,
-        )  # fmt: skip
+        reshard = bool(sharding.reshard_after_forward)
+        shard_model(model, mesh, param_dtype=torch.bfloat16 if bf16 else None, reshard_after_forward=reshard)
     optimizer = make_optimizer(model, train)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)
     start = Progress(0, 0, False, accelerator.num_processes, tokenizer_fingerprint(tokenizer))
@@ -434,7 +433,7 @@ def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
     """The settings of FSDP2 where the launcher asked for it.
 
     Raises:
-        ValueError: the launcher asked for DeepSpeed, FSDP1 or fp16.
+        ValueError: the launcher asked for DeepSpeed, FSDP1, weights on the host, or fp16.
     """
 
     def asked(name: str) -> bool:
@@ -449,6 +448,8 @@ def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP1: accepted are DDP and FSDP2 (fsdp_version: 2, see recipes/accelerate/fsdp2.yaml)")
+    if asked("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params: accepted is false")
     return plugin
 
 

@@ -316,6 +316,7 @@ def test_a_directory_that_cannot_be_written_is_named(config, tmp_path):
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed: accepted are DDP and FSDP2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1: accepted are DDP and FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "accepted is false"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16: accepted are bf16 and no"),
     ],
 )
