@@ -311,7 +311,8 @@ def load_training_state(
     try:
         progress = json.loads((state / "state.json").read_text())
         if progress["processes"] == accelerator.num_processes:
-            position = json.loads((state / f"data-{rank}.json").read_text())
+            ranks = range(accelerator.num_processes)
+            positions = [json.loads((state / f"data-{i}.json").read_text()) for i in ranks]
             rng = torch.load(state / f"rng-{rank}.pt", weights_only=True)
         moments = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
         topology = load_file(state / "sparsifier.safetensors")
@@ -329,7 +330,7 @@ def load_training_state(
         )
     optimizer.load_state_dict(moments)
     sparsifier.load_state_dict(topology)
-    data.load_state_dict(position)
+    data.load_state_dict(positions)
     _set_rng_state(rng)
     return progress["step"], progress["tokens"]
 
