@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run
-from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer
+from nt_hf.data import check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.masks import overall_density
 from nt_hf.plan import peak_tflops, training_flops_per_token
+from nt_hf.prepared import token_batches
 from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config
 from nt_hf.sparsifier import Sparsifier, draw_masks
@@ -103,16 +104,16 @@ def main() -> None:
         "on_bad_line": config.data.on_bad_line,
         "text_field": config.data.text_field,
     }
-    train_batches = TokenBatches(
+    train_batches = token_batches(
         config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
     )
-    validation_batches = TokenBatches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
+    validation_batches = token_batches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
 
     def first_batch() -> dict[str, torch.Tensor]:
         """Some text, the same on every process, for masks that saliency chooses."""
         rows = train.micro_batch_size or min(train.batch_size, 32)
         alone = reading | {"batch_size": rows, "rank": 0, "world_size": 1, "num_workers": 0}
-        batch = next(iter(TokenBatches(config.data.train, tokenizer, **alone, seed=train.seed)))
+        batch = next(iter(token_batches(config.data.train, tokenizer, **alone, seed=train.seed)))
         return {key: value.to(device) for key, value in batch.items()}
 
     # -------------------------------------------------------------------- model, masks, optimizer, state

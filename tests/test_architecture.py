@@ -34,6 +34,7 @@ ARROWS = {
     "shares": (set(), set()),
     "sources": ({"shares"}, {"datasets", "fsspec", "pyarrow"}),
     "data": ({"shares", "sources"}, {"torch", "transformers"}),
+    "prepared": ({"data", "sources"}, {"numpy", "safetensors", "torch", "transformers"}),
     "sparsity_config": ({"topology", "schedules", "masks"}, set()),
     "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
     "sparsifier": ({"sparsity_config", "first_masks", "topology", "schedules", "masks"}, {"torch"}),
