@@ -59,7 +59,7 @@ def main() -> None:
     def save() -> None:
         save_checkpoint(
             args.folder, next(steps), 0, **state, tokenizer=tokenizer, data=NoData(), config=config, model_card="",
-            evaluated=True,
+            evaluated=True, fingerprint="",
         )  # fmt: skip
 
     save()

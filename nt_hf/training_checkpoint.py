@@ -38,7 +38,6 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import PreTrainedTokenizerBase
 
-from .data import tokenizer_fingerprint
 from .masks import local
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from .run_config import RunConfig
@@ -196,6 +195,7 @@ def save_checkpoint(
     config: RunConfig,
     model_card: str,
     evaluated: bool,
+    fingerprint: str,
 ) -> Path:
     """Writes ``checkpoint-<step>`` under a temporary name, syncs it, renames it, and then deletes old ones.
 
@@ -219,7 +219,7 @@ def save_checkpoint(
             (partial / "README.md").write_text(model_card)
             (partial / "sparsity.json").write_text(json.dumps(sparsity, indent=1))
             (partial / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            progress = Progress(step, tokens, evaluated, accelerator.num_processes, tokenizer_fingerprint(tokenizer))
+            progress = Progress(step, tokens, evaluated, accelerator.num_processes, fingerprint)
             (state / "state.json").write_text(json.dumps(asdict(progress)))
         del weights
         (state / f"rank-{rank}.json").write_text(json.dumps({"data": data.state_dict(), "random": _random_state()}))
@@ -396,7 +396,7 @@ def load_training_state(
             key, _, name = rest.partition(".")
             optimizer.state[parameters[name]][key] = tensor
     sparsifier.load_state_dict(topology)
-    data.load_state_dict(places[rank])
+    data.load_state_dict(places)
     if progress.processes == processes:
         _set_random_state(random)
     else:

@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run, write_whole
-from nt_hf.data import TokenBatches, check_vocabulary, load_tokenizer, tokenizer_fingerprint
+from nt_hf.data import check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.plan import peak_tflops, training_flops_per_token
+from nt_hf.prepared import token_batches, tokenizer_fingerprint
 from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
 from nt_hf.sharding import require_equal_replicas, shard_model
@@ -135,16 +136,16 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         "on_bad_line": config.data.on_bad_line,
         "text_field": config.data.text_field,
     }
-    train_batches = TokenBatches(
+    train_batches = token_batches(
         config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
     )
-    validation_batches = TokenBatches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
+    validation_batches = token_batches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
 
     def first_batch() -> dict[str, torch.Tensor]:
         """Some text, the same on every process, for masks that saliency chooses."""
         rows = train.micro_batch_size or min(train.batch_size, 32)
         alone = reading | {"batch_size": rows, "rank": 0, "world_size": 1, "num_workers": 0}
-        batch = next(iter(TokenBatches(config.data.train, tokenizer, **alone, seed=train.seed)))
+        batch = next(iter(token_batches(config.data.train, tokenizer, **alone, seed=train.seed)))
         return {key: value.to(device) for key, value in batch.items()}
 
     # -------------------------------------------------------------------- model, masks, optimizer, state
@@ -172,13 +173,14 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         shard_model(model, mesh, param_dtype=torch.bfloat16 if bf16 else None, reshard_after_forward=reshard)
     optimizer = make_optimizer(model, train)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)
-    start = Progress(0, 0, False, accelerator.num_processes, tokenizer_fingerprint(tokenizer))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    start = Progress(0, 0, False, accelerator.num_processes, fingerprint)
     if resume_from:
         start = load_training_state(
             resume_from, accelerator=accelerator, model=model, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches,
         )  # fmt: skip
-        if start.tokenizer != tokenizer_fingerprint(tokenizer):
+        if start.tokenizer != fingerprint:
             raise ValueError(f"data.tokenizer={config.data.tokenizer!r}: {resume_from} was trained with another one")
     first_step, tokens = start.step, start.tokens
     if train.compile:
@@ -256,7 +258,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
             run_dir, step, tokens, accelerator=accelerator, model=model, tokenizer=tokenizer, optimizer=optimizer,
             sparsifier=sparsifier, data=train_batches, config=config,
             model_card=model_card(model.config, config, step, read_metrics(metrics.path)) if main_process else "",
-            evaluated=evaluated,
+            evaluated=evaluated, fingerprint=fingerprint,
         )  # fmt: skip
 
     def stop_for_signal(step: int, evaluated: bool) -> NoReturn:
@@ -395,7 +397,7 @@ FIXED = {
 }  # fmt: skip
 FREE = {
     # The tokenizer is compared by its content, once it is loaded.
-    "data": {"validation", "validation_tokens", "num_workers", "tokenizer"},
+    "data": {"validation", "validation_tokens", "tokenizer"},
     "train": {
         "micro_batch_size", "gradient_checkpointing", "compile", "peak_tflops", "log_steps", "eval_steps", "save_steps",
         "keep", "save_dtype", "check_interval",

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -12,8 +12,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def serve(repo: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+def serve(
+    repo: str, files: dict[str, bytes], fail: Callable[[str], int | None] = lambda request: None
+) -> Iterator[tuple[str, list[str]]]:
     """Serves ``files`` (path in the repository to content) and yields the endpoint and the log of requests.
+
+    ``fail`` gets each request as the log has it; a number it returns is the HTTP status of a failure.
 
     The log holds one ``"<method> <path>"`` each; with a range, ``"<method> <path> bytes=<first>-<last>"``.
     """
@@ -23,6 +27,9 @@ def serve(repo: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             log.append(" ".join(filter(None, [self.command, path, self.headers.get("Range")])))
+            if status := fail(log[-1]):
+                self.send(status, b"", {})
+                return
             api = f"/api/datasets/{re.escape(repo)}"
             if re.fullmatch(rf"{api}(/revision/[^/]+)?", path):
                 self.send_json({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})

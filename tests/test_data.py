@@ -1,5 +1,7 @@
+import ast
 import collections
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -9,22 +11,27 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hub_server
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nt_hf import sources
 from nt_hf.data import (
     DataConfig,
     DataError,
     TokenBatches,
-    _Reader,
     check_vocabulary,
     find_files,
     load_tokenizer,
     read_texts,
 )
+from nt_hf.shares import Share, deal_epoch
+from nt_hf.sources import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -290,6 +297,174 @@ print(json.dumps([found, errors]))
         assert part in error and "\n" not in error
 
 
+# --- remote files that fail ---------------------------------------------------------------------------------------
+
+
+class Faulty(io.BytesIO):
+    """A remote file's content, whose reads fail as the file system's ``faults`` say."""
+
+    def __init__(self, fs, content):
+        super().__init__(content)
+        self.fs = fs
+
+    def seek(self, *args):
+        if not self.fs.ranges and args != (0,):
+            raise ValueError("Cannot seek streaming HTTP file")
+        return super().seek(*args)
+
+    def read(self, size=-1):
+        self.fs.raise_next("read")
+        return super().read(min(size, 700))  # a short read, as sockets give
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """URLs ``faulty://…`` whose requests fail by ``faults``: a list of (request, error), consumed in order."""
+    fsspec = pytest.importorskip("fsspec")
+
+    class FaultyFileSystem(fsspec.AbstractFileSystem):
+        protocol = "faulty"
+        cachable = False
+        files, faults, pauses, ranges, opened = {}, [], [], True, []
+
+        def raise_next(self, request):
+            error = self.faults.pop(0)[1] if self.faults and self.faults[0][0] == request else None
+            if error:
+                raise error
+
+        def _open(self, path, mode="rb", **_):
+            self.opened.append(path)
+            self.raise_next("open")
+            if path not in self.files:
+                raise FileNotFoundError(path)
+            return Faulty(self, self.files[path])
+
+        def glob(self, path, **_):
+            self.raise_next("glob")
+            return sorted(self.files)
+
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    monkeypatch.setattr(time, "sleep", FaultyFileSystem.pauses.append)
+    return FaultyFileSystem
+
+
+LOST = ConnectionError("reset by peer")
+ONE_READ = [("read", None)] * 2
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("extension", [".jsonl", ".jsonl.gz", ".json.xz", ".jsonl.zst", ".parquet", ".file.arrow"])
+def test_remote_reading_goes_on_after_errors(faulty, caplog, extension, ranges):
+    if not ranges and extension in (".parquet", ".file.arrow"):
+        pytest.skip("tables cannot be read without ranges")
+    documents = [f"{i} {random.Random(i).random()}" for i in range(300)]
+    faulty.files[f"a{extension}"] = FORMATS[extension](documents)
+    faulty.ranges = ranges
+    faulty.faults += [
+        ("glob", LOST),
+        ("open", LOST),
+        ("read", LOST),
+        *ONE_READ,
+        ("read", LOST),
+        ("open", TimeoutError()),
+    ]
+    faulty.faults += [*ONE_READ, ("read", LOST)]
+    assert list(read_texts("faulty://*")) == documents
+    assert faulty.faults == []
+    assert len(faulty.pauses) == 6 and max(faulty.pauses) < 8
+    if ranges and extension != ".parquet":  # else finding the place again takes further requests
+        assert faulty.pauses == [1, 1, 2, 1, 2, 1], "each success begins anew"
+    assert len(caplog.records) == 6
+    first, second = (record.getMessage() for record in caplog.records[:2])
+    problem = "(ConnectionError: reset by peer): attempt 1 of 7, the next in 1 s"
+    assert first == f"faulty://*: cannot be resolved {problem}"
+    assert second == f"faulty://a{extension}: cannot be read {problem}"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_remote_errors_that_stay_end_in_one_line(faulty, tokenizer, workers):
+    faulty.files["a.jsonl"] = json_lines(texts(50))
+    faulty.faults += [*ONE_READ, *[("read", LOST)] * 20]
+    with pytest.raises(DataError) as raised:
+        list(batches("faulty://a.jsonl", tokenizer, epochs=1, num_workers=workers))
+    problem = "cannot be read after 7 attempts (ConnectionError: reset by peer)"
+    assert str(raised.value) == f"faulty://a.jsonl: {problem}"
+    if not workers:
+        assert faulty.pauses == [1, 2, 4, 8, 16, 32]
+    faulty.faults[:] = [("glob", LOST)] * 20
+    with pytest.raises(DataError) as raised:
+        find_files("faulty://*.jsonl")
+    assert str(raised.value) == f"faulty://*.jsonl: {problem.replace('read', 'resolved')}"
+
+
+def error_with_status(status):
+    error = OSError(f"HTTP {status}")
+    error.status = status
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (FileNotFoundError("gone"), 1),
+        (PermissionError("no"), 1),
+        (error_with_status(403), 1),
+        (error_with_status(404), 1),
+        (error_with_status(429), 2),
+        (error_with_status(503), 2),
+        (ImportError("install s3fs"), 1),
+    ],
+    ids=repr,
+)
+def test_only_what_may_pass_is_tried_again(faulty, error, attempts):
+    faulty.files["a.jsonl"] = json_lines(["x"])
+    faulty.faults += [("open", error)]
+    if attempts == 1:
+        with pytest.raises(DataError, match=rf"^faulty://a.jsonl: cannot be read \({type(error).__name__}: "):
+            list(read_texts("faulty://a.jsonl"))
+    else:
+        assert list(read_texts("faulty://a.jsonl")) == ["x"]
+    assert len(faulty.opened) == attempts and len(faulty.pauses) == attempts - 1
+
+
+def test_bad_remote_content_is_not_tried_again(faulty):
+    faulty.files["a.jsonl.gz"] = gzip.compress(json_lines(texts(200)))[:-20]
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_texts("faulty://a.jsonl.gz"))
+    assert faulty.pauses == [] and faulty.opened == ["a.jsonl.gz"]
+
+
+def test_hub_failures_are_ridden_out(tmp_path):
+    """The hub answers 503 more often than its own client puts up with: while resolving and within a file."""
+    pytest.importorskip("datasets")
+    documents = [f"{i} {random.Random(i).random()}" for i in range(2000)]
+    card = "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/a.json.gz\n---\n"
+    files = {"README.md": card.encode(), "en/a.json.gz": gzip.compress(json_lines(documents))}
+    left = {"README.md": 9, "a.json.gz bytes": 9}
+
+    def fail(request):
+        for part in left:
+            if part in request and left[part] > 0:
+                left[part] -= 1
+                return 503
+        return None
+
+    code = """
+import logging, time
+logging.basicConfig(format="%(name)s %(message)s")
+time.sleep = lambda seconds: None
+from nt_hf.data import read_texts
+print(list(read_texts("hub:a/b:en:train")))
+"""
+    with hub_server.serve("a/b", files, fail) as (endpoint, _):
+        done = run_python(code, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == documents
+    assert set(left.values()) == {0}
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("nt_hf.sources")]
+    assert len(warnings) >= 2 and all("attempt 1 of 7" in line for line in warnings)
+
+
 # --- packing ------------------------------------------------------------------------------------------------------
 
 
@@ -370,9 +545,10 @@ def test_each_document_goes_to_one_rank_and_worker(tokenizer, tmp_path, world_si
 def test_streams_share_each_epoch_evenly(tmp_path, shards, seed):
     starts = itertools.accumulate(shards, initial=0)
     files = find_files(save(tmp_path, [texts(count, start) for start, count in zip(starts, shards)]))
+    reader = Reader(files, "text", "error", seed)
     for streams, epoch in itertools.product([1, 2, 3, 4, 6, 12, 24, 100], [0, 1]):
         shares = [
-            [text for _, _, text in _Reader(files, "text", "error", seed, stream, streams).texts(epoch)]
+            [text for share in deal_epoch(epoch, len(files), stream, streams) for _, text in reader.texts(share)]
             for stream in range(streams)
         ]
         assert sorted(itertools.chain(*shares)) == sorted(texts(sum(shards)))
@@ -448,7 +624,7 @@ def test_resuming_is_exact(tokenizer, tmp_path, workers, packing, epochs):
     assert whole.epoch >= 2, "the stops below lie in several epochs"
     for stop in sorted(random.Random(0).sample(range(len(expected)), 3 if workers else 20)):
         resumed = batches(source, tokenizer, **options)
-        resumed.load_state_dict(json.loads(states[stop]))
+        resumed.load_state_dict([json.loads(states[stop])])
         assert json.dumps(resumed.state_dict()) == states[stop]
         rest = itertools.islice(resumed, len(expected) - stop - 1)
         for position, batch in enumerate(rest, stop + 1):
@@ -456,7 +632,7 @@ def test_resuming_is_exact(tokenizer, tmp_path, workers, packing, epochs):
             assert (resumed.epoch, resumed.documents, resumed.bad_lines) == counts[position]
         assert stop == len(expected) - 1 or position == len(expected) - 1
     if epochs:
-        resumed.load_state_dict(whole.state_dict())
+        resumed.load_state_dict([whole.state_dict()])
         assert list(resumed) == []
 
 
@@ -465,7 +641,7 @@ def test_resuming_with_another_batch_size(tokenizer, tmp_path):
     first = batches(source, tokenizer, epochs=1, shuffle_block=8, batch_size=3)
     begun = list(itertools.islice(first, 4))
     second = batches(source, tokenizer, epochs=1, shuffle_block=8, batch_size=5)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict([first.state_dict()])
     whole = stream_of(batches(source, tokenizer, epochs=1, shuffle_block=8))
     assert stream_of(begun) + stream_of(second) == whole
 
@@ -475,29 +651,36 @@ def test_each_iter_starts_anew_but_for_a_loaded_state(tokenizer, tmp_path):
     whole = list(found)
     assert equal(list(found), whole)
     next(iter(found))
-    found.load_state_dict(found.state_dict())
+    found.load_state_dict([found.state_dict()])
     assert equal(list(found), whole[1:])
     assert equal(list(found), whole)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("packing", "pad"), ("shuffle_block", 2), ("seed", 1), ("rank", 1), ("world_size", 3), ("num_workers", 2)],
+    [("packing", "pad"), ("shuffle_block", 2), ("seed", 1)],
 )
 def test_state_of_another_stream_is_refused(tokenizer, tmp_path, name, value):
     source = save(tmp_path, [texts(20)])
-    options = {"world_size": 2}
-    state = batches(source, tokenizer, **options).state_dict()
+    states = [batches(source, tokenizer, world_size=2, rank=rank).state_dict() for rank in range(2)]
     with pytest.raises(ValueError, match=rf"^data state: was saved with {name}=[^\n]*, expected {value!r} to resume$"):
-        batches(source, tokenizer, **{**options, name: value}).load_state_dict(state)
+        batches(source, tokenizer, **{name: value}).load_state_dict(states)
+
+
+def test_states_of_all_ranks_are_needed(tokenizer, tmp_path):
+    source = save(tmp_path, [texts(20)])
+    states = [batches(source, tokenizer, world_size=3, rank=rank).state_dict() for rank in range(3)]
+    for wrong in (states[:1], states[1:], states[::-1]):
+        with pytest.raises(ValueError, match=r"^data state: of ranks [\d, ]+, expected those of all 3 in their order$"):
+            batches(source, tokenizer, world_size=2).load_state_dict(wrong)
 
 
 def test_state_of_other_files_is_refused(tokenizer, tmp_path):
     source = save(tmp_path, [texts(4)] * 2)
     state = batches(source, tokenizer).state_dict()
-    batches(str(shutil.copytree(tmp_path, tmp_path / "moved") / "part-*.jsonl"), tokenizer).load_state_dict(state)
+    batches(str(shutil.copytree(tmp_path, tmp_path / "moved") / "part-*.jsonl"), tokenizer).load_state_dict([state])
     with pytest.raises(ValueError, match=r"^data state: was saved with files='2 .*, expected '1 "):
-        batches(find_files(source)[:1], tokenizer).load_state_dict(state)
+        batches(find_files(source)[:1], tokenizer).load_state_dict([state])
     with pytest.raises(ValueError, match=r"^data state: not one that TokenBatches wrote"):
         batches(source, tokenizer).load_state_dict({"step": 3})
 
@@ -507,6 +690,198 @@ def test_loading_leaves_the_random_state_alone(tokenizer, tmp_path):
     next(iter(batches(save(tmp_path, [texts(20)]), tokenizer, num_workers=2, shuffle_block=4)))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+# --- resuming on another number of ranks or workers ---------------------------------------------------------------
+
+
+class NumberTokenizer:
+    """Knows documents "<first> <count>": so many ids from ``first`` on, so that no two documents share an id."""
+
+    eos_token_id, pad_token_id, name_or_path = EOS, PAD, "numbers"
+
+    def __call__(self, documents, **_):
+        pairs = [map(int, text.split()) for text in documents]
+        return {"input_ids": [list(range(first, first + count)) for first, count in pairs]}
+
+
+def save_numbers(folder, shards, bad_every=0, longest=40):
+    """Shards of so many documents of unique ids; returns the glob, the ids and the number of bad lines."""
+    first, ids, bad = 2, [], 0
+    for i, count in enumerate(shards):
+        lines = []
+        for j in range(count):
+            length = 1 + (7 * first + j) % longest
+            lines.append(json_lines([f"{first} {length}"]))
+            ids += range(first, first + length)
+            first += length
+            if bad_every and (i + j) % bad_every == 0:
+                lines.append(b"bad\n" + json_lines([" "]))
+                bad += 1
+        (folder / f"part-{i:02}.jsonl").write_bytes(b"".join(lines))
+    return str(folder / "part-*.jsonl"), ids, bad
+
+
+def run_stages(source, stages, **options):
+    """Runs (ranks, workers, batches of each rank or None for all) after each other, each from the states before it.
+
+    Returns the ids in the order of use, padding and </s> aside, and the last stage's loaders.
+    """
+    seen, states = [], None
+    for world_size, workers, stop in stages:
+        ranks = [
+            batches(source, NumberTokenizer(), rank=rank, world_size=world_size, num_workers=workers, **options)
+            for rank in range(world_size)
+        ]
+        for rank, loader in enumerate(ranks):
+            if states:
+                loader.load_state_dict(json.loads(json.dumps(states)))
+                assert json.dumps(loader.state_dict()) != "" and loader.rank == rank
+            count = stop[rank % len(stop)] if isinstance(stop, list) else stop
+            if count != 0:
+                seen += stream_of(itertools.islice(loader, count))
+        states = [loader.state_dict() for loader in ranks]
+    return [token for token in seen if token != EOS], ranks
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("packing", ["pack", "pad"])
+def test_other_ranks_go_on_with_what_was_left(tmp_path_factory, packing, data):
+    """Whatever the numbers of ranks and the stops: every token of every document once an epoch."""
+    shards = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=6), label="shards")
+    bad_every = data.draw(st.sampled_from([0, 2, 3]), label="bad_every")
+    stops = st.lists(st.integers(0, 6), min_size=1, max_size=3)
+    stages = data.draw(
+        st.lists(st.tuples(st.integers(1, 5), st.just(0), stops), min_size=1, max_size=5), label="stages"
+    )
+    last = data.draw(st.integers(1, 4), label="last")
+    block = data.draw(st.sampled_from([0, 1, 4, 8, 1000]), label="block")
+    epochs = data.draw(st.integers(1, 3), label="epochs")
+    source, ids, bad = save_numbers(tmp_path_factory.mktemp("numbers"), shards, bad_every)
+    options = {"packing": packing, "shuffle_block": block, "epochs": epochs, "batch_size": 2, "on_bad_line": "skip",
+               "sequence_length": LENGTH if packing == "pack" else 64}  # fmt: skip
+    seen, ranks = run_stages(source, [*stages, (last, 0, None)], **options)
+    assert collections.Counter(seen) == collections.Counter(ids * epochs)
+    assert sum(loader.documents for loader in ranks) == epochs * sum(shards)
+    assert sum(loader.bad_lines for loader in ranks) == epochs * bad
+    assert {loader.epoch for loader in ranks} == {epochs}
+
+
+@pytest.mark.parametrize("shards", [[30], [9, 30, 14, 20, 3, 11, 25]], ids=str)
+def test_other_workers_go_on_with_what_was_left(tmp_path, shards):
+    source, ids, bad = save_numbers(tmp_path, shards, bad_every=4)
+    options = {"shuffle_block": 8, "epochs": 3, "batch_size": 1, "on_bad_line": "skip"}
+    stages = [(2, 2, [9, 4]), (4, 0, 5), (1, 3, 21), (3, 0, [0, 3]), (1, 1, 7), (2, 2, None)]
+    seen, ranks = run_stages(source, stages, **options)
+    assert collections.Counter(seen) == collections.Counter(ids * 3)
+    assert sum(loader.documents for loader in ranks) == 3 * sum(shards)
+    assert sum(loader.bad_lines for loader in ranks) == 3 * bad
+
+
+def test_what_was_left_comes_before_the_next_epoch(tmp_path):
+    source, ids, _ = save_numbers(tmp_path, [30, 25, 30])
+    stages = [(2, 0, 5), (4, 0, 2), (3, 0, 1), (1, 0, 60)]  # all but the last stop within the first epoch
+    seen, (last,) = run_stages(source, stages, shuffle_block=4, batch_size=2)
+    assert len(seen) > 1.2 * len(ids) and last.epoch == 1
+    assert collections.Counter(seen[: len(ids)]) == collections.Counter(ids)
+    assert max(collections.Counter(seen).values()) == 2
+
+
+def test_begun_blocks_are_finished_as_they_were_shuffled(tmp_path):
+    """One rank's shuffled block of 16, stopped within, goes on in the same order whoever finishes it."""
+    source, _, _ = save_numbers(tmp_path, [16])
+    options = {"shuffle_block": 16, "epochs": 1, "batch_size": 1}
+    whole, _ = run_stages(source, [(1, 0, None)], **options)
+    assert whole != sorted(whole)
+    for stop in (1, 4, 9):
+        assert run_stages(source, [(1, 0, stop), (3, 0, 0), (2, 0, None)], **options)[0] == whole
+
+
+def test_blocks_end_with_their_share(tmp_path):
+    """Two files of less than a block each: the documents of one do not mix with the other's."""
+    source, _, _ = save_numbers(tmp_path, [5, 6])
+    seen, _ = run_stages(source, [(1, 0, None)], shuffle_block=100, epochs=1)
+    border = int(json.loads((tmp_path / "part-01.jsonl").read_text().splitlines()[0])["text"].split()[0])
+    in_first = [token < border for token in seen]
+    assert seen != sorted(seen)
+    assert in_first in (sorted(in_first), sorted(in_first, reverse=True))
+
+
+def test_state_stays_small(tmp_path):
+    shards = [3] * 1024
+    source, _, _ = save_numbers(tmp_path, shards)
+    options = {"shuffle_block": 8, "batch_size": 2}
+
+    def states(world_size, before):
+        found = []
+        for rank in range(world_size):
+            loader = batches(source, NumberTokenizer(), rank=rank, world_size=world_size, **options)
+            if before:
+                loader.load_state_dict(before)
+            next(iter(loader))
+            found.append(loader.state_dict())
+        return found
+
+    regular = states(8, None)
+    assert max(len(json.dumps(state)) for state in regular) < 500
+    dealt = states(4, states(6, regular))
+    assert max(len(json.dumps(state)) for state in dealt) < 20_000, "a line a share that is left"
+
+
+def opened_files(monkeypatch):
+    opened = []
+    original = sources._open
+    monkeypatch.setattr(sources, "_open", lambda path: opened.append(os.path.basename(path)) or original(path))
+    return opened
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_finished_files_are_not_opened_again(tmp_path, monkeypatch, world_size):
+    source, _, _ = save_numbers(tmp_path, [10, 10, 10, 10])
+    loader = batches(source, NumberTokenizer(), epochs=1, batch_size=1)
+    steps = itertools.islice(loader, 30)
+    for _ in steps:
+        if loader.state_dict()["workers"][0]["share"] == 2:
+            break
+    opened = opened_files(monkeypatch)
+    resumed = [batches(source, NumberTokenizer(), epochs=1, world_size=world_size, rank=i) for i in range(world_size)]
+    for each in resumed:
+        each.load_state_dict([loader.state_dict()])
+        list(each)
+    assert set(opened) == {"part-02.jsonl", "part-03.jsonl"}
+
+
+@pytest.mark.parametrize("extension", [".parquet", ".arrow", ".file.arrow", ".jsonl", ".jsonl.gz"])
+def test_reading_from_any_record_on(extension, tmp_path):
+    documents = texts(10)
+    path = tmp_path / f"x{extension}"
+    path.write_bytes(FORMATS[extension](documents))
+    reader = Reader([str(path)], "text", "error")
+    for record, step in itertools.product(range(12), (1, 3)):
+        found = list(reader.texts(Share(0, 0, 0, step, record)))
+        expected = [(i, text) for i, text in enumerate(documents, 1) if i > record and i % step == 0]
+        assert found == expected
+
+
+def test_consumed_row_groups_are_not_read(tmp_path):
+    """A parquet file whose first row groups are gone still gives the rest."""
+    path = tmp_path / "x.parquet"
+    content = bytearray(parquet_bytes(texts(12)))  # row groups of four
+    metadata = arrow("pyarrow.parquet").ParquetFile(io.BytesIO(bytes(content))).metadata
+    for group in (0, 1):
+        column = metadata.row_group(group).column(1)
+        start = column.dictionary_page_offset or column.data_page_offset
+        content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    found = Reader([str(path)], "text", "error").texts(Share(0, 0, record=9))
+    assert [text for _, text in found] == texts(12)[9:]
+
+
+def test_consumed_lines_are_not_parsed(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"bad\nbad\n" + json_lines(["good"]))
+    found = Reader([str(tmp_path / "x.jsonl")], "text", "error").texts(Share(0, 0, record=2))
+    assert list(found) == [(3, "good")]
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

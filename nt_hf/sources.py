@@ -1,0 +1,433 @@
+"""From a source of text to its documents: finds the files, reads any format, local or remote, from any record on.
+
+A source is a string, or a list of them:
+
+- ``sample:train``, ``sample:validation``: the C4 documents that come with the package;
+- a local file or glob: ``.json`` and ``.jsonl`` (one object a line; plain, ``.gz``, ``.xz``, ``.zst``),
+  ``.parquet``, ``.arrow``;
+- ``hub:<repo>[@<revision>][:<config>[:<split>]]``: a data set of the Hugging Face hub, streamed;
+- any other URL or URL glob that ``fsspec`` opens (``hf://…``, ``s3://…``).
+
+Whatever the source, it becomes a list of files, and everything after that is the same code.
+"""
+
+import contextlib
+import glob
+import gzip
+import io
+import json
+import logging
+import lzma
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from .shares import Share
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = Path(__file__).parent / "sample"
+SAMPLE_FILES = {"train": "c4-train-1000.jsonl.gz", "validation": "c4-heldout-330.jsonl.gz"}
+PREPARED = "prepared:"  # the beginning of a source of tokens, which no reader of text takes
+
+ATTEMPTS = 7  # of each request for something remote
+FIRST_PAUSE = 1.0  # seconds after the first attempt, twice as many after each further one: a minute in all
+
+_LINES = tuple(kind + codec for kind in (".json", ".jsonl") for codec in ("", ".gz", ".xz", ".zst"))
+_TABLES = (".parquet", ".arrow")
+_BUFFER = 1 << 20  # bytes
+_ROWS = 1024  # of a table, decoded at once
+T = TypeVar("T")
+
+
+class DataError(ValueError):
+    """Text that cannot be found or read; the message is one line that names the file or source."""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From a source to files
+
+
+def find_files(source: str | Sequence[str]) -> list[str]:
+    """The files or URLs behind ``source``, sorted within each of its entries, so that all ranks see one order.
+
+    Raises:
+        DataError: an entry matches nothing, cannot be resolved, is empty, or has an unknown extension.
+        ValueError: ``source`` is neither a string nor a list of strings.
+    """
+    check_source("source", source)
+    files = []
+    for entry in [source] if isinstance(source, str) else source:
+        if entry.startswith(PREPARED):
+            raise DataError(f"{entry}: prepared tokens, expected a source of text")
+        if entry.startswith("sample:"):
+            files += _sample_files(entry)
+        elif entry.startswith("hub:"):
+            files += _hub_files(entry)
+        elif "://" in entry:
+            files += _url_files(entry)
+        else:
+            files += _local_files(entry)
+    for file in files:
+        if not file.endswith(_LINES + _TABLES):
+            raise DataError(
+                f"{file}: unknown extension, expected .json or .jsonl (plain, .gz, .xz or .zst), .parquet or .arrow"
+            )
+    return files
+
+
+def check_source(name: str, source) -> None:
+    """Raises ValueError unless the setting ``name`` is a string or a list of strings."""
+    entries = [source] if isinstance(source, str) else source
+    if not isinstance(entries, Sequence) or not entries or not all(isinstance(x, str) and x for x in entries):
+        raise ValueError(f"{name}={source!r}: expected a text source or a list of them")
+
+
+def _sample_files(entry: str) -> list[str]:
+    split = entry.removeprefix("sample:")
+    if split not in SAMPLE_FILES:
+        raise DataError(f"{entry}: unknown sample, expected {' or '.join(f'sample:{name}' for name in SAMPLE_FILES)}")
+    return [str(SAMPLE / SAMPLE_FILES[split])]
+
+
+def _local_files(entry: str) -> list[str]:
+    path = os.path.expanduser(entry)
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not found:
+        raise DataError(f"{entry}: no such file, and no file matches it as a glob")
+    for file in found:
+        if os.path.isdir(file):
+            raise DataError(f"{file}: is a directory, expected files, for example {os.path.join(file, '*.jsonl')}")
+        if os.path.getsize(file) == 0:
+            raise DataError(f"{file}: is empty")
+    return found
+
+
+def _url_files(entry: str) -> list[str]:
+    import fsspec
+
+    def resolve():
+        fs, path = fsspec.core.url_to_fs(entry)
+        return fs, sorted(fs.glob(path)) if glob.has_magic(path) else [path]
+
+    fs, found = _resolved(entry, resolve)
+    if not found:
+        raise DataError(f"{entry}: no file matches it")
+    return [fs.unstrip_protocol(file) for file in found]
+
+
+def _hub_files(entry: str) -> list[str]:
+    name, config, split, *rest = [*entry.removeprefix("hub:").split(":"), "", ""]
+    repo, _, revision = name.partition("@")
+    split = split or "train"
+    if not repo or any(rest):
+        raise DataError(f"{entry}: expected hub:<repo>[@<revision>][:<config>[:<split>]]")
+
+    def resolve():
+        import datasets
+
+        return datasets.load_dataset_builder(repo, config or None, revision=revision or None)
+
+    splits = _resolved(entry, resolve).config.data_files or {}
+    if split not in splits:
+        raise DataError(f"{entry}: unknown split {split!r}, expected one of {', '.join(splits) or 'none'}")
+    return sorted(splits[split])
+
+
+def _resolved(entry: str, resolve: Callable[[], T]) -> T:
+    try:
+        return _retried(f"{entry}: cannot be resolved", resolve)
+    except DataError:
+        raise
+    except Exception as error:  # not found, gated, no `datasets`: as many types as causes
+        raise DataError(f"{entry}: cannot be resolved ({one_line(error)})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Remote files
+
+
+def _retried(what: str, action: Callable[[], T]) -> T:
+    """The result of ``action``, tried ``ATTEMPTS`` times with growing pauses while its errors may pass.
+
+    Raises:
+        DataError: the last attempt failed, too; ``what`` says what did.
+        Exception: whatever trying again does not help against, as it came.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except Exception as error:  # each file system raises errors of its own
+            if _is_final(error):
+                raise
+            if attempt == ATTEMPTS:
+                raise DataError(f"{what} after {ATTEMPTS} attempts ({one_line(error)})") from error
+            pause = FIRST_PAUSE * 2 ** (attempt - 1)
+            problem = one_line(error)
+            logger.warning("%s (%s): attempt %d of %d, the next in %g s", what, problem, attempt, ATTEMPTS, pause)
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+# What no waiting mends: names that do not exist, missing rights, missing packages, faulty requests.
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+)
+
+
+def _is_final(error: BaseException) -> bool:
+    text = f"{type(error).__name__}: {error}"  # `datasets` wraps what huggingface_hub raised, without a cause
+    if "OfflineModeIsEnabled" in text:  # the user's own choice
+        return True
+    if "LocalEntryNotFoundError" in text:  # "not found" in the cache, because the hub did not answer
+        return False
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 425, 429)  # timeouts, "too early", "too many requests"
+    return isinstance(error, _FINAL)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file behind a URL. When a request fails, it is opened again and goes on at the same byte.
+
+    So what reads from it (a decompressor, a parser of tables) notices nothing, and no byte comes twice.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+        self._file = None
+        self._position = 0  # of the next byte to hand out
+        self._reached = 0  # the open file's own position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        elif whence == io.SEEK_END:
+            offset += self._request(self._size)
+        self._position = offset
+        return offset
+
+    def readinto(self, buffer) -> int:
+        data = self._request(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _request(self, action: Callable[[], T]) -> T:
+        def attempt():
+            try:
+                if self._file is None:
+                    import fsspec
+
+                    self._file, self._reached = fsspec.open(self.url, "rb").open(), 0
+                return action()
+            except Exception:
+                self._drop()
+                raise
+
+        return _retried(f"{self.url}: cannot be read", attempt)
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(Exception):  # of a connection that is broken already
+                file.close()
+
+    def _size(self) -> int:
+        self._reached = self._file.seek(0, io.SEEK_END)
+        return self._reached
+
+    def _read(self, size: int) -> bytes:
+        if self._reached != self._position:
+            try:
+                self._reached = self._file.seek(self._position)
+            except ValueError:  # a server that does not send ranges
+                if self._reached > self._position:
+                    raise
+                while self._reached < self._position:
+                    skipped = self._file.read(min(self._position - self._reached, _BUFFER))
+                    if not skipped:
+                        raise EOFError(f"ends at byte {self._reached}, before {self._position}") from None
+                    self._reached += len(skipped)
+        data = self._file.read(size)
+        self._reached += len(data)
+        return data
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From files to texts
+
+
+def read_texts(source: str | Sequence[str], text_field: str = "text", on_bad_line: str = "error") -> "Reader":
+    """An iterable over the documents of ``source`` in the order of its files, without the blank ones.
+
+    Its ``bad_lines`` counts the lines that were skipped.
+
+    Raises:
+        DataError: (also while iterating) a file cannot be found or read, or holds a bad line and ``on_bad_line`` is
+            ``"error"``.
+    """
+    return Reader(find_files(source), text_field, on_bad_line)
+
+
+@dataclass
+class Reader:
+    """Reads the documents of files, in an order of the files that ``seed`` and the epoch give; None keeps theirs."""
+
+    files: list[str]
+    text_field: str
+    on_bad_line: str
+    seed: int | None = None
+    bad_lines: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        shares = (Share(0, file) for file in range(len(self.files)))
+        return (text for share in shares for _, text in self.texts(share))
+
+    def texts(self, share: Share) -> Iterator[tuple[int, str]]:
+        """Yields a share's documents, each with its record: its count in the file, from 1."""
+        order = list(self.files)
+        if self.seed is not None:
+            random.Random(f"{self.seed}/{share.epoch}").shuffle(order)
+        path = order[share.file]
+        for count, number, raw in _records(path, self.text_field, share.record):
+            if share.end is not None and count > share.end:
+                return
+            if count % share.step != share.first:
+                continue
+            try:
+                text = _text(raw, self.text_field)
+            except ValueError as error:
+                self._bad_line(f"{path}, {'row' if path.endswith(_TABLES) else 'line'} {number}: {error}")
+                continue
+            if text and not text.isspace():
+                yield count, text
+
+    def _bad_line(self, problem: str) -> None:
+        if self.on_bad_line == "error":
+            raise DataError(f"{problem} (on_bad_line='skip' would leave it out)")
+        self.bad_lines += 1
+        if self.bad_lines.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, …: a log that stays readable
+            logger.warning("skipped %s (bad lines so far: %d)", problem, self.bad_lines)
+
+
+def _records(path: str, text_field: str, after: int) -> Iterator[tuple[int, int, bytes | str | None]]:
+    """The lines that are not blank, or the rows of a table, after the ``after``-th: each with its count and number.
+
+    Both are from 1; the number of a line counts blank lines, too, as an editor does.
+    """
+    try:
+        with _open(path) as file:
+            yield from _rows(path, file, text_field, after) if path.endswith(_TABLES) else _lines(path, file, after)
+    except DataError:
+        raise
+    except Exception as error:  # each codec and each file system raises errors of its own
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
+def _open(path: str) -> io.BufferedReader:
+    return io.BufferedReader(_RemoteFile(path), _BUFFER) if "://" in path else open(path, "rb")
+
+
+def _lines(path: str, file: io.BufferedReader, after: int) -> Iterator[tuple[int, int, bytes]]:
+    count = 0
+    for number, line in enumerate(io.BufferedReader(_decompressed(path, file), _BUFFER), 1):
+        if not line.isspace():
+            count += 1
+            if count > after:
+                yield count, number, line
+    if not count:
+        raise DataError(f"{path}: holds no documents")
+
+
+def _decompressed(path: str, file: io.BufferedReader):
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    if path.endswith(".xz"):
+        return lzma.LZMAFile(file)
+    if path.endswith(".zst"):
+        import pyarrow  # unlike the zstandard package it notices a truncated file, and it comes with datasets
+
+        return pyarrow.input_stream(file, compression="zstd")
+    return file
+
+
+def _rows(path: str, file: io.BufferedReader, text_field: str, after: int) -> Iterator[tuple[int, int, str | None]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    count = 0  # of the rows before the next batch
+    if path.endswith(".parquet"):
+        table = pyarrow.parquet.ParquetFile(file)
+        schema, groups = table.schema_arrow, list(range(table.num_row_groups))
+        while groups and count + (rows := table.metadata.row_group(groups[0]).num_rows) <= after:
+            count += rows
+            del groups[0]
+        batches = table.iter_batches(_ROWS, row_groups=groups, columns=[text_field])
+    else:
+        is_file = file.read(6) == b"ARROW1"  # the file format; `datasets` writes the stream format
+        file.seek(0)
+        table = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        schema, batches = table.schema, map(table.get_batch, range(table.num_record_batches)) if is_file else table
+    if text_field not in schema.names:
+        raise DataError(f"{path}: has no column {text_field!r}, its columns are {', '.join(schema.names)}")
+    column = schema.field(text_field).type
+    if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+        raise DataError(f"{path}: column {text_field!r} is of type {column}, expected strings")
+    for batch in batches:
+        skip = min(max(after - count, 0), batch.num_rows)
+        for row, text in enumerate(batch.column(text_field).slice(skip).to_pylist(), count + skip + 1):
+            yield row, row, text
+        count += batch.num_rows
+    if not count:
+        raise DataError(f"{path}: holds no documents")
+
+
+def _text(raw: bytes | str | None, text_field: str) -> str:
+    """The text of a line or row; ``ValueError`` says what is wrong with it."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON ({one_line(error)}), expected one object a line") from error
+        if not isinstance(raw, dict) or text_field not in raw:
+            raise ValueError(f'has no field {text_field!r}, expected an object like {{"{text_field}": "…"}}')
+        raw = raw[text_field]
+    if not isinstance(raw, str):
+        raise ValueError(f"field {text_field!r} is {raw!r:.40}, expected a string")
+    try:
+        raw.encode()  # json can spell half a surrogate pair, on which tokenizers fail
+    except UnicodeEncodeError:
+        raise ValueError(f"field {text_field!r} holds half a surrogate pair, expected Unicode text") from None
+    return raw
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and message for the end of a one-line message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
