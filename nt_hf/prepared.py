@@ -36,7 +36,9 @@ INDEX = "index.json"
 _PROBE = "The  Quick brown FOX, 3.14 x 10\u2076;\n\tna\u00efve \ufb01anc\u00e9e \u6f22\u5b57 \U0001f600 don't\u2026 <b>"
 
 
-def token_batches(source: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, **options) -> Any:
+def token_batches(
+    source: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, **options
+) -> "TokenBatches | PreparedTokens":
     """The batches of a source: [`PreparedTokens`] for ``prepared:<directory>``, [`TokenBatches`] for text.
 
     Args:
@@ -64,12 +66,12 @@ def token_batches(source: str | Sequence[str], tokenizer: PreTrainedTokenizerBas
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer does: its vocabulary, its ``</s>``, and the ids it gives every piece and a text.
+    """A hash of what a tokenizer does: its vocabulary, its ``</s>``, and the ids of a text with all its pieces.
 
     Not of its files, which differ between versions of the libraries.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
-    probe = [_PROBE, *(piece for piece, _ in vocabulary)]
+    probe = [_PROBE, " ".join(piece for piece, _ in vocabulary)]
     content = json.dumps([vocabulary, eos_id(tokenizer), tokenize(probe, tokenizer)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
