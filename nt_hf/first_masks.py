@@ -116,11 +116,13 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
             Saliency (``config.initial_masks`` "snip", "grasp") and the "flops" distribution of convolutions need it.
 
     Raises:
-        ValueError: a glob fits no weight, the group densities leave an impossible remainder, the structure cannot have
-            the density, a loss is needed, or the checkpoint's masks do not fit.
+        ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the
+            structure cannot have the density, a loss is needed, or the checkpoint's masks do not fit.
     """
     if not config.is_sparse and not masked_modules(model):
         return
+    if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:
+        raise ValueError(f"{sharded[0]} is sharded; accepted: a whole model, which is sharded when its masks are drawn")
     for pattern in config.exclude:
         _fitting("exclude", pattern, maskable_modules(model))
     declared = getattr(getattr(model, "config", None), "masked_modules", None)

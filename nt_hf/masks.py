@@ -315,7 +315,7 @@ def freeze_topology(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch
     @torch.no_grad()
     def reapply(*_) -> None:
         for weight, outside in inactive:
-            weight.masked_fill_(outside, 0)
+            local(weight).masked_fill_(outside, 0)
 
     reapply()
     return optimizer.register_step_post_hook(reapply)

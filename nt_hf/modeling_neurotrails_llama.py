@@ -747,7 +747,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             and not self.model.gradient_checkpointing  # which may not be compatible, and saves as much
             and torch.backends.cuda.flash_sdp_enabled()  # see ``LMHead``
             and not torch.compiler.is_compiling()
-            # A hook would run twice, and FSDP's sharded parameters want the passes in their usual order.
+            # A hook would run twice, and FSDP2, whose models have this method, wants the passes in their usual order.
+            and not hasattr(self, "unshard")
             and not any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters)
         )
 
