@@ -164,10 +164,10 @@ def _retried(what: str, action: Callable[[], T]) -> T:
         except Exception as error:  # each file system raises errors of its own
             if _is_final(error):
                 raise
+            problem = one_line(_reason(error))
             if attempt == ATTEMPTS:
-                raise DataError(f"{what} after {ATTEMPTS} attempts ({one_line(error)})") from error
+                raise DataError(f"{what} after {ATTEMPTS} attempts ({problem})") from error
             pause = FIRST_PAUSE * 2 ** (attempt - 1)
-            problem = one_line(error)
             logger.warning("%s (%s): attempt %d of %d, the next in %g s", what, problem, attempt, ATTEMPTS, pause)
         time.sleep(pause)
     raise AssertionError("unreachable")
@@ -194,10 +194,18 @@ def _is_final(error: BaseException) -> bool:
         return True
     if "LocalEntryNotFoundError" in text:  # "not found" in the cache, because the hub did not answer
         return False
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    reason = _reason(error)
+    status = getattr(reason, "status", None) or getattr(getattr(reason, "response", None), "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)  # timeouts, "too early", "too many requests"
-    return isinstance(error, _FINAL)
+    return isinstance(reason, _FINAL)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The error itself, or what fsspec's HTTP file system took for "not found": any failure at all."""
+    cause = error.__cause__
+    over_http = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp.")
+    return cause if over_http and cause is not None else error
 
 
 class _RemoteFile(io.RawIOBase):

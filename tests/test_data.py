@@ -427,6 +427,22 @@ def test_only_what_may_pass_is_tried_again(faulty, error, attempts):
     assert len(faulty.opened) == attempts and len(faulty.pauses) == attempts - 1
 
 
+def test_an_http_server_that_is_down_is_not_taken_for_a_missing_file(tmp_path, monkeypatch, caplog):
+    """fsspec says FileNotFoundError of both."""
+    pytest.importorskip("aiohttp")
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with hub_server.serve("a/b", {"x.jsonl": json_lines(["found"])}) as (endpoint, _):
+        url = f"{endpoint}/datasets/a/b/resolve/main/"
+        assert list(read_texts(url + "x.jsonl")) == ["found"]
+        with pytest.raises(DataError, match=r"none\.jsonl: cannot be read \(FileNotFoundError: [^\n]*\)$"):
+            list(read_texts(url + "none.jsonl"))
+        assert pauses == []
+    with pytest.raises(DataError, match=r"x\.jsonl: cannot be read after 7 attempts \(ClientConnectorError: [^\n]*\)$"):
+        list(read_texts(url + "x.jsonl"))
+    assert pauses == [1, 2, 4, 8, 16, 32] and len(caplog.records) >= 6
+
+
 def test_bad_remote_content_is_not_tried_again(faulty):
     faulty.files["a.jsonl.gz"] = gzip.compress(json_lines(texts(200)))[:-20]
     with pytest.raises(DataError, match="cannot be read"):
