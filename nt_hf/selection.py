@@ -52,7 +52,7 @@ class Part:
 
     Attributes:
         keys: int32 ``[n]``, see [`sort_keys`].
-        noise: from [`noise_key`], settles equal keys; ``None``: their order does.
+        noise: from [`noise_key`], settles equal keys; ``None``: their place does, the lower flat index comes first.
         offset: flat index of the first element within its tensor.
     """
 
@@ -109,16 +109,17 @@ def select_top(parts: Sequence[Part], k: int, reduce: Reduce = whole) -> list[to
     # Only stretches with ties are looked at again: few after continuous scores, all where gradients are zero.
     places = [place for place, count in zip(places, counts[1:].tolist()) if count]
     if parts[0].noise is None:
-        for i, start, stop in places:
-            first = tied[i][start:stop].nonzero().squeeze(1)[:wanted]
-            chosen[i][start:stop][first] = True
-            wanted -= len(first)
+        numbers = [tied[i][start:stop].nonzero().squeeze(1) + (parts[i].offset + start) for i, start, stop in places]
+        bound = _kth_smallest(torch.cat([parts[0].keys[:0].long(), *numbers]), wanted, reduce)
+        for (i, start, stop), ours in zip(places, numbers):
+            chosen[i][start:stop][ours[ours <= bound] - (parts[i].offset + start)] = True
         return chosen
 
     def lots(i: int, start: int, stop: int) -> Part:
         start, stop, offset = start + parts[i].offset, stop + parts[i].offset, parts[i].offset
         bits = hash_range(start, stop, parts[i].noise, tied[i].device).clamp_(min=INT32_MIN + 1)
-        return Part(only(bits, tied[i][start - offset : stop - offset]), None, start)
+        # Should hashes of two tensors be equal, the first tensor comes first.
+        return Part(only(bits, tied[i][start - offset : stop - offset]), None, (i << 44) + start)
 
     drawn = select_top(sweep(lots, places) or [Part(parts[0].keys[:0], None)], wanted, reduce)
     for (i, start, stop), ours in zip(places, drawn):
@@ -203,6 +204,15 @@ def _radix_select(values: torch.Tensor, k: int, reduce: Reduce) -> tuple[int, in
     values = values[(values >> _HALF) == upper - half] & (_BINS - 1)
     lower, k = _bin_of(reduce(torch.bincount(values, minlength=_BINS)), k)
     return (upper - half) * _BINS + lower, k
+
+
+def _kth_smallest(numbers: torch.Tensor, k: int, reduce: Reduce) -> int:
+    """The ``k``-th smallest of different int64 numbers ``[n]`` from 0, over all processes: by bisection."""
+    low, high = -1, 2**62
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if int(reduce((numbers <= middle).sum())) >= k else (middle, high)
+    return high
 
 
 # On a CPU NumPy takes a fraction of PyTorch's time for the three operations that have to do with truth values.

@@ -210,6 +210,14 @@ def test_a_sharded_tensor_needs_its_counts_summed_only(cuts, ties, small):
         assert torch.equal(shards(scores, cuts, k, key), top(scores, k, key=key))
 
 
+@pytest.mark.parametrize("cuts", [[(0, 500), (500, 3000)], [(0, 1), (1, 1), (1, 2999), (2999, 3000)]])
+def test_a_sharded_tensor_stays_exact_when_the_noise_ties_too(cuts, small, monkeypatch):
+    monkeypatch.setattr(selection, "hash_bits", lambda index, key: torch.zeros_like(index, dtype=torch.int32))
+    scores = torch.arange(3000).fmod(3).float()
+    for k in (0, 1, 600, 1500, 2999):
+        assert torch.equal(shards(scores, cuts, k, (1, 2)), top(scores, k))
+
+
 def test_rows_choose_for_themselves():
     scores = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)).mul(2).round()
     k = torch.arange(50) % 17
