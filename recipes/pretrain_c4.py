@@ -51,6 +51,7 @@ from nt_hf.training import (
     accumulation_steps,
     compile_blocks,
     count_targets,
+    end_training,
     grouped,
     in_step,
     learning_rate,
@@ -264,7 +265,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     def stop_for_signal(step: int, evaluated: bool) -> NoReturn:
         if step and last_saved != run_dir / f"checkpoint-{step}":
             save(step, evaluated)
-        accelerator.end_training()
+        end_training(accelerator)
         logger.info("stopped at step %d; the same command continues from %s", step, last_saved or "the beginning")
         sys.exit(EXIT_PREEMPTED)
 
@@ -370,7 +371,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     if main_process:
         table = write_report(run_dir)
         logger.info("\n%s\n\n%s holds the checkpoint, %s tables and plots", table, last_saved, run_dir / "report")
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:

@@ -389,7 +389,7 @@ def test_killed_at_random_moments(config, tmp_path, processes, fsdp):
     chance, kills = random.Random(processes), 0
     for number in range(30):
         run_dir = tmp_path / str(number)
-        for _ in range(3):
+        for _ in range(2):
             killed = start(processes, *arguments, "--output_dir", run_dir, **environment)
             kill_at_moment(killed, chance.uniform(0.1, 1.0) * duration)
             if finish(killed) == [0] * processes:
