@@ -348,6 +348,8 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
                 first_bad_steps=accelerator.gather(first_bad_step[None]),
             )  # fmt: skip
             waited = 0.0
+            if device.type == "cpu":  # which has them by now
+                log_measured()
         stopping = asked_before is not None and asked_before.read()["stop"] > 0
         if evaluating or saving or stopping:
             log_measured()

@@ -61,6 +61,7 @@ def test_metrics_say_what_they_should(run):
         assert record["loss"] == pytest.approx(sum(record["head_losses"]) / 3)
         assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["peak_memory"] > 1e6
         assert record["mfu"] is None  # a CPU's peak is not known
+        assert 0 <= record["data_wait"] < 0.9
     assert trains[-1]["loss"] < trains[0]["loss"]
     updates = [record for record in records if record["event"] == "update"]
     assert [record["step"] for record in updates] == [3, 6, 9]
