@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -186,7 +187,9 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     first_step, tokens = start.step, start.tokens
     if train.compile:
         compile_blocks(model)
-    wrapped = model if sharding else accelerator.prepare(model)
+    with warnings.catch_warnings():  # PyTorch 2.13 has a new name for broadcast_buffers, Accelerate has not
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped = model if sharding else accelerator.prepare(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # The first batches are read before anything is written: unreadable data leaves no run behind.
@@ -300,8 +303,9 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         saving = step % train.save_steps == 0 or step == train.max_steps
 
         # Dividing every pass's summed loss by the tokens of the whole step weighs each token the same.
-        counts = torch.tensor([count_targets(group), int(preemption.received)], device=device)
-        targets, stopping = accelerator.reduce(counts).unbind()
+        # Filled on the device: a tensor copied there would wait for it.
+        counts = [torch.full((), number, device=device) for number in (count_targets(group), int(preemption.received))]
+        targets, stopping = accelerator.reduce(torch.stack(counts)).unbind()
         stop_asked, asked_before = HostCopy(stop=stopping), stop_asked
         head_losses = torch.zeros(model_config.num_ensemble_heads, device=device)
         for i, batch in enumerate(group):
