@@ -659,7 +659,7 @@ def move_state(
     """
     other_shape = []
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or (value.dim() == 0 and dropped.dim()):
+        if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.dim() < dropped.dim()):
             continue  # counters
         value = local(value)
         if value.shape != dropped.shape:
