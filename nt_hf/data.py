@@ -148,6 +148,17 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def check_batches(batch_size: int, sequence_length: int, epochs: int | None, rank: int, world_size: int) -> None:
+    """Raises ValueError unless batches can be so large and so many, and divided so."""
+    check_int("batch_size", batch_size, 1)
+    check_int("sequence_length", sequence_length, 2)
+    check_int("world_size", world_size, 1)
+    if epochs is not None:
+        check_int("epochs", epochs, 1)
+    if rank not in range(world_size):
+        raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
+
+
 class TokenBatches:
     """Iterable over batches of tokens, for one rank.
 
@@ -210,15 +221,9 @@ class TokenBatches:
     ):
         check_choice("packing", packing, PACKINGS)
         check_choice("on_bad_line", on_bad_line, ON_BAD_LINE)
-        check_int("batch_size", batch_size, 1)
-        check_int("sequence_length", sequence_length, 2)
         check_int("shuffle_block", shuffle_block, 0)
         check_int("num_workers", num_workers, 0)
-        check_int("world_size", world_size, 1)
-        if epochs is not None:
-            check_int("epochs", epochs, 1)
-        if rank not in range(world_size):
-            raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
+        check_batches(batch_size, sequence_length, epochs, rank, world_size)
         self.eos_id = eos_id(tokenizer)
         self.source = source
         self.files = find_files(source)

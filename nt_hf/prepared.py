@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from .data import ON_BAD_LINE, TOKENIZE_AT_ONCE, TokenBatches, check_choice, check_int, eos_id, tokenize
+from .data import ON_BAD_LINE, TOKENIZE_AT_ONCE, TokenBatches, check_batches, check_choice, check_int, eos_id, tokenize
 from .sources import PREPARED, DataError, Reader, find_files, one_line
 
 FORMAT_VERSION = 1
@@ -416,13 +416,7 @@ class PreparedTokens:
         rank: int = 0,
         world_size: int = 1,
     ):
-        check_int("batch_size", batch_size, 1)
-        check_int("sequence_length", sequence_length, 2)
-        check_int("world_size", world_size, 1)
-        if epochs is not None:
-            check_int("epochs", epochs, 1)
-        if rank not in range(world_size):
-            raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
+        check_batches(batch_size, sequence_length, epochs, rank, world_size)
         directory = Path(directory)
         index = read_index(directory)
         fingerprint = tokenizer_fingerprint(tokenizer)

@@ -143,8 +143,7 @@ def end_training(accelerator: Accelerator) -> None:
     """Ends trackers and process groups.
 
     Gloo's threads need the interpreter to let go of the last collective, and a group that is destroyed meanwhile, with
-    the interpreter's lock held, waits for them forever (https://github.com/pytorch/pytorch/issues/56297; seen once in
-    some hundred runs).
+    the interpreter's lock held, waits for them forever (https://github.com/pytorch/pytorch/issues/56297).
     """
     if accelerator.num_processes > 1:
         time.sleep(0.5)
