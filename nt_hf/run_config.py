@@ -113,8 +113,12 @@ SECTIONS = {"model": NeuroTrailsLlamaConfig, "data": DataConfig, "sparsity": Spa
 DERIVED_MODEL_KEYS = {"masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | None = None) -> RunConfig:
+def load_run_config(
+    sources: Sequence[str | Path | Mapping[str, Any]], overrides: Mapping[str, str] | None = None
+) -> RunConfig:
     """Reads YAML files, each overriding the ones before, then dotted ``overrides`` (``{"max_steps": "40"}``).
+
+    What a file would hold may also be given itself, as a mapping of sections.
 
     Raises:
         ValueError: an unknown section or key (the nearest valid name is given), a value of the wrong type or
@@ -122,13 +126,15 @@ def load_run_config(paths: Sequence[str | Path], overrides: Mapping[str, str] | 
         OSError: a file cannot be read.
     """
     tree: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for path in paths:
-        for section, values in _read_yaml(path).items():
-            _known(section, SECTIONS, f"{path}: section ")
+    for source in sources:
+        given = isinstance(source, Mapping)
+        where = "" if given else f"{source}: "
+        for section, values in (source if given else _read_yaml(source)).items():
+            _known(section, SECTIONS, f"{where}section ")
             if not isinstance(values, dict):
-                raise ValueError(f"{path}: section {section}={values!r}: accepted is a mapping of keys to values")
+                raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
             for key, value in values.items():
-                tree[section][_known(key, _fields(section), f"{path}: {section}.")] = value
+                tree[section][_known(key, _fields(section), f"{where}{section}.")] = value
     for dotted, text in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:

@@ -1,0 +1,314 @@
+"""Tables and plots of a suite, made of its result files alone."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .report import markdown_table, pyplot
+from .suite import METRICS, Arm, Suite, main_runs, read_result, tuned, tuning_runs
+from .training import read_metrics
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An arm's finished runs, by seed."""
+
+    arm: Arm
+    by_seed: dict[int, Result]
+    curves: list[list[Result]]
+
+    def values(self, read: Callable[[Result], float | None]) -> list[float]:
+        found = (read(result) for result in self.by_seed.values())
+        return [value for value in found if value is not None]
+
+    def mean(self, read: Callable[[Result], float | None]) -> float:
+        return statistics.fmean(self.values(read))
+
+    @property
+    def budget(self) -> Mapping[str, float]:
+        return next(iter(self.by_seed.values()))["budget"]
+
+
+def finished(suite: Suite, results: Path) -> dict[str, Finished]:
+    """The arms that have a finished run, in the suite's order."""
+    arms: dict[str, Finished] = {}
+    for run in sorted(main_runs(suite, tuned(results, suite)), key=lambda run: list(suite.arms).index(run.arm.name)):
+        if result := read_result(results, suite, run):
+            arm = arms.setdefault(run.arm.name, Finished(run.arm, {}, []))
+            arm.by_seed[run.seed] = result
+            arm.curves.append([r for r in read_metrics(results / run.name / METRICS) if r["event"] == "eval"])
+    return arms
+
+
+def perplexity_on(text: str) -> Callable[[Result], float]:
+    return lambda result: min_mode(result["texts"][text]["ensemble_perplexities"], result)
+
+
+def min_mode(by_mode: Mapping[str, float], result: Result) -> float:
+    """The value of the model's own ensemble mode."""
+    return by_mode[result["validation"]["ensemble_mode"]]
+
+
+def head_mean(text: str) -> Callable[[Result], float]:
+    return lambda result: statistics.fmean(result["texts"][text]["head_perplexities"])
+
+
+def gain(result: Result) -> float:
+    """What combining the heads gains, in nats a token."""
+    return result["diversity"]["gains"][result["validation"]["ensemble_mode"]]["diversity"]
+
+
+def calibration(result: Result) -> float:
+    return result["diversity"]["ensemble_scores"][result["validation"]["ensemble_mode"]]["calibration"]["error"]
+
+
+def disagreement(result: Result) -> float | None:
+    return result["diversity"]["disagreement"]["mean"]
+
+
+def overlap(result: Result) -> float | None:
+    found = result["diversity"]["mask_overlap"]
+    return found and found["overall"]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def paired_ratios(ours: Finished, theirs: Finished, read: Callable[[Result], float]) -> list[float]:
+    """``ours / theirs`` for every seed that both have."""
+    return [read(ours.by_seed[s]) / read(theirs.by_seed[s]) for s in ours.by_seed if s in theirs.by_seed]
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
+    first = next(iter(suite.evaluation.texts))
+    read = perplexity_on(first)
+    rows = [
+        [
+            "arm", "seeds", f"perplexity, {first}", "mean head", f"/ {suite.arms[suite.baseline].label}",
+            f"/ {suite.arms[suite.rival].label}", "gain (nats)", "disagreement", "mask overlap", "ECE",
+        ]
+    ]  # fmt: skip
+    for each in arms.values():
+        ratios = [
+            spread(paired_ratios(each, arms[other], read), 3) if other in arms else ""
+            for other in (suite.baseline, suite.rival)
+        ]
+        rows.append(
+            [
+                each.arm.label, str(len(each.by_seed)), spread(each.values(read)), spread(each.values(head_mean(first))),
+                *ratios, spread(each.values(gain), 3), spread(each.values(disagreement), 3),
+                spread(each.values(overlap), 3), spread(each.values(calibration), 3),
+            ]
+        )  # fmt: skip
+    return markdown_table(rows)
+
+
+def budget_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
+    rows = [
+        ["arm", "learning rate", "steps", "tokens (M)", "PFLOP executed", "PFLOP sparse-counted", "stored (M)",
+         "active (M)", "machine", "seconds"]
+    ]  # fmt: skip
+    for each in arms.values():
+        cost, result = each.budget, next(iter(each.by_seed.values()))
+        machines = sorted({r["machine"]["gpu"] or f"{r['machine']['cores']} cores" for r in each.by_seed.values()})
+        rows.append(
+            [
+                each.arm.label, f"{result['learning_rate']:g}", str(cost["steps"]), f"{cost['tokens'] / 1e6:.2f}",
+                f"{cost['flops'] / 1e15:.3f}", f"{cost['sparse_flops'] / 1e15:.3f}", f"{cost['stored'] / 1e6:.2f}",
+                f"{cost['active'] / 1e6:.2f}", ", ".join(machines),
+            ]
+        )  # fmt: skip
+        rows[-1].append(f"{each.mean(lambda r: r['train_seconds']):.0f}")
+    return markdown_table(rows)
+
+
+def texts_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
+    rows = [["arm"]]
+    for name in suite.evaluation.texts:
+        rows[0] += [f"{name}: perplexity", f"{name}: bits per byte"]
+    for each in arms.values():
+        cells = [each.arm.label]
+        for name in suite.evaluation.texts:
+            cells += [
+                spread(each.values(perplexity_on(name))),
+                spread(each.values(lambda r, name=name: r["texts"][name]["bits_per_byte"]), 4),
+            ]
+        rows.append(cells)
+    return markdown_table(rows)
+
+
+def tuning_table(suite: Suite, results: Path) -> str:
+    """Validation perplexity of every learning rate; the chosen one is bold."""
+    chosen, rates = tuned(results, suite), suite.tuning.learning_rates
+    rows = {}
+    for run in tuning_runs(suite):
+        row = rows.setdefault(run.arm.name, [run.arm.label] + [""] * len(rates))
+        if result := read_result(results, suite, run):
+            text = f"{result['validation']['perplexity']:.2f}"
+            best = run.learning_rate == chosen.get(run.arm.name)
+            row[1 + rates.index(run.learning_rate)] = f"**{text}**" if best else text
+    return markdown_table([["arm", *(f"{rate:g}" for rate in rates)], *rows.values()])
+
+
+def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
+    scored = {
+        each.arm.label: [r["zero_shot"] for r in each.by_seed.values() if "zero_shot" in r] for each in arms.values()
+    }
+    scored = {label: found[0] for label, found in scored.items() if found}
+    if not scored:
+        return None
+    tasks = list(next(iter(scored.values()))["results"])
+    rows = [["arm", *tasks, "mean"]]
+    for label, found in scored.items():
+        cells = []
+        for task in tasks:
+            accuracy = found["results"][task]["ensemble"]["acc"]
+            cells.append(f"{accuracy['value']:.3f} ± {accuracy['stderr']:.3f}")
+        mean = statistics.fmean(found["results"][task]["ensemble"]["acc"]["value"] for task in tasks)
+        rows.append([label, *cells, f"{mean:.3f}"])
+    return markdown_table(rows)
+
+
+def heads_table(arms: Mapping[str, Finished]) -> str:
+    """Perplexity of the ensemble of some of the heads."""
+    most = max(len(r["diversity"]["heads_used"]) for each in arms.values() for r in each.by_seed.values())
+    rows = [["arm", *(f"{n} head{'s' * (n > 1)}" for n in range(1, most + 1))]]
+    for each in arms.values():
+        used = [r["diversity"]["heads_used"] for r in each.by_seed.values()]
+        if len(used[0]) > 1:
+            cells = [spread([seed[n]["mean"] for seed in used]) for n in range(len(used[0]))]
+            rows.append([each.arm.label, *cells, *[""] * (most - len(cells))])
+    return markdown_table(rows)
+
+
+def report_text(suite: Suite, results: Path, arms: Mapping[str, Finished]) -> str:
+    """All tables of the results there are."""
+    planned = sum(1 for _ in main_runs(suite, dict.fromkeys(suite.arms, 1.0)))
+    done = sum(len(each.by_seed) for each in arms.values())
+    parts = [
+        f"# {suite.name}",
+        f"{done} of {planned} runs are finished. `python recipes/compare.py --suite recipes/suites/{suite.name}.yaml "
+        "--report` makes this page from the files beside it. ± is the standard deviation over seeds; ratios are of "
+        "paired seeds.",
+    ]
+    tables = {"Learning rates: validation perplexity at a share of the budget": tuning_table(suite, results)}
+    if arms:
+        tables = {
+            "Quality": quality_table(suite, arms),
+            "Budgets": budget_table(suite, arms),
+            "Texts": texts_table(suite, arms),
+            "Heads used": heads_table(arms),
+            "Zero-shot accuracy, ± standard error over items": zero_shot_table(arms),
+            **tables,
+        }
+    for title, table in tables.items():
+        if table:
+            parts += [f"## {title}", table]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(suite: Suite, results: Path) -> str:
+    """Writes ``report.md`` and plots beside the results; returns the text."""
+    arms = finished(suite, results)
+    text = report_text(suite, results, arms)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "report.md").write_text(text, encoding="utf-8")
+    if arms and (plt := pyplot()):
+        plot_curves(plt, arms, results / "curves.png")
+        plot_quality(plt, suite, arms, results / "quality.png")
+        plot_diversity(plt, suite, arms, results / "diversity.png")
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------- plots
+
+
+def style(arms: Mapping[str, Finished]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each arm, the same in all plots."""
+    markers = "osD^v<>Pp*Xhd8"
+    return {name: {"color": f"C{i % 10}", "marker": markers[i % len(markers)]} for i, name in enumerate(arms)}
+
+
+def plot_curves(plt: Any, arms: Mapping[str, Finished], path: Path) -> None:
+    """Validation perplexity in training against tokens and both counts of FLOPs, the mean over seeds."""
+    axes_of = {
+        "tokens": "training tokens (M)",
+        "flops": "training PFLOP, executed",
+        "sparse_flops": "training PFLOP, active weights alone",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
+    for axis, (key, label) in zip(axes, axes_of.items()):
+        for (name, each), look in zip(arms.items(), style(arms).values()):
+            scale = each.budget[key] / each.budget["tokens"] / (1e6 if key == "tokens" else 1e15)
+            points = list(zip(*each.curves))[1:]  # not of the untrained model
+            x = [point[0]["training_tokens"] * scale for point in points]
+            y = [statistics.fmean(record["perplexity"] for record in point) for point in points]
+            axis.plot(x, y, label=each.arm.label if axis is axes[0] else None, markersize=4, **look)
+        axis.set(xlabel=label, yscale="log")
+        axis.grid(color="0.9", which="both")
+    axes[0].set_ylabel("validation perplexity, mean of seeds")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    save(plt, figure, path)
+
+
+def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
+    """In-domain perplexity against active parameters, training FLOPs and the number of heads."""
+    text = next(iter(suite.evaluation.texts))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
+    for (name, each), look in zip(arms.items(), style(arms).values()):
+        values = each.values(perplexity_on(text))
+        for axis, x in zip(axes, (each.budget["active"] / 1e6, each.budget["flops"] / 1e15)):
+            error = statistics.stdev(values) if len(values) > 1 else None
+            label = each.arm.label if axis is axes[0] else None
+            axis.errorbar(x, statistics.fmean(values), yerr=error, capsize=3, linestyle="", label=label, **look)
+        used = [result["diversity"]["heads_used"] for result in each.by_seed.values()]
+        heads = range(1, len(used[0]) + 1)
+        axes[2].plot(heads, [statistics.fmean(seed[n - 1]["mean"] for seed in used) for n in heads], **look)
+    for axis, label in zip(axes, ("active parameters (M)", "training PFLOP, executed", "heads of the model in use")):
+        axis.set_xlabel(label)
+        axis.grid(color="0.9")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel(f"perplexity, {text} (bar: ± sd over seeds)")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    save(plt, figure, path)
+
+
+def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
+    """Diversity, and what the ensemble makes of it, against the density of the masked weights."""
+    text = next(iter(suite.evaluation.texts))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    looks = style(arms)
+    for name, each in arms.items():
+        if len(next(iter(each.by_seed.values()))["diversity"]["heads_used"]) == 1:
+            continue
+        density = each.mean(lambda result: result["validation"]["density"])
+        for axis, read in zip(axes, (disagreement, gain, perplexity_on(text))):
+            label = each.arm.label if axis is axes[0] else None
+            axis.plot(density, each.mean(read), linestyle="", label=label, **looks[name])
+    titles = (
+        "disagreement between heads",
+        "gain of the ensemble (nats a token)",
+        f"perplexity of the ensemble, {text}",
+    )
+    for axis, title in zip(axes, titles):
+        axis.set(xlabel="density of the masked weights", ylabel=title)
+        axis.grid(color="0.9")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    save(plt, figure, path)
+
+
+def save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
