@@ -31,6 +31,8 @@ class TrainConfig:
         micro_batch_size: sequences of one forward pass of one process. ``None``: ``batch_size / processes``.
         learning_rate: peak rate; warmed up linearly over the share ``warmup_ratio`` of the run, then a cosine down
             to ``min_lr_ratio`` of the peak at ``max_steps``.
+        learning_rate_factors: of the rate, by glob of parameter names, such as ``{"*.layers.*": 0.3}`` for all blocks
+            or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting glob decides.
         optimizer: ``"adam"`` (the paper's) or ``"adamw"``, with ``betas``, ``eps``; ``weight_decay`` is decoupled,
             spares norms, and needs ``"adamw"``.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
@@ -55,6 +57,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_ratio: float = 0.1
+    learning_rate_factors: dict[str, float] = dataclasses.field(default_factory=dict)
     optimizer: str = "adam"
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -79,6 +82,8 @@ class TrainConfig:
         _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
                  self.micro_batch_size, "1 or more, or null")  # fmt: skip
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        _require(all(isinstance(x, int | float) and x >= 0 for x in self.learning_rate_factors.values()),
+                 "learning_rate_factors", self.learning_rate_factors, "numbers from 0, by glob")  # fmt: skip
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share of the run in [0, 1)")
         _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm,

@@ -107,7 +107,8 @@ def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
         ]
         rows.append(
             [
-                each.arm.label, str(len(each.by_seed)), spread(each.values(read)), spread(each.values(head_mean(first))),
+                each.arm.label, str(len(each.by_seed)), spread(each.values(read)),
+                spread(each.values(head_mean(first))),
                 *ratios, spread(each.values(gain), 3), spread(each.values(disagreement), 3),
                 spread(each.values(overlap), 3), spread(each.values(calibration), 3),
             ]
@@ -250,7 +251,7 @@ def plot_curves(plt: Any, arms: Mapping[str, Finished], path: Path) -> None:
     }
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
     for axis, (key, label) in zip(axes, axes_of.items()):
-        for (name, each), look in zip(arms.items(), style(arms).values()):
+        for (_name, each), look in zip(arms.items(), style(arms).values()):
             scale = each.budget[key] / each.budget["tokens"] / (1e6 if key == "tokens" else 1e15)
             points = list(zip(*each.curves))[1:]  # not of the untrained model
             x = [point[0]["training_tokens"] * scale for point in points]
@@ -267,7 +268,7 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
     """In-domain perplexity against active parameters, training FLOPs and the number of heads."""
     text = next(iter(suite.evaluation.texts))
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
-    for (name, each), look in zip(arms.items(), style(arms).values()):
+    for (_name, each), look in zip(arms.items(), style(arms).values()):
         values = each.values(perplexity_on(text))
         for axis, x in zip(axes, (each.budget["active"] / 1e6, each.budget["flops"] / 1e15)):
             error = statistics.stdev(values) if len(values) > 1 else None

@@ -327,7 +327,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
         rate = learning_rate(step - 1, train)
         for parameter_group in optimizer.param_groups:
-            parameter_group["lr"] = rate
+            parameter_group["lr"] = rate * parameter_group["learning_rate_factor"]
         update = sparsifier.step()  # may move weights; from here on gradients are masked
         if train.max_grad_norm or logging_step:
             grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or float("inf")))

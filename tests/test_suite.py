@@ -1,0 +1,316 @@
+"""Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, script
+from recipe_runs import call, start
+
+from nt_hf.run_config import load_run_config
+from nt_hf.suite import (
+    budget,
+    load_suite,
+    main_runs,
+    matching,
+    place,
+    read_result,
+    run_config,
+    run_tree,
+    tuned,
+    tuning_runs,
+)
+from nt_hf.suite_report import finished, paired_ratios, perplexity_on, report_text
+from nt_hf.training import EXIT_PREEMPTED
+
+compare = script("recipes/compare.py")
+SUITES = sorted((ROOT / "recipes" / "suites").glob("*.yaml"))
+RESULTS = sorted((ROOT / "docs" / "results").glob("*/report.md"))
+
+TINY = """
+preparation: {text: ["{data_root}"], vocab_size: 320}
+config:
+  model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+          num_ensemble_heads: 2, blocks_in_head: 1}
+  data: {train: "prepared:{runs}/tokens", validation: "{data_root}", tokenizer: "{runs}/tokenizer",
+         sequence_length: 32, validation_tokens: 300}
+  sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
+  train: {max_steps: 8, batch_size: 4, log_steps: 2, eval_steps: 4, save_steps: 4, keep: 1}
+tuning: {learning_rates: [0.001, 0.01], share: 0.5}
+seeds: [0, 1]
+baseline: single
+rival: neurotrails
+evaluation: {texts: {text: "{data_root}"}, max_tokens: 400}
+arms:
+  single: {label: single, config: {model: {num_ensemble_heads: 1}, sparsity: {density: 1.0}}}
+  neurotrails: {label: NeuroTrails}
+  longer: {label: longer, seeds: 1, learning_rate_of: neurotrails, longer: true}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def edited(path: Path, **changes) -> Path:
+    """The suite with some of its keys set anew."""
+    content = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- planning
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_every_suite_of_the_repository_is_valid_and_fair(path):
+    suite = load_suite(path)
+    runs = main_runs(suite, dict.fromkeys(suite.arms, 1e-3))
+    for seed in suite.seeds:
+        trees = [run_tree(suite, run) for run in runs if run.seed == seed]
+        assert len({(json.dumps(tree["data"]), tree["train"]["batch_size"]) for tree in trees}) == 1
+        assert {tree["train"]["seed"] for tree in trees} == {seed}
+    steps = {run.arm.name: run_tree(suite, run)["train"]["max_steps"] for run in runs}
+    assert len({count for name, count in steps.items() if not suite.arms[name].longer}) == 1
+    names = [run.name for run in [*tuning_runs(suite), *runs]]
+    assert len(names) == len(set(names))
+    assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {suite.config["data"]["validation"]}
+
+
+def test_all_arms_have_a_seed_before_any_has_the_next(tiny):
+    suite = load_suite(tiny)
+    runs = main_runs(suite, {"single": 0.1, "neurotrails": 0.2})
+    assert [(run.arm.name, run.seed, run.learning_rate) for run in runs] == [
+        ("single", 0, 0.1), ("neurotrails", 0, 0.2), ("longer", 0, 0.2), ("single", 1, 0.1), ("neurotrails", 1, 0.2),
+    ]  # fmt: skip
+    assert [run.arm.name for run in main_runs(suite, {"single": 0.1})] == ["single", "single"]
+
+
+def test_tuning_tries_the_same_grid_for_every_arm_with_a_seed_of_its_own(tiny):
+    suite = load_suite(tiny)
+    runs = tuning_runs(suite)
+    assert Counter((run.arm.name, run.learning_rate) for run in runs) == Counter(
+        (arm, rate) for arm in ("single", "neurotrails") for rate in (0.001, 0.01)
+    )
+    assert {run.seed for run in runs} == {1000} and 1000 not in suite.seeds
+    train = run_config(suite, runs[0]).train
+    assert (train.max_steps, train.eval_steps, train.learning_rate) == (4, 4, 0.001)
+
+
+def test_longer_training_is_one_over_density_and_the_budget_says_so(tiny):
+    suite = load_suite(tiny)
+    single, trails, longer = (budget(suite, run) for run in main_runs(suite, {"single": 0.1, "neurotrails": 0.1})[:3])
+    assert (trails.steps, longer.steps) == (8, 16)
+    assert trails.tokens == single.tokens == 8 * 4 * 32 and longer.tokens == 2 * trails.tokens
+    assert longer.flops == 2 * trails.flops and longer.sparse_flops == 2 * trails.sparse_flops
+    assert trails.sparse_flops < trails.flops and single.sparse_flops == single.flops
+    assert single.active == single.stored < trails.stored and trails.active < trails.stored
+
+
+def test_globs_choose_runs(tiny):
+    runs = main_runs(load_suite(tiny), {"single": 0.1, "neurotrails": 0.1})
+    assert [run.name for run in matching(runs, ["runs/*/seed-1"])] == ["runs/single/seed-1", "runs/neurotrails/seed-1"]
+    assert matching(runs, []) == runs
+
+
+def test_places_are_filled_wherever_they_stand():
+    found = place({"a": ["{runs}/x", 1], "b": "prepared:{runs}/{data_root}"}, runs="R", data_root="D")
+    assert found == {"a": ["R/x", 1], "b": "prepared:R/D"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "accepted are exactly the keys"),
+        ({"baseline": "nobody"}, "baseline='nobody': accepted are single, neurotrails, longer"),
+        ({"tuning": {"rates": [1]}}, r"tuning: \['rates'\]: accepted are the keys learning_rates"),
+        ({"tuning": {"share": 0.5}}, "tuning: missing 1 required positional argument: 'learning_rates'"),
+        ({"arms": {"single": {"label": "x", "colour": 1}}}, r"arms.single: \['colour'\]"),
+        ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is 1 to 2"),
+        ({"arms": {"single": {"label": "x", "learning_rate_of": "y"}}}, "arms.single.learning_rate_of='y': accepted are"),
+        ({"arms": {"single": {"label": "x", "config": {"model": {"heads": 1}}}}}, "unknown key model.heads"),
+        ({"arms": {"single": {"label": "x", "config": {"nothing": {}}}}}, "arms.single: section nothing: accepted are"),
+        (
+            {"arms": {"single": {"label": "x", "config": {"data": {"sequence_length": 64}}}}},
+            "data.sequence_length: it is the same for all arms",
+        ),
+        (
+            {"arms": {"single": {"label": "x", "config": {"train": {"learning_rate": 0.1}}}}},
+            "train.learning_rate: it is the same for all arms, or tuned",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_suite_is_refused_with_what_is_accepted(tiny, changes, message):
+    changes = {"rival": "single"} | changes if "arms" in changes else changes
+    with pytest.raises(ValueError, match=message):
+        load_suite(edited(tiny, **changes))
+
+
+# -------------------------------------------------------------------------------------------------------- running
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A directory with a suite, and all its runs made."""
+    directory = tmp_path_factory.mktemp("suite")
+    (directory / "tiny.yaml").write_text(TINY)
+    run(directory)
+    return directory
+
+
+def run(directory: Path, *arguments: str) -> list[str]:
+    """Runs a suite without starting an interpreter for each program. Returns the programs that were called."""
+    called = []
+
+    class Quick(compare.Programs):
+        def __post_init__(self):
+            pass
+
+        def call(self, program, *arguments, threads=None, log=None):
+            called.append(program)
+            if program == "recipes/pretrain_c4.py":  # signals need a main thread of its own
+                [process] = start(1, *arguments)
+                process.join()
+                if process.exitcode:
+                    raise ValueError(f"exit code {process.exitcode}")
+            elif program == "recipes/compare.py":
+                call(compare.main, *arguments)
+            else:
+                script(program).main(list(arguments))
+
+    before, compare.Programs = compare.Programs, Quick
+    try:
+        call(
+            compare.main, "--suite", directory / "tiny.yaml", "--data_root", "sample:validation",
+            "--runs", directory / "runs", "--results", directory / "results", *arguments,
+        )  # fmt: skip
+    finally:
+        compare.Programs = before
+    return called
+
+
+def test_a_suite_trains_evaluates_and_reports_every_run(world):
+    suite, results = load_suite(world / "tiny.yaml"), world / "results"
+    runs = [*tuning_runs(suite), *main_runs(suite, tuned(results, suite))]
+    found = [read_result(results, suite, each) for each in runs]
+    assert len(found) == 4 + 5 and all(found)
+    for each, result in zip(runs, found):
+        assert result["budget"]["steps"] == result["validation"]["step"]
+        assert (results / each.name / "metrics.jsonl").read_text() == (world / "runs" / each.name / "metrics.jsonl").read_text()
+        assert ("texts" in result) == (not each.tuning) and str(world) not in json.dumps(result)
+    trained = load_run_config([world / "runs" / "runs" / "single" / "seed-1" / "run.yaml"])
+    assert trained.train.learning_rate == tuned(results, suite)["single"] and trained.train.seed == 1
+    assert {path.name for path in results.iterdir()} == {
+        "report.md", "curves.png", "quality.png", "diversity.png", "runs", "tuning",
+    }  # fmt: skip
+
+
+def test_finished_runs_are_skipped_and_one_that_lost_its_result_is_only_evaluated_again(world):
+    assert run(world) == ["recipes/prepare_c4.py"]
+    before = (world / "results/runs/single/seed-0/result.json").read_bytes()
+    metrics = (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes()
+    (world / "results/runs/single/seed-0/result.json").unlink()
+    assert run(world)[1:] == ["recipes/pretrain_c4.py", "recipes/compare.py"]
+    after = json.loads((world / "results/runs/single/seed-0/result.json").read_text())
+    assert after["texts"] == json.loads(before)["texts"]
+    assert (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes() == metrics
+
+
+def test_only_makes_the_runs_it_names(world, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run(tmp_path, "--only", "tuning/single/*")
+    assert sorted(path.parent.name for path in tmp_path.glob("results/*/*/*/result.json")) == ["lr-0.001", "lr-0.01"]
+    assert not (tmp_path / "results" / "runs").exists()
+
+
+def test_results_of_another_configuration_are_refused_not_overwritten(world):
+    suite = load_suite(edited(world / "tiny.yaml", arms=yaml.safe_load(TINY)["arms"] | {"single": {"label": "other"}}))
+    each = main_runs(suite, {"single": 0.01})[0]
+    with pytest.raises(ValueError, match=r"result.json is of another configuration than the suite asks for; delete"):
+        read_result(world / "results", suite, each)
+    (world / "tiny.yaml").write_text(TINY)
+
+
+def test_list_and_report_train_nothing(world, capsys):
+    (world / "results" / "report.md").unlink()
+    assert run(world, "--list") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and all(line.endswith("done") for line in lines)
+    assert not (world / "results" / "report.md").exists()
+    assert run(world, "--report") == []
+    assert "5 of 5 runs are finished" in (world / "results" / "report.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_finished(world, tmp_path):
+    content = yaml.safe_load(TINY)
+    content["arms"]["neurotrails"]["config"] = {"train": {"micro_batch_size": 3}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ValueError, match=r"2 of 4 runs failed, for example tuning/neurotrails/lr-0\.001"):
+        run(tmp_path, "--only", "tuning/*")
+    assert len(list(tmp_path.glob("results/tuning/single/*/result.json"))) == 2
+
+
+def test_a_run_that_is_not_there_is_named(world):
+    with pytest.raises(ValueError, match="--evaluate runs/x/seed-0: accepted are the runs that --list shows"):
+        run(world, "--evaluate", "runs/x/seed-0")
+    with pytest.raises(ValueError, match="--parallel 0: accepted is a number from 1"):
+        run(world, "--parallel", "0")
+
+
+def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    programs = compare.Programs()
+    running = type("Running", (), {"send_signal": lambda self, number: sent.append(number)})()
+    sent = []
+    programs.running.add(running)
+    programs._stop()
+    assert sent == [compare.signal.SIGTERM]
+    with pytest.raises(compare.Stopped):
+        programs.call("recipes/prepare_c4.py")
+    monkeypatch.setattr(compare, "Programs", lambda: programs)
+    with pytest.raises(SystemExit) as left:
+        call(compare.main, "--suite", tmp_path / "tiny.yaml", "--runs", tmp_path / "runs", "--results", tmp_path / "r")
+    assert left.value.code == EXIT_PREEMPTED
+
+
+def test_the_last_line_of_a_program_that_fails_is_the_error(tmp_path):
+    with pytest.raises(ValueError, match=r"recipes/prepare_c4.py: .*nowhere"):
+        compare.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- reports
+
+
+def test_ratios_are_of_paired_seeds(world):
+    arms = finished(load_suite(world / "tiny.yaml"), world / "results")
+    read = perplexity_on("text")
+    single, trails = arms["single"].by_seed, arms["neurotrails"].by_seed
+    assert paired_ratios(arms["neurotrails"], arms["single"], read) == [
+        read(trails[seed]) / read(single[seed]) for seed in (0, 1)
+    ]
+    assert len(paired_ratios(arms["longer"], arms["single"], read)) == 1
+    text = report_text(load_suite(world / "tiny.yaml"), world / "results", arms)
+    values = [result["texts"]["text"]["ensemble_perplexities"]["logits"] for result in trails.values()]
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in text
+
+
+@pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_those_of_the_committed_files(report):
+    suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+    text = report_text(suite, report.parent, finished(suite, report.parent))
+    assert report.read_text(encoding="utf-8") == text
+
+
+def test_every_table_row_of_the_document_is_one_of_a_report():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\|.*\|$", document, re.MULTILINE))
+    made = {row for report in RESULTS for row in re.findall(r"^\|.*\|$", report.read_text(), re.MULTILINE)}
+    assert rows and rows <= made
