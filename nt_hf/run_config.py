@@ -134,7 +134,7 @@ def load_run_config(
     for source in sources:
         given = isinstance(source, Mapping)
         where = "" if given else f"{source}: "
-        for section, values in (source if given else _read_yaml(source)).items():
+        for section, values in (source if given else read_yaml(source)).items():
             _known(section, SECTIONS, f"{where}section ")
             if not isinstance(values, dict):
                 raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
@@ -197,14 +197,20 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ValueError: it is not YAML, or no mapping.
+        OSError: it cannot be read.
+    """
     with open(path, encoding="utf-8") as file:
         try:
             content = yaml.load(file, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content or {}, dict):
-        raise ValueError(f"{path}: accepted is a mapping with the sections {', '.join(SECTIONS)}")
+        raise ValueError(f"{path}: accepted is a mapping")
     return content or {}
 
 

@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .plan import count_flops, count_parameters
-from .run_config import SECTIONS, RunConfig, load_run_config
+from .run_config import SECTIONS, RunConfig, load_run_config, read_yaml
 
 Tree = dict[str, dict[str, Any]]
 
@@ -79,7 +77,7 @@ class Preparation:
     """What is made once before the runs, in the suite's directory, which ``{runs}`` stands for.
 
     Attributes:
-        text: sources of the training text; ``{runs}/tokens`` will hold its tokens.
+        text: sources of the training text; ``{runs}/tokens`` will hold its tokens. Empty: nothing is prepared.
         tokenizer: an existing tokenizer, or ``None`` to train one of ``vocab_size`` pieces on the text, as
             ``{runs}/tokenizer``.
     """
@@ -91,7 +89,17 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Suite:
-    """A whole comparison; ``config`` is the recipe's configuration that all arms share."""
+    """A whole comparison.
+
+    Attributes:
+        name: the file's.
+        config: the recipe's configuration that all arms share. In the file ``base`` may name a configuration file,
+            relative to the suite, which it is laid over.
+        preparation, tuning, evaluation: see there.
+        seeds: of initialisation, masks and the order of the data; arms are compared seed by seed.
+        arms: by name.
+        baseline, rival: the arms that tables compare the others with.
+    """
 
     name: str
     config: Tree
@@ -127,14 +135,12 @@ def load_suite(path: str | Path) -> Suite:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     names = {each.name for each in fields(Suite)} - {"name"}
-    if not isinstance(content, dict) or content.keys() != names:
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: has {found}; accepted are exactly the keys {', '.join(sorted(names))}")
+    if content.keys() - {"base"} != names:
+        raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
+    if base := content.pop("base", None):
+        content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
     made = {
         name: _build(kind, content[name], f"{path}: {name}")
         for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
@@ -156,6 +162,10 @@ def load_suite(path: str | Path) -> Suite:
         except ValueError as error:
             raise ValueError(f"{path}: arms.{arm.name}: {error}") from error
     return suite
+
+
+def _laid_over(tree: Tree, over: Tree) -> Tree:
+    return {section: tree.get(section, {}) | over.get(section, {}) for section in [*tree, *(over.keys() - tree.keys())]}
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

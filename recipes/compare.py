@@ -181,6 +181,8 @@ def listing(suite: Suite, results: Path) -> str:
 def prepare(suite: Suite, places: Places, programs: Programs) -> None:
     """The tokenizer, if the suite trains one, and the tokens; what is there already stays."""
     wanted = suite.preparation
+    if not wanted.text:
+        return
     text = ["--data", *places.fill(wanted.text)]
     tokenizer = places.fill(wanted.tokenizer or "{runs}/tokenizer")
     places.runs.mkdir(parents=True, exist_ok=True)

@@ -335,3 +335,14 @@ def test_a_run_of_another_shape_is_not_continued(config, run):
         train(config, run, "--model.hidden_size", 64)
     with pytest.raises(ValueError, match=r"sparsity.density=0.6 \(was 0.5\): .*checkpoint-12.* cannot continue so"):
         train(config, run, "--sparsity.density", 0.6)
+
+
+def test_weights_whose_learning_rate_factor_is_0_stay_as_they_are(config, tmp_path):
+    train(
+        config, tmp_path, "--train.max_steps", 2, "--train.save_steps", 1, "--train.learning_rate_factors",
+        '{"*.layers.*": 0}',
+    )  # fmt: skip
+    first, second = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+    for name in first:
+        if name.endswith(".weight"):
+            assert torch.equal(first[name], second[name]) == (".layers." in name), name

@@ -26,6 +26,7 @@ from nt_hf.training import (
     grouped,
     learning_rate,
     limited,
+    make_optimizer,
     read_metrics,
     to_device,
 )
@@ -129,7 +130,7 @@ def test_impossible_sizes_are_named(changes, message):
     [
         ("train: [1, 2]", "section train=[1, 2]: accepted is a mapping"),
         ("trainn: {}", "section trainn: did you mean train?"),
-        ("- 1", "accepted is a mapping with the sections"),
+        ("- 1", "accepted is a mapping"),
         ("a: b: c", "not YAML"),
     ],
 )
@@ -336,3 +337,18 @@ def test_numbers_come_to_the_host_as_they_were():
     values = torch.tensor([1.5, 2.5], requires_grad=True)
     copied = HostCopy(one=torch.tensor(3), many=values)
     assert copied.read() == {"one": 3, "many": [1.5, 2.5]}
+
+
+def test_learning_rate_factors_make_groups_and_the_last_fitting_glob_decides():
+    model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**SHAPE, blocks_in_head=1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    factors = {"*.layers.*": 0.25, "model.layers.*": 0.5}
+    optimizer = make_optimizer(model, TrainConfig(learning_rate_factors=factors))
+    found = {names[id(p)]: group["learning_rate_factor"] for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    for name, factor in found.items():
+        assert factor == (0.5 if name.startswith("model.layers.") else 0.25 if ".layers." in name else 1.0), name
+    with pytest.raises(ValueError, match=r"'model\.blocks\.\*' fits no parameter; accepted are globs of names such as"):
+        make_optimizer(model, TrainConfig(learning_rate_factors={"model.blocks.*": 0.5}))
+    with pytest.raises(ValueError, match=r"learning_rate_factors=.*: accepted is numbers from 0, by glob"):
+        TrainConfig(learning_rate_factors={"*": -1})
