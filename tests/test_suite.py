@@ -25,7 +25,7 @@ from nt_hf.suite import (
     tuning_runs,
 )
 from nt_hf.suite_report import finished, paired_ratios, perplexity_on, report_text
-from nt_hf.training import EXIT_PREEMPTED
+from nt_hf.training import EXIT_PREEMPTED, read_metrics
 
 compare = script("recipes/compare.py")
 SUITES = sorted((ROOT / "recipes" / "suites").glob("*.yaml"))
@@ -316,3 +316,14 @@ def test_every_table_row_of_the_document_is_one_of_a_report():
     rows = set(re.findall(r"^\|.*\|$", document, re.MULTILINE))
     made = {row for report in RESULTS for row in re.findall(r"^\|.*\|$", report.read_text(), re.MULTILINE)}
     assert rows and rows <= made
+
+
+def test_every_trial_that_the_document_quotes_is_what_its_file_says():
+    directory = ROOT / "docs" / "results" / "trials"
+    document = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    quoted = re.findall(r"`([\w.]+-?[\w.]*/[\w.-]+)` (\d+\.\d)", document)
+    named = {line.split("|")[0] for line in (directory / "overrides.txt").read_text().splitlines()[1:]}
+    assert len(quoted) > 10
+    for name, value in quoted:
+        last = [record for record in read_metrics(directory / f"{name}.jsonl") if record["event"] == "eval"][-1]
+        assert f"{last['perplexity']:.1f}" == value and name in named, name
