@@ -20,6 +20,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
+from ._version import __version__
 from .data import check_vocabulary, load_tokenizer, read_texts
 from .evaluation import DocumentWindows, load_for_evaluation
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
@@ -41,7 +42,6 @@ def run(main: Callable[[], None]) -> None:
 
 def provenance(*packages: str) -> dict[str, Any]:
     """What a result was made by: the command, versions (of ``packages``, too), and the commit of a source tree."""
-    names = ("nt_hf", "torch", "transformers", *packages)
     here = Path(__file__).parent
     commit = None
     try:
@@ -53,10 +53,11 @@ def provenance(*packages: str) -> dict[str, Any]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         pass
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **versions},
+        # Of this package not by its metadata: a source tree on PYTHONPATH has none.
+        "versions": {"python": platform.python_version(), "nt_hf": __version__, **versions},
         "git_commit": commit,
     }
 
