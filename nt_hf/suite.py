@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ class Tuning:
     learning_rates: list[float]
     share: float = 0.25
     seed: int = 1000
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not isinstance(rates, list) or not rates or not all(isinstance(x, int | float) and x > 0 for x in rates):
+            raise ValueError(f"learning_rates={rates!r}: accepted is a list of numbers above 0")
+        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share!r}: accepted is a number in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -141,11 +148,19 @@ def load_suite(path: str | Path) -> Suite:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     if base := content.pop("base", None):
         content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
+    if not isinstance(content["arms"], dict) or not content["arms"]:
+        raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms")
+    seeds = content["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds={seeds!r}: accepted is a list of whole numbers")
     made = {
         name: _build(kind, content[name], f"{path}: {name}")
         for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
     }
-    arms = {name: _build(Arm, {"name": name, **arm}, f"{path}: arms.{name}") for name, arm in content["arms"].items()}
+    arms = {
+        name: _build(Arm, {"name": name, **(arm or {})}, f"{path}: arms.{name}")
+        for name, arm in content["arms"].items()
+    }
     suite = Suite(**content | made | {"name": path.stem, "arms": arms})
     for key in ("baseline", "rival"):
         if getattr(suite, key) not in arms:
@@ -173,10 +188,12 @@ def _build(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict) or not values.keys() <= set(accepted):
         unknown = sorted(values.keys() - set(accepted)) if isinstance(values, dict) else values
         raise ValueError(f"{where}: {unknown}: accepted are the keys {', '.join(accepted)}")
+    if lacking := [e.name for e in fields(kind) if e.default is e.default_factory is MISSING and e.name not in values]:
+        raise ValueError(f"{where}: lacks {', '.join(lacking)}")
     try:
         return kind(**values)
-    except TypeError as error:  # a key lacks
-        raise ValueError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
 
 
 def run_tree(suite: Suite, run: Run) -> Tree:
