@@ -11,6 +11,8 @@ Results are small and kept in --results; checkpoints are in --runs and may be de
 
 import argparse
 import concurrent.futures
+import contextlib
+import fcntl
 import importlib.util
 import json
 import logging
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,9 +144,10 @@ def main() -> None:
     if not args.report:
         programs = Programs()
         try:
-            prepare(suite, places, programs)
-            train_all(suite, places, tuning_runs(suite), args, programs)
-            train_all(suite, places, main_runs(suite, tuned(places.results, suite)), args, programs)
+            with locked(places.runs):
+                prepare(suite, places, programs)
+                train_all(suite, places, tuning_runs(suite), args, programs)
+                train_all(suite, places, main_runs(suite, tuned(places.results, suite)), args, programs)
         except Stopped:
             logger.info("stopped by a signal; the same command continues")
             sys.exit(EXIT_PREEMPTED)
@@ -175,6 +178,24 @@ def listing(suite: Suite, results: Path) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def locked(runs: Path) -> Iterator[None]:
+    """Keeps other programs like this one from a directory, however this one ends.
+
+    Raises:
+        ValueError: another one is at work there.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{runs}: another recipes/compare.py is at work there; accepted are other --runs"
+            ) from None
+        yield
+
+
 # --------------------------------------------------------------------------------------------------- preparation
 
 
@@ -185,7 +206,6 @@ def prepare(suite: Suite, places: Places, programs: Programs) -> None:
         return
     text = ["--data", *places.fill(wanted.text)]
     tokenizer = places.fill(wanted.tokenizer or "{runs}/tokenizer")
-    places.runs.mkdir(parents=True, exist_ok=True)
     if not wanted.tokenizer and not Path(tokenizer, "tokenizer.json").is_file():
         size = str(wanted.vocab_size)
         programs.call("recipes/train_tokenizer.py", *text, "--vocab_size", size, "--output", tokenizer)

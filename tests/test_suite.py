@@ -288,6 +288,15 @@ def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path
     assert left.value.code == EXIT_PREEMPTED
 
 
+def test_two_comparisons_do_not_work_in_one_directory(world):
+    with (
+        compare.locked(world / "runs"),
+        pytest.raises(ValueError, match=r"another recipes/compare\.py is at work there"),
+    ):
+        run(world)
+    run(world, "--only", "runs/single/*")
+
+
 def test_the_last_line_of_a_program_that_fails_is_the_error(tmp_path):
     with pytest.raises(ValueError, match=r"recipes/prepare_c4.py: .*nowhere"):
         compare.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
