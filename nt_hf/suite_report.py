@@ -1,5 +1,6 @@
 """Tables and plots of a suite, made of its result files alone."""
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import markdown_table, pyplot
-from .suite import METRICS, Arm, Suite, main_runs, read_result, tuned, tuning_runs
+from .suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from .training import read_metrics
 
 Result = Mapping[str, Any]
@@ -194,36 +195,58 @@ def heads_table(arms: Mapping[str, Finished]) -> str:
     return markdown_table(rows)
 
 
-def report_text(suite: Suite, results: Path, arms: Mapping[str, Finished]) -> str:
-    """All tables of the results there are."""
-    planned = sum(1 for _ in main_runs(suite, dict.fromkeys(suite.arms, 1.0)))
-    done = sum(len(each.by_seed) for each in arms.values())
-    parts = [
-        f"# {suite.name}",
-        f"{done} of {planned} runs are finished. `python recipes/compare.py --suite recipes/suites/{suite.name}.yaml "
-        "--report` makes this page from the files beside it. ± is the standard deviation over seeds; ratios are of "
-        "paired seeds.",
-    ]
-    tables = {"Learning rates: validation perplexity at a share of the budget": tuning_table(suite, results)}
+def tables(suite: Suite, results: Path) -> dict[str, str]:
+    """All tables of the results there are, Markdown by title."""
+    arms = finished(suite, results)
+    made = {}
     if arms:
-        tables = {
+        made = {
             "Quality": quality_table(suite, arms),
             "Budgets": budget_table(suite, arms),
             "Texts": texts_table(suite, arms),
             "Heads used": heads_table(arms),
             "Zero-shot accuracy, ± standard error over items": zero_shot_table(arms),
-            **tables,
         }
-    for title, table in tables.items():
-        if table:
-            parts += [f"## {title}", table]
+    made["Learning rates: validation perplexity of the tuning runs"] = tuning_table(suite, results)
+    return {title: table for title, table in made.items() if table}
+
+
+def report_text(suite: Suite, results: Path) -> str:
+    """A page of all tables."""
+    runs = main_runs(suite, dict.fromkeys(suite.arms, 1.0))
+    done = sum((results / run.name / RESULT).is_file() for run in runs)
+    parts = [
+        f"# {suite.name}",
+        f"{done} of {len(runs)} runs are finished. `python recipes/compare.py --suite recipes/suites/{suite.name}.yaml "
+        "--report` makes this page from the files beside it. ± is the standard deviation over seeds; ratios are of "
+        "paired seeds.",
+    ]
+    for title, table in tables(suite, results).items():
+        parts += [f"## {title}", table]
     return "\n\n".join(parts) + "\n"
+
+
+def refreshed(document: str, suite: Suite, results: Path) -> str:
+    """A document with the tables anew that it shows between ``<!-- suite: title -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: it asks for a table that there is not.
+    """
+    made = tables(suite, results)
+
+    def table(found: re.Match) -> str:
+        titles = [title for title in made if title.startswith(found["title"])]
+        if len(titles) != 1:
+            raise ValueError(f"{found[0].splitlines()[0]}: accepted are the titles {', '.join(made)}")
+        return f"{found['mark']}\n\n{made[titles[0]]}\n\n<!-- end -->"
+
+    mark = rf"(?P<mark><!-- {re.escape(suite.name)}: (?P<title>[^>]*?) -->).*?<!-- end -->"
+    return re.sub(mark, table, document, flags=re.DOTALL)
 
 
 def write_report(suite: Suite, results: Path) -> str:
     """Writes ``report.md`` and plots beside the results; returns the text."""
-    arms = finished(suite, results)
-    text = report_text(suite, results, arms)
+    arms, text = finished(suite, results), report_text(suite, results)
     results.mkdir(parents=True, exist_ok=True)
     (results / "report.md").write_text(text, encoding="utf-8")
     if arms and (plt := pyplot()):

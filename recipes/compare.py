@@ -50,7 +50,7 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import write_report
+from nt_hf.suite_report import refreshed, write_report
 from nt_hf.training import EXIT_PREEMPTED, read_metrics
 
 logger = logging.getLogger("nt_hf.compare")
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the cores (%(default)s)")
     parser.add_argument("--list", action="store_true", help="show the runs and what they cost, and train nothing")
     parser.add_argument("--report", action="store_true", help="write tables and plots of the results there are, only")
+    parser.add_argument("--document", type=Path, help="renew the tables that this Markdown file shows, too")
     parser.add_argument("--evaluate", metavar="RUN", help="evaluate this trained run (again), only")
     args = parser.parse_args()
     if args.parallel < 1:
@@ -152,6 +153,9 @@ def main() -> None:
             logger.info("stopped by a signal; the same command continues")
             sys.exit(EXIT_PREEMPTED)
     print(write_report(suite, places.results))
+    if args.document:
+        text = args.document.read_text(encoding="utf-8")
+        write_whole(args.document, refreshed(text, suite, places.results))
 
 
 def every_run(suite: Suite, results: Path) -> list[Run]:

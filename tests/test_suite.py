@@ -24,7 +24,7 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import finished, paired_ratios, perplexity_on, report_text
+from nt_hf.suite_report import finished, paired_ratios, perplexity_on, refreshed, report_text
 from nt_hf.training import EXIT_PREEMPTED, read_metrics
 
 compare = script("recipes/compare.py")
@@ -313,7 +313,7 @@ def test_ratios_are_of_paired_seeds(world):
         read(trails[seed]) / read(single[seed]) for seed in (0, 1)
     ]
     assert len(paired_ratios(arms["longer"], arms["single"], read)) == 1
-    text = report_text(load_suite(world / "tiny.yaml"), world / "results", arms)
+    text = report_text(load_suite(world / "tiny.yaml"), world / "results")
     values = [result["texts"]["text"]["ensemble_perplexities"]["logits"] for result in trails.values()]
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in text
 
@@ -321,15 +321,30 @@ def test_ratios_are_of_paired_seeds(world):
 @pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
 def test_committed_tables_are_those_of_the_committed_files(report):
     suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
-    text = report_text(suite, report.parent, finished(suite, report.parent))
-    assert report.read_text(encoding="utf-8") == text
+    assert report.read_text(encoding="utf-8") == report_text(suite, report.parent)
 
 
-def test_every_table_row_of_the_document_is_one_of_a_report():
+def test_every_table_of_the_document_is_made_of_the_committed_files():
     document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    rows = set(re.findall(r"^\|.*\|$", document, re.MULTILINE))
-    made = {row for report in RESULTS for row in re.findall(r"^\|.*\|$", report.read_text(), re.MULTILINE)}
-    assert rows and rows <= made
+    for report in RESULTS:
+        suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+        assert f"<!-- {suite.name}: Quality -->" in document
+        assert refreshed(document, suite, report.parent) == document
+    assert not re.search(r"^\|", re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", document, flags=re.DOTALL), re.MULTILINE)
+
+
+def test_a_document_gets_the_tables_it_asks_for(world):
+    page = world / "page.md"
+    page.write_text(
+        "# Page\n\n<!-- tiny: Quality -->\nold\n<!-- end -->\n\n<!-- other: Quality -->\nkept\n<!-- end -->\n"
+    )
+    run(world, "--report", "--document", str(page))
+    text = page.read_text()
+    assert "| NeuroTrails | 2 " in text and "old" not in text and "kept" in text and text.startswith("# Page")
+    assert refreshed(text, load_suite(world / "tiny.yaml"), world / "results") == text
+    page.write_text("<!-- tiny: Speed -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="<!-- tiny: Speed -->: accepted are the titles Quality, Budgets"):
+        run(world, "--report", "--document", str(page))
 
 
 def test_every_trial_that_the_document_quotes_is_what_its_file_says():
