@@ -62,12 +62,12 @@ ROOT = Path(__file__).parents[1]
 class Places:
     """Where things are: the data, the runs with their checkpoints, and the results."""
 
-    data_root: Path
+    data_root: str
     runs: Path
     results: Path
 
     def fill(self, value: Any) -> Any:
-        return place(value, data_root=str(self.data_root), runs=str(self.runs))
+        return place(value, data_root=self.data_root, runs=str(self.runs))
 
 
 @dataclass
@@ -102,6 +102,8 @@ class Programs:
                 start_new_session=True,  # Ctrl-C reaches it through here alone, as SIGTERM
             )  # fmt: skip
             self.running.add(process)
+            if self.stopping:  # just now, too late for the signal's handler to know of it
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
             self.running.discard(process)
             if self.stopping:
@@ -235,8 +237,7 @@ def train_all(suite: Suite, places: Places, runs: list[Run], args: argparse.Name
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             name = futures[future].name
             try:
-                loss = future.result()
-                logger.info("%d of %d: %s, perplexity %.2f", number, len(todo), name, loss)
+                logger.info("%d of %d: %s, perplexity %.2f", number, len(todo), name, future.result())
             except ValueError as error:
                 failed.append(name)
                 logger.error("%s failed: %s", name, error)
@@ -247,7 +248,7 @@ def train_all(suite: Suite, places: Places, runs: list[Run], args: argparse.Name
 def train_one(
     suite: Suite, places: Places, each: Run, args: argparse.Namespace, threads: int, programs: Programs
 ) -> float:
-    """Trains a run, or continues it, and writes its result; returns the perplexity on the text that judges it."""
+    """Trains a run, or continues it, and writes its result; returns its validation perplexity."""
     run_dir = places.runs / each.name
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "config.yaml"
@@ -261,8 +262,7 @@ def train_one(
         "--results", str(places.results), "--evaluate", each.name,
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
-    result = read_result(places.results, suite, each)
-    return result["validation"]["perplexity"]
+    return read_result(places.results, suite, each)["validation"]["perplexity"]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
