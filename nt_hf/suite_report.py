@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import markdown_table, pyplot
+from .report import markdown_table, pyplot, score_text
 from .suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from .training import read_metrics
 
@@ -58,8 +58,10 @@ def head_mean(text: str) -> Callable[[Result], float]:
     return lambda result: statistics.fmean(result["texts"][text]["head_perplexities"])
 
 
-def gain(result: Result) -> float:
-    """What combining the heads gains, in nats a token."""
+def gain(result: Result) -> float | None:
+    """What combining the heads gains, in nats a token; ``None`` of one head."""
+    if len(result["diversity"]["heads"]) == 1:
+        return None
     return result["diversity"]["gains"][result["validation"]["ensemble_mode"]]["diversity"]
 
 
@@ -174,16 +176,14 @@ def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
     tasks = list(next(iter(scored.values()))["results"])
     rows = [["arm", *tasks, "mean"]]
     for label, found in scored.items():
-        cells = []
-        for task in tasks:
-            accuracy = found["results"][task]["ensemble"]["acc"]
-            cells.append(f"{accuracy['value']:.3f} ± {accuracy['stderr']:.3f}")
-        mean = statistics.fmean(found["results"][task]["ensemble"]["acc"]["value"] for task in tasks)
-        rows.append([label, *cells, f"{mean:.3f}"])
+        # The first scorer is the ensemble, or the only head.
+        each = [next(iter(found["results"][task].values()))["acc"] for task in tasks]
+        cells = [score_text(accuracy["value"], accuracy["stderr"]) for accuracy in each]
+        rows.append([label, *cells, f"{statistics.fmean(accuracy['value'] for accuracy in each):.3f}"])
     return markdown_table(rows)
 
 
-def heads_table(arms: Mapping[str, Finished]) -> str:
+def heads_table(arms: Mapping[str, Finished]) -> str | None:
     """Perplexity of the ensemble of some of the heads."""
     most = max(len(r["diversity"]["heads_used"]) for each in arms.values() for r in each.by_seed.values())
     rows = [["arm", *(f"{n} head{'s' * (n > 1)}" for n in range(1, most + 1))]]
@@ -192,7 +192,7 @@ def heads_table(arms: Mapping[str, Finished]) -> str:
         if len(used[0]) > 1:
             cells = [spread([seed[n]["mean"] for seed in used]) for n in range(len(used[0]))]
             rows.append([each.arm.label, *cells, *[""] * (most - len(cells))])
-    return markdown_table(rows)
+    return markdown_table(rows) if len(rows) > 1 else None
 
 
 def tables(suite: Suite, results: Path) -> dict[str, str]:
@@ -312,11 +312,12 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
     """Diversity, and what the ensemble makes of it, against the density of the masked weights."""
     text = next(iter(suite.evaluation.texts))
+    several = {name: each for name, each in arms.items() if each.values(gain)}
+    if not several:
+        return
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     looks = style(arms)
-    for name, each in arms.items():
-        if len(next(iter(each.by_seed.values()))["diversity"]["heads_used"]) == 1:
-            continue
+    for name, each in several.items():
         density = each.mean(lambda result: result["validation"]["density"])
         for axis, read in zip(axes, (disagreement, gain, perplexity_on(text))):
             label = each.arm.label if axis is axes[0] else None
