@@ -6,7 +6,6 @@ files: which runs a suite asks for, with which configuration, what each of them 
 
 import copy
 import fnmatch
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,11 +266,6 @@ def main_runs(suite: Suite, learning_rates: Mapping[str, float]) -> list[Run]:
 def matching(runs: Iterable[Run], globs: Sequence[str]) -> list[Run]:
     """Those whose name (``runs/single/seed-0``) any of the globs fits; all without globs."""
     return [run for run in runs if not globs or any(fnmatch.fnmatchcase(run.name, glob) for glob in globs)]
-
-
-def fingerprint(tree: Tree) -> str:
-    """Of everything a run's weights depend on."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,10 @@ def finished(suite: Suite, results: Path) -> dict[str, Finished]:
 
 
 def perplexity_on(text: str) -> Callable[[Result], float]:
-    return lambda result: min_mode(result["texts"][text]["ensemble_perplexities"], result)
+    return lambda result: own_mode(result["texts"][text]["ensemble_perplexities"], result)
 
 
-def min_mode(by_mode: Mapping[str, float], result: Result) -> float:
+def own_mode(by_mode: Mapping[str, float], result: Result) -> float:
     """The value of the model's own ensemble mode."""
     return by_mode[result["validation"]["ensemble_mode"]]
 
