@@ -60,6 +60,7 @@ class DataConfig:
     sequence_length: int = 256
     packing: str = "pack"
     shuffle_block: int = 1024
+    order_per_head: bool = False
     num_workers: int = 0
     on_bad_line: str = "error"
     validation_tokens: int | None = field(default=10_000_000, metadata={"help": "at most so many; None for all"})
@@ -76,6 +77,10 @@ class DataConfig:
         check_int("sequence_length", self.sequence_length, 2)  # one token predicts nothing
         check_int("shuffle_block", self.shuffle_block, 0)
         check_int("num_workers", self.num_workers, 0)
+        if not isinstance(self.order_per_head, bool) or (self.order_per_head and not self.shuffle_block):
+            raise ValueError(
+                f"order_per_head={self.order_per_head!r}: expected true, with a shuffle_block above 0, or false"
+            )
         if self.validation_tokens is not None:
             check_int("validation_tokens", self.validation_tokens, 1)
 
@@ -423,6 +428,50 @@ class TokenBatches:
         if self.packing == "pack":
             return [[*document, self.eos_id] for document in ids]
         return [[*document[: self.sequence_length - 1], self.eos_id] for document in ids]
+
+
+class HeadBatches:
+    """Iterable over a batch for each head, from a stream of each head's own.
+
+    As [`TokenBatches`] and ``PreparedTokens``, with tensors ``[heads, batch_size, sequence_length]``. Streams that
+    differ in their seed alone show every head the same rows in an epoch, each in another order.
+
+    Args:
+        streams: one for each head.
+    """
+
+    def __init__(self, streams: Sequence[TokenBatches]):
+        self.streams = list(streams)
+
+    @property
+    def epoch(self) -> int:
+        """Passes that every head has finished."""
+        return min(stream.epoch for stream in self.streams)
+
+    @property
+    def bad_lines(self) -> int:
+        """Bad lines skipped by the head that has skipped most: all heads meet the same ones."""
+        return max(stream.bad_lines for stream in self.streams)
+
+    def state_dict(self) -> dict:
+        """The places of all heads, as plain json."""
+        return {"heads": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, states: Sequence[dict]) -> None:
+        """As of the streams.
+
+        Raises:
+            ValueError: the states are not of as many heads, or a stream refuses its own.
+        """
+        heads = len(self.streams)
+        if not all(isinstance(state.get("heads"), list) and len(state["heads"]) == heads for state in states):
+            raise ValueError(f"data state: not that of {heads} heads with an order of their own each")
+        for head, stream in enumerate(self.streams):
+            stream.load_state_dict([state["heads"][head] for state in states])
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batches in zip(*self.streams):
+            yield {key: torch.stack([batch[key] for batch in batches]) for key in batches[0]}
 
 
 class _Streams(IterableDataset):

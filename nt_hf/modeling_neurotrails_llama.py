@@ -498,19 +498,26 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         """Runs the backbone once and each active head on its output.
 
         Args:
-            input_ids: ``[batch, seq]``; ``inputs_embeds`` ``[batch, seq, hidden_size]`` replaces it.
+            input_ids: ``[batch, seq]``, or ``[active heads, batch, seq]``, a batch for each head, and the backbone runs
+                once for each; ``inputs_embeds`` ``[batch, seq, hidden_size]`` replaces it.
             attention_mask, position_ids, past_key_values, use_cache: as in ``LlamaModel``. The cache has one slot
                 a block: the backbone's, then head after head.
             active_heads: the heads to run, all by default. A cache may lose heads on the way, never regain them.
             backbone_states: ``[batch, seq, hidden_size]`` of an earlier call over the same positions: the heads start
                 from them, the backbone does not run. Replaces ``input_ids``; needs ``share_embedding``.
-            lm_heads, labels: the active heads' LM heads, and the next tokens ``[batch * seq]``: one head after another
-                runs forward, into its loss, and backward (see ``HeadByHead``).
+            lm_heads, labels: the active heads' LM heads, and their next tokens ``[active heads, batch * seq]``: one
+                head after another runs forward, into its loss, and backward (see ``HeadByHead``).
         """
         config = self.config
         if sum(given is not None for given in (input_ids, inputs_embeds, backbone_states)) != 1:
             raise ValueError("exactly one of input_ids, inputs_embeds and backbone_states must be given")
         heads = select_heads(config, active_heads)
+        own_batches = input_ids is not None and input_ids.dim() == 3
+        if own_batches and (len(input_ids) != len(heads) or attention_mask is not None or use_cache):
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)}, a batch for each head: accepted are [{len(heads)} "
+                "active heads, batch, seq] without attention_mask (pad on the right, labels -100) and cache"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
 
@@ -519,9 +526,10 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         elif inputs_embeds is not None:
             embeds = [inputs_embeds]
         elif config.share_embedding:
-            embeds = [self.embed_tokens(input_ids)]
+            embeds = list(self.embed_tokens(input_ids)) if own_batches else [self.embed_tokens(input_ids)]
         else:
-            embeds = [self.heads[h].embed_tokens(input_ids) for h in heads]
+            each = input_ids if own_batches else [input_ids] * len(heads)
+            embeds = [self.heads[h].embed_tokens(ids) for h, ids in zip(heads, each)]
         backbone = self.layers if backbone_states is None else []
 
         # Slots of blocks that do not run may hold fewer or more tokens: those before this call are counted in one
@@ -560,16 +568,17 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             return self.heads[h].norm(run(self.heads[h].layers, states))
 
         result = NeuroTrailsModelOutput(
-            past_key_values=past_key_values, backbone_states=trunk[0] if config.share_embedding else None
+            past_key_values=past_key_values,
+            backbone_states=trunk[0] if config.share_embedding and not own_batches else None,
         )
         if lm_heads is None:
             result.last_hidden_state = torch.stack([run_head(h, states) for h, states in zip(heads, inputs)])
             return result
         losses = []
-        for h, lm_head, states in zip(heads, lm_heads, inputs):
+        for h, lm_head, states, targets in zip(heads, lm_heads, inputs, labels):
 
-            def loss(states: torch.Tensor, h=h, lm_head=lm_head) -> torch.Tensor:
-                return head_loss(lm_head, run_head(h, states).flatten(0, 1), labels.to(states.device))
+            def loss(states: torch.Tensor, h=h, lm_head=lm_head, targets=targets) -> torch.Tensor:
+                return head_loss(lm_head, run_head(h, states).flatten(0, 1), targets.to(states.device))
 
             losses.append(
                 HeadByHead.apply(loss, states, *_trainable(self.heads[h].layers, self.heads[h].norm, lm_head))
@@ -670,12 +679,13 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         Args:
             input_ids ... logits_to_keep: as in ``LlamaForCausalLM``. ``labels`` ``[batch, seq]`` are shifted here,
                 ``-100`` is ignored. In training mode with labels there is no cache unless ``use_cache=True``.
+                In training both may be ``[M, batch, seq]``, a batch for each of the ``M`` active heads.
             active_heads: the heads to use, all by default; loss and ensemble are over these. Without a backbone a
                 cache counts its tokens in head 0, which must be among them.
             output_head_logits: also return the heads' logits ``[M, batch, seq, vocab]``.
             output_uncertainty: also return an ``Uncertainty`` over the active heads.
-            num_items_in_batch: divide the summed losses by this count instead of the number of labels, which
-                makes gradient accumulation exact.
+            num_items_in_batch: divide the summed losses by this count (or ``[M]``, one a head) instead of the number
+                of labels, which makes gradient accumulation exact.
         """
         heads = select_heads(self.config, active_heads)
         # ``generate`` asks a cache for its length by its first slot.
@@ -686,9 +696,18 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             )
         lm_heads = [self.lm_heads[h] for h in heads]
         wants_logits = labels is None or not self.training or output_head_logits or output_uncertainty
+        if input_ids is not None and input_ids.dim() == 3:
+            if wants_logits or labels.shape != input_ids.shape:
+                raise ValueError(
+                    "input_ids with a batch for each head: accepted are labels of the same shape, in training mode, "
+                    "without output_head_logits and output_uncertainty: the logits of different texts have no ensemble"
+                )
+            use_cache = bool(use_cache)  # none unless asked for, and then it is refused
         targets = None
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX).flatten(-2)
+            if targets.dim() == 1:
+                targets = targets.expand(len(heads), -1)
         if not (wants_logits or use_cache) and self._can_run_head_by_head(heads, kwargs):
             kwargs |= {"lm_heads": lm_heads, "labels": targets}
             use_cache = False
@@ -709,9 +728,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_losses = outputs.head_losses
             if head_losses is None:
                 targets = targets.to(hidden.device)
-                each = [head_loss(m, x.flatten(0, 1), targets) for m, x in zip(lm_heads, hidden)]
+                each = [head_loss(m, x.flatten(0, 1), y) for m, x, y in zip(lm_heads, hidden, targets)]
                 head_losses = torch.stack(each)
-            count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+            count = (targets != IGNORE_INDEX).sum(-1) if num_items_in_batch is None else num_items_in_batch
             head_losses = head_losses / (count.to(head_losses.device) if torch.is_tensor(count) else count)
             loss = head_losses.mean()
         if wants_logits:

@@ -189,20 +189,33 @@ def _part(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def forward_flops_per_token(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:
+def forward_flops_per_token(
+    config: NeuroTrailsLlamaConfig, sequence_length: int, order_per_head: bool = False
+) -> float:
     """Matrix FLOPs that a forward pass executes for a token, all heads together.
+
+    With ``order_per_head`` each head has a token of its own, and the backbone runs for each.
 
     A multiplication and an addition are two. Masks do not lower it: zeros are multiplied like any weight. Attention
     counts every query-key pair of the sequence, as is usual (PaLM, arXiv 2204.02311, appendix B), though half of
     them are masked. The same is the cost of decoding one token that attends to ``sequence_length`` ones, itself
     included.
     """
-    return 2 * _block_products(config) * config.num_cache_layers + _attention_and_lm_heads(config, sequence_length)
+    block = 2 * _block_products(config) + _attention(config, sequence_length)
+    lm_heads = 2 * config.num_ensemble_heads * config.hidden_size * config.vocab_size
+    return block * (config.num_cache_layers + _more_backbone(config, order_per_head)) + lm_heads
 
 
-def training_flops_per_token(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:
+def _more_backbone(config: NeuroTrailsLlamaConfig, order_per_head: bool) -> int:
+    """Passes through a block of the backbone beyond one through each."""
+    return order_per_head * (config.num_ensemble_heads - 1) * config.num_backbone_layers
+
+
+def training_flops_per_token(
+    config: NeuroTrailsLlamaConfig, sequence_length: int, order_per_head: bool = False
+) -> float:
     """Matrix FLOPs of a training step for a token: the backward pass costs two forward passes."""
-    return 3 * forward_flops_per_token(config, sequence_length)
+    return 3 * forward_flops_per_token(config, sequence_length, order_per_head)
 
 
 def _block_products(config: NeuroTrailsLlamaConfig) -> int:
@@ -221,12 +234,8 @@ def _widths(config: NeuroTrailsLlamaConfig) -> tuple[int, int, int]:
 
 
 def _attention(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:
-    return config.num_cache_layers * 4 * _widths(config)[1] * sequence_length
-
-
-def _attention_and_lm_heads(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:
-    lm_heads = 2 * config.num_ensemble_heads * config.hidden_size * config.vocab_size
-    return _attention(config, sequence_length) + lm_heads
+    """A block's FLOPs of the products of queries, keys and values, for a token."""
+    return 4 * _widths(config)[1] * sequence_length
 
 
 @dataclass(frozen=True)
@@ -256,8 +265,12 @@ class Flops:
 def count_flops(run: RunConfig, config: NeuroTrailsLlamaConfig, parameters: Parameters) -> Flops:
     """The FLOPs of a run's training, and of decoding at the length it was trained on."""
     length = run.data.sequence_length
-    dense = forward_flops_per_token(config, length)
-    sparse = 2 * parameters.products.active + _attention(config, length)
+    attention, more = _attention(config, length), _more_backbone(config, run.data.order_per_head)
+    dense = forward_flops_per_token(config, length, run.data.order_per_head)
+    decoding = 2 * parameters.products.active + config.num_cache_layers * attention
+    # All blocks of the backbone once more for each further head.
+    again = more and more / config.num_backbone_layers * 2 * parameters.parts["backbone"].active
+    sparse = decoding + again + more * attention
     sparsity = run.sparsity
     training = 3 * sparse
     if parameters.mobile and sparsity.update_interval:
@@ -265,13 +278,13 @@ def count_flops(run: RunConfig, config: NeuroTrailsLlamaConfig, parameters: Para
         every = 1 if sparsity.needs_momentum else sparsity.update_interval
         looks = bool({sparsity.grow, sparsity.redistribute} & gradients)
         training += looks * (dense - sparse) / every
-    blocks = 2 * _block_products(config) * config.num_cache_layers + _attention(config, length)
+    blocks = (2 * _block_products(config) + attention) * (config.num_cache_layers + more)
     return Flops(
         training=3 * dense,
         sparse_training=training,
         recomputed=blocks if run.train.gradient_checkpointing else 0,
-        decoding=dense,
-        sparse_decoding=sparse,
+        decoding=forward_flops_per_token(config, length),
+        sparse_decoding=decoding,
         context=length,
         cache_bytes=config.num_cache_layers * 2 * _widths(config)[2] * length * 2,
     )
@@ -305,6 +318,7 @@ class Setting:
         ranks: processes.
         device: "cuda", or "cpu", where chunks are smaller and some operations copy.
         head_by_head: heads run backward before the next one runs forward; ``None``: as the model decides.
+        order_per_head: each head has rows of its own, which the backbone runs for.
     """
 
     rows: int
@@ -316,6 +330,7 @@ class Setting:
     ranks: int = 1
     device: str = "cuda"
     head_by_head: bool | None = None
+    order_per_head: bool = False
 
     @property
     def tokens(self) -> int:
@@ -383,8 +398,8 @@ def step_memory(config: NeuroTrailsLlamaConfig, parameters: Parameters, setting:
     # Activations. A head's input counts as the trunk's.
     block = block_activations(config, bf16) * t
     kept = states if setting.checkpointing else block
-    inputs = states * (1 if config.share_embedding else heads)
-    trunk = trunk_depth * kept + inputs
+    own = setting.order_per_head
+    trunk = trunk_depth * kept * (heads if own else 1) + states * (heads if own or not config.share_embedding else 1)
     norm = 2 * states + FP32 * t
     head = depth * kept + norm - states
     # Two gradients of the MLP's width beyond what its backward pass frees, and the residual stream's.
@@ -550,7 +565,7 @@ def overlap(config: NeuroTrailsLlamaConfig, setting: Setting) -> float:
         return 1.0
     trunk = config.num_backbone_layers
     forward = forward_flops_per_token(config, setting.length)
-    block = 2 * _block_products(config) + 4 * _widths(config)[1] * setting.length
+    block = 2 * _block_products(config) + _attention(config, setting.length)
     late = forward if setting.checkpointing else trunk * block
     return 2 / 3 * late / forward / setting.passes
 
@@ -673,7 +688,9 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
     bf16 = run.train.precision != "fp32"
     tokens = run.train.batch_size * run.data.sequence_length
     strategies = ("DDP", "FSDP2") if gpus > 1 else ("one process",)
-    base = Setting(rows, run.data.sequence_length, bf16, passes=passes, ranks=gpus)
+    base = Setting(
+        rows, run.data.sequence_length, bf16, passes=passes, ranks=gpus, order_per_head=run.data.order_per_head
+    )
 
     def memory(setting: Setting) -> Memory:
         peak = peak_moment(config, parameters, setting)

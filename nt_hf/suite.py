@@ -103,7 +103,7 @@ class Suite:
             relative to the suite, which it is laid over.
         preparation, tuning, evaluation: see there.
         seeds: of initialisation, masks and the order of the data; arms are compared seed by seed.
-        arms: by name.
+        arms: by name. In the file also the name of another suite's file, relative to this one, whose arms these are.
         baseline, rival: the arms that tables compare the others with.
     """
 
@@ -147,8 +147,10 @@ def load_suite(path: str | Path) -> Suite:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     if base := content.pop("base", None):
         content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
+    if isinstance(content["arms"], str):
+        content["arms"] = read_yaml(path.parent / content["arms"]).get("arms")
     if not isinstance(content["arms"], dict) or not content["arms"]:
-        raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms")
+        raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms, or a suite's file")
     seeds = content["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"{path}: seeds={seeds!r}: accepted is a list of whole numbers")
@@ -198,7 +200,8 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def run_tree(suite: Suite, run: Run) -> Tree:
     """The recipe's configuration of a run, as sections of a YAML file; places are still ``{data_root}`` and ``{runs}``.
 
-    All arms see the same tokens in the same order, which follow from the seed and the batch size.
+    All arms see the same tokens in the same order, which follow from the seed and the batch size, unless an arm asks
+    for an order of each head's own.
 
     Raises:
         ValueError: an arm sets a section that the recipe does not know, or a key that the suite sets by itself.

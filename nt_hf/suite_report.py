@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .configuration_neurotrails_llama import ENSEMBLE_MODES
 from .report import markdown_table, pyplot, score_text
 from .suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from .training import read_metrics
@@ -153,6 +154,32 @@ def texts_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
     return markdown_table(rows)
 
 
+def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
+    """What one change does: each arm that takes its learning rate from another, against that one, seed by seed."""
+    read = perplexity_on(first := next(iter(suite.evaluation.texts)))
+    rows = [["arm", "against", "seeds", f"ratio, {first}", "ratio, mean head", "gain (nats) more"]]
+    for each in arms.values():
+        if each.arm.learning_rate_of in arms:
+            source = arms[each.arm.learning_rate_of]
+            ratios = paired_ratios(each, source, read)
+            gains = [gain(each.by_seed[s]) - gain(source.by_seed[s]) for s in each.by_seed if s in source.by_seed]
+            heads = paired_ratios(each, source, head_mean(first))
+            cells = [spread(ratios, 3), spread(heads, 3), spread(gains, 3)]
+            rows.append([each.arm.label, source.arm.label, str(len(ratios)), *cells])
+    return markdown_table(rows) if len(rows) > 1 else None
+
+
+def averaging_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
+    """The same models with the mean of the heads' logits and with the mean of their probabilities."""
+    first = next(iter(suite.evaluation.texts))
+    rows = [["arm", *(f"mean of {mode}" for mode in ENSEMBLE_MODES)]]
+    for each in arms.values():
+        if each.values(gain):
+            scores = each.values(lambda result: result["texts"][first]["ensemble_perplexities"])
+            rows.append([each.arm.label, *(spread([score[mode] for score in scores]) for mode in ENSEMBLE_MODES)])
+    return markdown_table(rows) if len(rows) > 1 else None
+
+
 def tuning_table(suite: Suite, results: Path) -> str:
     """Validation perplexity of every learning rate; the chosen one is bold."""
     chosen, rates = tuned(results, suite), suite.tuning.learning_rates
@@ -203,8 +230,10 @@ def tables(suite: Suite, results: Path) -> dict[str, str]:
         made = {
             "Quality": quality_table(suite, arms),
             "Budgets": budget_table(suite, arms),
+            "One change": effects_table(suite, arms),
             "Texts": texts_table(suite, arms),
             "Heads used": heads_table(arms),
+            "Averaging": averaging_table(suite, arms),
             "Zero-shot accuracy, ± standard error over items": zero_shot_table(arms),
         }
     made["Learning rates: validation perplexity of the tuning runs"] = tuning_table(suite, results)

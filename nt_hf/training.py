@@ -175,7 +175,7 @@ def limited(batches: Iterable[Batch], max_tokens: int | None, stop: Callable[[],
     tokens = 0
     for batch in batches:
         yield batch
-        tokens += count_targets([batch])
+        tokens += sum(count_targets([batch]))
         if stop() or (max_tokens is not None and tokens >= max_tokens):
             return
 
@@ -196,9 +196,13 @@ def in_step(batches: Iterable[Batch], length: int, accelerator: Accelerator) -> 
         yield batch or nothing
 
 
-def count_targets(batches: Iterable[Batch]) -> int:
-    """Number of predicted tokens: labels that count, without each row's first, which nothing predicts."""
-    return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+def count_targets(batches: Iterable[Batch]) -> list[int]:
+    """Number of predicted tokens: labels that count, without each row's first, which nothing predicts.
+
+    One number, or one for each head where each has a batch of its own.
+    """
+    counted = [batch["labels"][..., 1:] != IGNORE_INDEX for batch in batches]
+    return sum(counts.sum((-2, -1)).reshape(-1) for counts in counted).tolist()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -33,13 +33,14 @@ from accelerate.utils import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run, write_whole
-from nt_hf.data import check_vocabulary, load_tokenizer
+from nt_hf.data import HeadBatches, TokenBatches, check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate, perplexity
 from nt_hf.plan import peak_tflops, training_flops_per_token
-from nt_hf.prepared import token_batches, tokenizer_fingerprint
+from nt_hf.prepared import PreparedTokens, token_batches, tokenizer_fingerprint
 from nt_hf.report import model_card, write_report
 from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
 from nt_hf.sharding import require_equal_replicas, shard_model
@@ -128,6 +129,13 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer.model_max_length = config.data.sequence_length
+    model_config = NeuroTrailsLlamaConfig(
+        **config.model,
+        max_position_embeddings=config.data.sequence_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     reading = {
         "batch_size": micro_batch_size,
         "sequence_length": config.data.sequence_length,
@@ -138,9 +146,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         "on_bad_line": config.data.on_bad_line,
         "text_field": config.data.text_field,
     }
-    train_batches = token_batches(
-        config.data.train, tokenizer, **reading, shuffle_block=config.data.shuffle_block, seed=train.seed
-    )
+    train_batches = training_batches(config, model_config.num_ensemble_heads, tokenizer, **reading)
     validation_batches = token_batches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
 
     def first_batch() -> dict[str, torch.Tensor]:
@@ -152,13 +158,6 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
     # -------------------------------------------------------------------- model, masks, optimizer, state
 
-    model_config = NeuroTrailsLlamaConfig(
-        **config.model,
-        max_position_embeddings=config.data.sequence_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     check_vocabulary(tokenizer, model_config.vocab_size)
     if resume_from:
         model = load_model(resume_from)
@@ -276,7 +275,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
     kind = "" if accelerator.num_processes == 1 else " (FSDP2)" if sharding else " (DDP)"
     describe(model, sparsifier, resume_from, first_step, f"{accelerator.num_processes} processes{kind}")
-    flops = training_flops_per_token(model_config, config.data.sequence_length)
+    flops = training_flops_per_token(model_config, config.data.sequence_length, config.data.order_per_head)
     peak = train.peak_tflops or (
         peak_tflops(torch.cuda.get_device_name(device)) if bf16 and device.type == "cuda" else None
     )
@@ -304,8 +303,9 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
 
         # Dividing every pass's summed loss by the tokens of the whole step weighs each token the same.
         # Filled on the device: a tensor copied there would wait for it.
-        counts = [torch.full((), number, device=device) for number in (count_targets(group), int(preemption.received))]
-        targets, stopping = accelerator.reduce(torch.stack(counts)).unbind()
+        counts = [torch.full((), n, device=device) for n in (*count_targets(group), int(preemption.received))]
+        *targets, stopping = accelerator.reduce(torch.stack(counts)).unbind()
+        targets = torch.stack(targets)  # one number for all heads, or one a head
         stop_asked, asked_before = HostCopy(stop=stopping), stop_asked
         head_losses = torch.zeros(model_config.num_ensemble_heads, device=device)
         for i, batch in enumerate(group):
@@ -396,7 +396,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
 
 # What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.
 FIXED = {
-    "data": {"sequence_length", "text_field"},
+    "data": {"sequence_length", "text_field", "order_per_head"},
     "sparsity": {
         "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
     },
@@ -436,6 +436,19 @@ def require_same_run(wanted: RunConfig, found: RunConfig, path: Path, override: 
         )
     if changed:
         logger.warning("continuing with another configuration: %s", listed)
+
+
+def training_batches(
+    config: RunConfig, heads: int, tokenizer: PreTrainedTokenizerBase, **reading
+) -> TokenBatches | PreparedTokens | HeadBatches:
+    """The training data, for all heads alike or in an order of each head's own."""
+    data, seed = config.data, config.train.seed
+    # Head 0 has the order that all would share. The others' seeds are none that another run is likely to have.
+    seeds = [seed + 1_000_003 * head for head in range(heads if data.order_per_head else 1)]
+    streams = [
+        token_batches(data.train, tokenizer, **reading, shuffle_block=data.shuffle_block, seed=each) for each in seeds
+    ]
+    return HeadBatches(streams) if data.order_per_head else streams[0]
 
 
 def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:

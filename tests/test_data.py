@@ -1021,6 +1021,7 @@ def test_source_without_any_document_ends_with_an_error(tokenizer, tmp_path, wor
         ("sequence_length", 1, "at least 2"),
         ("sequence_length", 2.0, "an integer"),
         ("shuffle_block", -1, "at least 0"),
+        ("order_per_head", 1, "true, with a shuffle_block above 0, or false"),
         ("num_workers", -1, "at least 0"),
         ("num_workers", True, "an integer"),
         ("validation_tokens", 0, "at least 1"),

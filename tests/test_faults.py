@@ -76,6 +76,7 @@ def die() -> None:
 
 
 @pytest.mark.parametrize("overrides", [(), ("--data.packing", "pad", "--data.num_workers", "2"),
+                                       ("--data.order_per_head", "true"),
                                        ("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
                                         "--train.save_dtype", "bfloat16"),
                                        ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",

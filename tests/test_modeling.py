@@ -435,6 +435,37 @@ def test_gradients_head_by_head_are_those_of_the_usual_order(model, batch, autoc
         assert (grad - results[1][1][name]).norm() <= 0.02 * results[1][1][name].norm(), name
 
 
+@EVERY_VARIANT
+@pytest.mark.parametrize("order", ["head by head", "usual"])
+def test_each_head_can_have_a_batch_of_its_own(model, order):
+    """As if each head were trained alone on its own, all with the same weight."""
+    ids = torch.randint(model.config.vocab_size, (model.config.num_ensemble_heads, 2, 9))
+    labels = ids.clone()
+    labels[0, 0, 4:] = -100
+    model.train()
+    alone = [model(i, labels=y, active_heads=[h]).loss for h, (i, y) in enumerate(zip(ids, labels))]
+    torch.stack(alone).mean().backward()
+    expected = grads(model)
+    model.zero_grad()
+    outputs = (model if order == "head by head" else usual_order(model))(ids, labels=labels)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.head_losses, torch.stack(alone))
+    assert_close(grads(model), expected)
+
+
+def test_batches_of_their_own_have_no_ensemble(model):
+    ids = torch.zeros(3, 2, 5, dtype=torch.long)
+    for bad in ({"labels": ids, "output_head_logits": True}, {"labels": ids[0]}, {}):
+        with pytest.raises(ValueError, match="labels of the same shape, in training mode"):
+            model.train()(ids, **bad)
+    with pytest.raises(ValueError, match="in training mode"):
+        model.eval()(ids, labels=ids)
+    model.train()
+    for bad in ({"use_cache": True}, {"attention_mask": torch.ones_like(ids)}, {"active_heads": [0, 1]}):
+        with pytest.raises(ValueError, match=r"shape \(3, 2, 5\), a batch for each head: accepted are \[[23] active"):
+            model(ids, labels=ids, **bad)
+
+
 def test_frozen_parts_have_no_gradients_head_by_head(model, batch):
     for frozen in (model.model.layers, model.model.embed_tokens, model.model.heads[1]):
         frozen.requires_grad_(False)

@@ -117,23 +117,27 @@ def run_config(model: dict, **sections: dict):
     return config
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["one order", "order per head"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"num_ensemble_heads": 1}, {"blocks_in_head": 0}], ids=["3", "1", "lm_heads"])
-def test_training_flops_are_those_that_pytorch_counts(changes, checkpointing):
+def test_training_flops_are_those_that_pytorch_counts(changes, checkpointing, own):
     config = NeuroTrailsLlamaConfig(**WIDE | changes, attn_implementation="eager")  # counted as plain products
     model = NeuroTrailsLlamaForCausalLM(config).train()
     model._can_run_head_by_head = lambda *_: False  # which computes the same and the counter does not support
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids = torch.randint(300, (2, 16))
+    ids = torch.randint(300, (config.num_ensemble_heads, 2, 16) if own else (2, 16))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
     settings = run_config(
-        WIDE | changes, data={"sequence_length": 16}, train={"gradient_checkpointing": str(checkpointing).lower()}
+        WIDE | changes,
+        data={"sequence_length": 16, "order_per_head": str(own).lower()},
+        train={"gradient_checkpointing": str(checkpointing).lower()},
     )
     flops = count_flops(settings, config, count_parameters(config, SparsityConfig()))
     # Checkpointing stops recomputing a block once it has what it needs: before the product that ends it.
-    tail = 2 * config.num_cache_layers * config.hidden_size * config.intermediate_size * checkpointing
+    blocks = config.num_cache_layers + own * (config.num_ensemble_heads - 1) * config.num_backbone_layers
+    tail = 2 * blocks * config.hidden_size * config.intermediate_size * checkpointing
     assert counter.get_total_flops() == 2 * 16 * (flops.training + flops.recomputed - tail)
     assert flops.sparse_training == flops.training
 
@@ -154,11 +158,13 @@ def test_decoding_flops_are_those_that_pytorch_counts():
     assert flops.cache_bytes == held / 2  # bf16 of fp32
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["one order", "order per head"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("grow", "dense_weight_gradients"), [("gradient", 1 / 50), ("random", 0), ("momentum", 1)])
-def test_sparse_flops_count_active_weights(grow, dense_weight_gradients, tied):
+def test_sparse_flops_count_active_weights(grow, dense_weight_gradients, tied, own):
     arguments = WIDE | {"tie_word_embeddings": tied}
-    settings = run_config(arguments, sparsity={"density": 0.4, "grow": grow}, data={"sequence_length": 32})
+    data = {"sequence_length": 32, "order_per_head": str(own).lower()}
+    settings = run_config(arguments, sparsity={"density": 0.4, "grow": grow}, data=data)
     config = NeuroTrailsLlamaConfig(**arguments)
     model = NeuroTrailsLlamaForCausalLM(config)
     draw_masks(model, settings.sparsity)
@@ -168,6 +174,11 @@ def test_sparse_flops_count_active_weights(grow, dense_weight_gradients, tied):
     every = sum(module.weight.numel() for module in linear)
     attention = config.num_cache_layers * 4 * 64 * 32
     assert flops.sparse_decoding == pytest.approx(2 * active + attention, rel=1e-3)  # a weight may be 0 by chance
+    if own:  # the backbone once for each head
+        backbone = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        active += 2 * sum(int(torch.count_nonzero(module.weight)) for module in backbone)
+        every += 2 * sum(module.weight.numel() for module in backbone)
+        attention += 2 * config.num_backbone_layers * 4 * 64 * 32
     dense = dense_weight_gradients * 2 * (every - active)
     assert flops.sparse_training == pytest.approx(3 * (2 * active + attention) + dense, rel=1e-3)
 
@@ -281,10 +292,11 @@ def training(changes: dict, density: float = 0.5, checkpointing: bool = False, h
     return model, sparsifier, lambda: resident() - before
 
 
-def step(model, sparsifier, rows: int, length: int, bf16: bool, passes: int) -> None:
+def step(model, sparsifier, rows: int, length: int, bf16: bool, passes: int, own: bool = False) -> None:
     optimizer = sparsifier.optimizer
     for _ in range(passes):
         ids = torch.arange(rows * length).view(rows, length) % model.config.vocab_size
+        ids = ids.expand(model.config.num_ensemble_heads, -1, -1) if own else ids
         with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
             loss = model(ids, labels=ids, use_cache=False, num_items_in_batch=torch.tensor(ids.numel())).loss
         loss.backward()
@@ -295,24 +307,23 @@ def step(model, sparsifier, rows: int, length: int, bf16: bool, passes: int) -> 
     optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("mode", ["head by head", "all heads", "checkpointing"])
+@pytest.mark.parametrize("mode", ["head by head", "all heads", "checkpointing", "order per head"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_memory_of_a_step_is_what_was_measured(shape, bf16, mode):
     changes, rows, length = SHAPES[shape]
     passes = 1 + (shape in ("base", "tied"))  # accumulated gradients on some
-    model, sparsifier, held = training(
-        changes, checkpointing=mode == "checkpointing", head_by_head=mode == "head by head"
-    )
-    step(model, sparsifier, rows, length, bf16, passes)
+    own, by_head = mode == "order per head", mode in ("head by head", "order per head")
+    model, sparsifier, held = training(changes, checkpointing=mode == "checkpointing", head_by_head=by_head)
+    step(model, sparsifier, rows, length, bf16, passes, own)
     fixed = held()
-    measured = fixed + allocated(lambda: step(model, sparsifier, rows, length, bf16, passes))
-    with_update = fixed + allocated(lambda: step(model, sparsifier, rows, length, bf16, passes))
+    measured = fixed + allocated(lambda: step(model, sparsifier, rows, length, bf16, passes, own))
+    with_update = fixed + allocated(lambda: step(model, sparsifier, rows, length, bf16, passes, own))
 
     config = NeuroTrailsLlamaConfig(**BASE | changes)
     setting = Setting(
         rows, length, bf16, checkpointing=mode == "checkpointing", passes=passes, device="cpu",
-        head_by_head=mode == "head by head",
+        head_by_head=by_head, order_per_head=own,
     )  # fmt: skip
     moments = step_memory(config, count_parameters(config, sparsifier.config), setting)
     state = sum(moments[0].items[name] for name in ("weights, fp32", "Adam's moments, fp32", "masks, topology state"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from nt_hf import prepared
-from nt_hf.data import DataError, TokenBatches, find_files, load_tokenizer
+from nt_hf.data import DataError, HeadBatches, TokenBatches, find_files, load_tokenizer
 from nt_hf.prepared import PreparedTokens, prepare, shuffled, token_batches, tokenizer_fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +192,25 @@ def test_epochs_differ_and_seeds_differ(directory):
     epochs = [tuple(order[i : i + len(whole)]) for order in orders for i in range(0, len(order), len(whole))]
     assert len(epochs) == len(set(epochs)) == 6
     assert all(sorted(epoch) == sorted(whole) for epoch in epochs)
+
+
+def test_each_head_sees_the_same_rows_in_an_order_of_its_own(directory):
+    def heads():
+        return HeadBatches([open_tokens(directory, epochs=1, shuffle=True, seed=seed) for seed in (0, 7)])
+
+    batches = list(heads())
+    orders = [rows_of({"input_ids": batch["input_ids"][head]} for batch in batches) for head in (0, 1)]
+    assert orders[0] == rows_of(open_tokens(directory, epochs=1, shuffle=True, seed=0))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert batches[0]["labels"].shape == (2, 3, LENGTH)
+
+    first, second = heads(), heads()
+    next(iter(first))
+    second.load_state_dict([json.loads(json.dumps(first.state_dict()))])
+    assert equal_batches(list(second), batches[1:]) and (second.epoch, second.bad_lines) == (1, 0)
+    for wrong in ({}, {"heads": first.state_dict()["heads"][:1]}, open_tokens(directory).state_dict()):
+        with pytest.raises(ValueError, match=r"^data state: not that of 2 heads with an order of their own each$"):
+            heads().load_state_dict([wrong])
 
 
 @settings(max_examples=40, deadline=None)

@@ -75,7 +75,8 @@ def test_every_suite_of_the_repository_is_valid_and_fair(path):
     runs = main_runs(suite, dict.fromkeys(suite.arms, 1e-3))
     for seed in suite.seeds:
         trees = [run_tree(suite, run) for run in runs if run.seed == seed]
-        assert len({(json.dumps(tree["data"]), tree["train"]["batch_size"]) for tree in trees}) == 1
+        data = [{key: value for key, value in tree["data"].items() if key != "order_per_head"} for tree in trees]
+        assert len({(json.dumps(each), tree["train"]["batch_size"]) for each, tree in zip(data, trees)}) == 1
         assert {tree["train"]["seed"] for tree in trees} == {seed}
     steps = {run.arm.name: run_tree(suite, run)["train"]["max_steps"] for run in runs}
     assert len({count for name, count in steps.items() if not suite.arms[name].longer}) == 1
@@ -156,6 +157,14 @@ def test_a_bad_suite_is_refused_with_what_is_accepted(tiny, changes, message):
     changes = {"rival": "single"} | changes if "arms" in changes else changes
     with pytest.raises(ValueError, match=message):
         load_suite(edited(tiny, **changes))
+
+
+def test_a_suite_can_take_the_arms_of_another(tiny):
+    other = tiny.with_name("other.yaml")
+    other.write_text(tiny.read_text())
+    assert load_suite(edited(other, arms="tiny.yaml")).arms == load_suite(tiny).arms
+    with pytest.raises(ValueError, match="arms=None: accepted is a mapping of names to arms, or a suite's file"):
+        load_suite(edited(other, arms=str(ROOT / "recipes" / "configs" / "demo.yaml")))
 
 
 # -------------------------------------------------------------------------------------------------------- running
@@ -316,6 +325,10 @@ def test_ratios_are_of_paired_seeds(world):
     text = report_text(load_suite(world / "tiny.yaml"), world / "results")
     values = [result["texts"]["text"]["ensemble_perplexities"]["logits"] for result in trails.values()]
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in text
+    ratio = read(arms["longer"].by_seed[0]) / read(trails[0])
+    assert re.search(rf"\| longer +\| NeuroTrails +\| 1 +\| {ratio:.3f} ", text)  # one change
+    values = [result["texts"]["text"]["ensemble_perplexities"]["probs"] for result in trails.values()]
+    assert re.search(rf"\| NeuroTrails .*\| {statistics.fmean(values):.2f} ± [\d.]+ +\|\n", text)  # averaging
 
 
 @pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)

@@ -216,7 +216,8 @@ def test_groups_and_targets():
     labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
     batches = [{"labels": labels}] * 5
     assert [len(group) for group in grouped(batches, 2)] == [2, 2, 1]
-    assert count_targets(batches[:2]) == 2  # only the second label has a token before it and counts
+    assert count_targets(batches[:2]) == [2]  # only the second label has a token before it and counts
+    assert count_targets([{"labels": torch.stack([labels, torch.ones_like(labels)])}] * 2) == [2, 8]
 
 
 def test_metrics_are_cut_back_to_the_step_that_a_run_resumes_from(tmp_path):
