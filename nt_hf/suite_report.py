@@ -279,8 +279,10 @@ def write_report(suite: Suite, results: Path) -> str:
     results.mkdir(parents=True, exist_ok=True)
     (results / "report.md").write_text(text, encoding="utf-8")
     if arms and (plt := pyplot()):
-        plot_curves(plt, arms, results / "curves.png")
-        plot_quality(plt, suite, arms, results / "quality.png")
+        # Arms from one seed would bury the others; their places are in the tables.
+        main = {name: each for name, each in arms.items() if len(each.by_seed) > 1} or arms
+        plot_curves(plt, main, results / "curves.png")
+        plot_quality(plt, suite, main, results / "quality.png")
         plot_diversity(plt, suite, arms, results / "diversity.png")
     return text
 
@@ -341,7 +343,7 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
     """Diversity, and what the ensemble makes of it, against the density of the masked weights."""
     text = next(iter(suite.evaluation.texts))
-    several = {name: each for name, each in arms.items() if each.values(gain)}
+    several = {name: each for name, each in arms.items() if each.values(gain) and not each.arm.longer}
     if not several:
         return
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")

@@ -60,8 +60,9 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are: the data, the runs with their checkpoints, and the results."""
+    """Where things are: the suite, the data, the runs with their checkpoints, and the results."""
 
+    suite: Path
     data_root: str
     runs: Path
     results: Path
@@ -135,9 +136,8 @@ def main() -> None:
         raise ValueError(f"--parallel {args.parallel}: accepted is a number from 1")
 
     suite = load_suite(args.suite)
-    places = Places(
-        args.data_root, args.runs or Path("runs") / suite.name, args.results or ROOT / "docs" / "results" / suite.name
-    )
+    runs, results = args.runs or Path("runs") / suite.name, args.results or ROOT / "docs" / "results" / suite.name
+    places = Places(args.suite, args.data_root, runs, results)
     if args.list:
         print(listing(suite, places.results))
         return
@@ -149,8 +149,9 @@ def main() -> None:
         try:
             with locked(places.runs):
                 prepare(suite, places, programs)
-                train_all(suite, places, tuning_runs(suite), args, programs)
-                train_all(suite, places, main_runs(suite, tuned(places.results, suite)), args, programs)
+                train_all(suite, places, matching(tuning_runs(suite), args.only), args.parallel, programs)
+                rates = tuned(places.results, suite)
+                train_all(suite, places, matching(main_runs(suite, rates), args.only), args.parallel, programs)
         except Stopped:
             logger.info("stopped by a signal; the same command continues")
             sys.exit(EXIT_PREEMPTED)
@@ -222,18 +223,18 @@ def prepare(suite: Suite, places: Places, programs: Programs) -> None:
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def train_all(suite: Suite, places: Places, runs: list[Run], args: argparse.Namespace, programs: Programs) -> None:
-    """Trains and evaluates the runs that have no result yet, ``args.parallel`` at a time.
+def train_all(suite: Suite, places: Places, runs: list[Run], parallel: int, programs: Programs) -> None:
+    """Trains and evaluates the runs that have no result yet, ``parallel`` at a time.
 
     Raises:
         Stopped: a signal came.
         ValueError: some failed; the others were finished.
     """
-    todo = [each for each in matching(runs, args.only) if not read_result(places.results, suite, each)]
-    threads = max(1, (os.cpu_count() or 1) // args.parallel)
+    todo = [each for each in runs if not read_result(places.results, suite, each)]
+    threads = max(1, (os.cpu_count() or 1) // parallel)
     failed = []
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        futures = {pool.submit(train_one, suite, places, each, args, threads, programs): each for each in todo}
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        futures = {pool.submit(train_one, suite, places, each, threads, programs): each for each in todo}
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             name = futures[future].name
             try:
@@ -245,9 +246,7 @@ def train_all(suite: Suite, places: Places, runs: list[Run], args: argparse.Name
         raise ValueError(f"{len(failed)} of {len(todo)} runs failed, for example {failed[0]}")
 
 
-def train_one(
-    suite: Suite, places: Places, each: Run, args: argparse.Namespace, threads: int, programs: Programs
-) -> float:
+def train_one(suite: Suite, places: Places, each: Run, threads: int, programs: Programs) -> float:
     """Trains a run, or continues it, and writes its result; returns its validation perplexity."""
     run_dir = places.runs / each.name
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -258,7 +257,7 @@ def train_one(
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
     programs.call(
-        "recipes/compare.py", "--suite", str(args.suite), "--data_root", places.data_root, "--runs", str(places.runs),
+        "recipes/compare.py", "--suite", str(places.suite), "--data_root", places.data_root, "--runs", str(places.runs),
         "--results", str(places.results), "--evaluate", each.name,
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip

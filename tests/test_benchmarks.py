@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, script
+
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, SparsityConfig, draw_masks
 
 common = script("benchmarks/common.py")
 Figure = common.Figure
@@ -42,3 +45,21 @@ def test_the_page_shows_what_was_measured(path):
     assert {figure.row for figure in figures} == set(range(1, 10))
     assert common.table(figures) in (ROOT / "docs" / "performance.md").read_text()
     assert content["machine"]["device"] and content["machine"]["command"].startswith("python benchmarks/run.py")
+
+
+def test_gradients_and_masks_of_a_fresh_model_are_as_chance_makes_them():
+    explain = script("benchmarks/explain.py")
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = NeuroTrailsLlamaConfig(**size, num_attention_heads=2, num_ensemble_heads=3, blocks_in_head=1)
+    model = NeuroTrailsLlamaForCausalLM(config).train()
+    ids = [torch.randint(64, (4, 16))]
+    assert explain.unevenness(model) == (None, None)
+    draw_masks(model, SparsityConfig(density=0.5, distribution="uniform"))
+    assert explain.unevenness(model) == pytest.approx((1, 1), abs=0.1)
+    assert -0.5 < explain.head_cosine(model, ids, model.model.layers) < 0.5
+    for head in (1, 2):
+        model.model.heads[head].load_state_dict(model.model.heads[0].state_dict())
+        model.lm_heads[head].load_state_dict(model.lm_heads[0].state_dict())
+    assert explain.head_cosine(model, ids, model.model.layers) == pytest.approx(1, abs=1e-4)
+    assert explain.head_cosine(model, ids, torch.nn.ModuleList()) is None
