@@ -919,10 +919,30 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         config._attn_implementation = llama.config._attn_implementation
         model = cls(config).to(llama.device)
         for head in range(num_ensemble_heads):
-            for ours, theirs in model._trail(head, llama):
-                _copy_tensors(theirs, ours, names=_tensors(theirs))
+            model._copy_trail(head, llama)
         model.generation_config = copy.deepcopy(llama.generation_config)
         return model.train(llama.training)
+
+    @classmethod
+    def from_llamas(
+        cls, llamas: Sequence[LlamaForCausalLM], ensemble_mode: str = "logits"
+    ) -> "NeuroTrailsLlamaForCausalLM":
+        """A full ensemble of Llamas that were trained apart; head ``h`` is a copy of the ``h``-th and shares nothing.
+
+        Raises:
+            ValueError: their configurations differ.
+        """
+        own = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+        configs = [{key: x for key, x in llama.config.to_dict().items() if key not in own} for llama in llamas]
+        for index, config in enumerate(configs):
+            if changed := sorted(key for key in config if config[key] != configs[0].get(key)):
+                raise ValueError(f"llamas[{index}]: {', '.join(changed)} must be as in the first")
+        model = cls.from_llama(
+            llamas[0], num_ensemble_heads=len(llamas), share_embedding=False, ensemble_mode=ensemble_mode
+        )
+        for head, llama in enumerate(llamas):
+            model._copy_trail(head, llama)
+        return model
 
     def extract_trail(self, head: int) -> LlamaForCausalLM:
         """The stock ``LlamaForCausalLM`` of one trail, its weights copied."""
@@ -934,6 +954,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             _copy_tensors(ours, theirs, names=_tensors(theirs))
         llama.generation_config = copy.deepcopy(self.generation_config)
         return llama.train(self.training)
+
+    def _copy_trail(self, head: int, llama: LlamaForCausalLM) -> None:
+        for ours, theirs in self._trail(head, llama):
+            _copy_tensors(theirs, ours, names=_tensors(theirs))
 
     def _trail(self, head: int, llama: LlamaForCausalLM) -> list[tuple[nn.Module, nn.Module]]:
         """Pairs of corresponding modules: one trail's and the stock Llama's, which lacks the masks alone."""

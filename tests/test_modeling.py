@@ -255,6 +255,25 @@ def test_from_llama_keeps_its_own_generation_config():
     assert llama.generation_config.temperature == 0.6
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_llamas_trained_apart_become_a_full_ensemble(tied, prompts, tmp_path):
+    llamas = [stock_llama(tie_word_embeddings=tied) for _ in range(3)]
+    for index, llama in enumerate(llamas):
+        llama.load_state_dict({name: value * (1 + index / 10) for name, value in llama.state_dict().items()})
+    NeuroTrailsLlamaForCausalLM.from_llamas(llamas, ensemble_mode="probs").save_pretrained(tmp_path)
+    model = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path)
+    output = model(**prompts, output_head_logits=True)
+    assert torch.equal(output.head_logits, torch.stack([llama(**prompts).logits for llama in llamas]))
+    mean = torch.stack([logits.softmax(-1) for logits in output.head_logits]).mean(0)
+    torch.testing.assert_close(output.logits.softmax(-1), mean)
+
+
+def test_llamas_of_different_shapes_are_no_ensemble():
+    llamas = [stock_llama(), stock_llama(), stock_llama(rms_norm_eps=1e-3)]
+    with pytest.raises(ValueError, match=r"^llamas\[2\]: rms_norm_eps must be as in the first$"):
+        NeuroTrailsLlamaForCausalLM.from_llamas(llamas)
+
+
 # Ensembles
 
 
