@@ -346,6 +346,23 @@ def test_every_table_of_the_document_is_made_of_the_committed_files():
     assert not re.search(r"^\|", re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", document, flags=re.DOTALL), re.MULTILINE)
 
 
+def test_every_figure_of_the_text_is_in_a_table_or_a_result():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = document[document.index("## cpu-mini") : document.index("### Before")]
+    prose = re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", text, flags=re.DOTALL)
+    figures = set(re.findall(r"(?<![\d.])\d+\.\d{2,3}(?![\d.])", prose))
+    results = ROOT / "docs" / "results"
+    pages = (results / "cpu-mini" / "report.md", results / "demo" / "explain.md")
+    known = {number for page in pages for number in re.findall(r"\d+\.\d+", page.read_text(encoding="utf-8"))}
+    for path in (results / "demo").glob("*.jsonl"):
+        known |= {f"{record['perplexity']:.2f}" for record in read_metrics(path) if record["event"] == "eval"}
+    for path in results.glob("cpu-mini*/**/*.json"):
+        found = json.loads(path.read_text())
+        found = found["texts"]["wikipedia"] if "texts" in found else found
+        known |= {f"{value:.2f}" for value in found.get("ensemble_perplexities", {}).values()}
+    assert len(figures) > 20 and figures - known <= {"0.95", "1.00", "0.91", "0.97"}  # goals, and the paper's
+
+
 def test_a_document_gets_the_tables_it_asks_for(world):
     page = world / "page.md"
     page.write_text(
