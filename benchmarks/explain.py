@@ -35,7 +35,8 @@ def main() -> None:
         length = model.config.max_position_embeddings
         batches = TokenBatches(args.data, load_tokenizer(str(path)), batch_size=8, sequence_length=length)
         ids = [batch["input_ids"] for batch in itertools.islice(batches, max(1, args.rows // 8))]
-        cosines = [head_cosine(model, ids, module) for module in (model.model.embed_tokens, model.model.layers)]
+        embedding = getattr(model.model, "embed_tokens", torch.nn.ModuleList())  # which a full ensemble does not share
+        cosines = [head_cosine(model, ids, module) for module in (embedding, model.model.layers)]
         cells = [*cosines, *unevenness(model)]
         rows.append([str(path), *("" if cell is None else f"{cell:.3f}" for cell in cells)])
     print(markdown_table(rows))

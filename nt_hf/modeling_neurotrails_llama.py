@@ -930,8 +930,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         """A full ensemble of Llamas that were trained apart; head ``h`` is a copy of the ``h``-th and shares nothing.
 
         Raises:
-            ValueError: their configurations differ.
+            ValueError: there are none, or their configurations differ.
         """
+        if not llamas:
+            raise ValueError("llamas=[]: accepted are one or more")
         own = {"architectures", "dtype", "transformers_version", "_name_or_path"}
         configs = [{key: x for key, x in llama.config.to_dict().items() if key not in own} for llama in llamas]
         for index, config in enumerate(configs):
@@ -940,7 +942,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         model = cls.from_llama(
             llamas[0], num_ensemble_heads=len(llamas), share_embedding=False, ensemble_mode=ensemble_mode
         )
-        for head, llama in enumerate(llamas):
+        for head, llama in enumerate(llamas[1:], 1):
             model._copy_trail(head, llama)
         return model
 

@@ -203,12 +203,13 @@ def forward_flops_per_token(
     """
     block = 2 * _block_products(config) + _attention(config, sequence_length)
     lm_heads = 2 * config.num_ensemble_heads * config.hidden_size * config.vocab_size
-    return block * (config.num_cache_layers + _more_backbone(config, order_per_head)) + lm_heads
+    blocks = config.num_cache_layers + _further_passes(config, order_per_head) * config.num_backbone_layers
+    return block * blocks + lm_heads
 
 
-def _more_backbone(config: NeuroTrailsLlamaConfig, order_per_head: bool) -> int:
-    """Passes through a block of the backbone beyond one through each."""
-    return order_per_head * (config.num_ensemble_heads - 1) * config.num_backbone_layers
+def _further_passes(config: NeuroTrailsLlamaConfig, order_per_head: bool) -> int:
+    """Passes through the backbone beyond the first."""
+    return config.num_ensemble_heads - 1 if order_per_head else 0
 
 
 def training_flops_per_token(
@@ -265,12 +266,11 @@ class Flops:
 def count_flops(run: RunConfig, config: NeuroTrailsLlamaConfig, parameters: Parameters) -> Flops:
     """The FLOPs of a run's training, and of decoding at the length it was trained on."""
     length = run.data.sequence_length
-    attention, more = _attention(config, length), _more_backbone(config, run.data.order_per_head)
+    attention, further = _attention(config, length), _further_passes(config, run.data.order_per_head)
     dense = forward_flops_per_token(config, length, run.data.order_per_head)
     decoding = 2 * parameters.products.active + config.num_cache_layers * attention
-    # All blocks of the backbone once more for each further head.
-    again = more and more / config.num_backbone_layers * 2 * parameters.parts["backbone"].active
-    sparse = decoding + again + more * attention
+    backbone = 2 * parameters.parts["backbone"].active + config.num_backbone_layers * attention
+    sparse = decoding + further * backbone
     sparsity = run.sparsity
     training = 3 * sparse
     if parameters.mobile and sparsity.update_interval:
@@ -278,7 +278,9 @@ def count_flops(run: RunConfig, config: NeuroTrailsLlamaConfig, parameters: Para
         every = 1 if sparsity.needs_momentum else sparsity.update_interval
         looks = bool({sparsity.grow, sparsity.redistribute} & gradients)
         training += looks * (dense - sparse) / every
-    blocks = (2 * _block_products(config) + attention) * (config.num_cache_layers + more)
+    blocks = (2 * _block_products(config) + attention) * (
+        config.num_cache_layers + further * config.num_backbone_layers
+    )
     return Flops(
         training=3 * dense,
         sparse_training=training,

@@ -162,7 +162,8 @@ def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
         if each.arm.learning_rate_of in arms:
             source = arms[each.arm.learning_rate_of]
             ratios = paired_ratios(each, source, read)
-            gains = [gain(each.by_seed[s]) - gain(source.by_seed[s]) for s in each.by_seed if s in source.by_seed]
+            pairs = [(gain(each.by_seed[s]), gain(source.by_seed[s])) for s in each.by_seed if s in source.by_seed]
+            gains = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
             heads = paired_ratios(each, source, head_mean(first))
             cells = [spread(ratios, 3), spread(heads, 3), spread(gains, 3)]
             rows.append([each.arm.label, source.arm.label, str(len(ratios)), *cells])

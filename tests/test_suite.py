@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import finished, paired_ratios, perplexity_on, refreshed, report_text
+from nt_hf.suite_report import effects_table, finished, paired_ratios, perplexity_on, refreshed, report_text
 from nt_hf.training import EXIT_PREEMPTED, read_metrics
 
 compare = script("recipes/compare.py")
@@ -329,6 +330,14 @@ def test_ratios_are_of_paired_seeds(world):
     assert re.search(rf"\| longer +\| NeuroTrails +\| 1 +\| {ratio:.3f} ", text)  # one change
     values = [result["texts"]["text"]["ensemble_perplexities"]["probs"] for result in trails.values()]
     assert re.search(rf"\| NeuroTrails .*\| {statistics.fmean(values):.2f} ± [\d.]+ +\|\n", text)  # averaging
+
+
+def test_an_arm_of_one_head_has_no_gain_to_compare(world):
+    suite = load_suite(world / "tiny.yaml")
+    single = finished(suite, world / "results")["single"]
+    other = replace(single, arm=replace(single.arm, name="other", label="other", learning_rate_of="single"))
+    last = effects_table(suite, {"single": single, "other": other}).splitlines()[-1]
+    assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
 
 
 @pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
