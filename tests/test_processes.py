@@ -24,6 +24,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # Padded documents in their order: the rows of a step are the same ones, however they are divided.
 SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
              "--data.validation", Path(__file__).parent / "small.jsonl", "--train.micro_batch_size", 1)  # fmt: skip
+OWN_ORDERS = ("--data.order_per_head", "true")
 # Of prepared tokens the shuffled rows of a step are the same ones as well.
 PREPARED = ("--train.micro_batch_size", 1, "--data.train")
 LONG = ("--train.max_steps", 40, "--train.eval_steps", 20, "--train.save_steps", 20, "--sparsity.update_interval", 10)
@@ -98,11 +99,12 @@ def test_several_processes_resume_exactly(config, tmp_path, environment):
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
-    [((2, FSDP2), (1, {})), ((2, FSDP2), (4, FSDP2)), ((1, {}), (2, FSDP2)), ((2, {}), (2, FSDP2)), ((4, {}), (1, {}))],
-)
-def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path, first, then):
-    settings = (*PREPARED, f"prepared:{tokens}", *LONG)
+    ("first", "then", "overrides"),
+    [((2, FSDP2), (1, {}), ()), ((2, FSDP2), (4, FSDP2), ()), ((1, {}), (2, FSDP2), ()), ((2, {}), (2, FSDP2), ()),
+     ((4, {}), (1, {}), ()), ((2, {}), (2, FSDP2), OWN_ORDERS), ((1, {}), (2, {}), OWN_ORDERS)],
+)  # fmt: skip
+def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path, first, then, overrides):
+    settings = (*PREPARED, f"prepared:{tokens}", *LONG, *overrides)
     expected = train(config, tmp_path / "single", *settings)
     train_on(first[0], config, tmp_path / "run", *settings, **first[1])
     shutil.rmtree(tmp_path / "run" / "checkpoint-40")
