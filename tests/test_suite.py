@@ -86,6 +86,16 @@ def test_every_suite_of_the_repository_is_valid_and_fair(path):
     assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {suite.config["data"]["validation"]}
 
 
+@pytest.mark.parametrize("name", ["cpu-mini", "gpu-60m"])
+def test_the_blocks_of_every_arm_learn_at_the_rate_that_suits_their_width_and_density(name):
+    suite = load_suite(next(path for path in SUITES if path.stem == name))
+    for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3)):
+        config = run_config(suite, run)
+        sparsity, width = config.sparsity, config.model["hidden_size"]
+        density = 1.0 if sparsity.distribution == "erk" else sparsity.density  # ERK leaves these blocks dense
+        assert config.train.learning_rate_factors["*.layers.*"] == pytest.approx(9.6 / (width * density), rel=1e-3)
+
+
 def test_all_arms_have_a_seed_before_any_has_the_next(tiny):
     suite = load_suite(tiny)
     runs = main_runs(suite, {"single": 0.1, "neurotrails": 0.2})
