@@ -29,7 +29,8 @@ class Arm:
         label: its name in tables and plots.
         config: sections of the recipe's configuration, laid over the suite's.
         seeds: so many of the suite's seeds, the first ones; ``None``: all.
-        learning_rate_of: the arm whose tuned learning rate it takes; ``None``: it is tuned itself.
+        learning_rate_of: the arm above whose learning rate it takes, and that it is a change of; ``None``: it is tuned
+            itself.
         longer: train ``1 / density`` times as many steps (of the masked weights' density).
     """
 
@@ -166,11 +167,12 @@ def load_suite(path: str | Path) -> Suite:
     for key in ("baseline", "rival"):
         if getattr(suite, key) not in arms:
             raise ValueError(f"{path}: {key}={getattr(suite, key)!r}: accepted are {', '.join(arms)}")
-    for arm in arms.values():
-        source = arm.learning_rate_of
-        if source is not None and (source not in arms or arms[source].learning_rate_of):
-            tuned = [name for name, other in arms.items() if not other.learning_rate_of]
-            raise ValueError(f"{path}: arms.{arm.name}.learning_rate_of={source!r}: accepted are {', '.join(tuned)}")
+    for number, arm in enumerate(arms.values()):
+        source, above = arm.learning_rate_of, list(arms)[:number]
+        if source is not None and source not in above:
+            raise ValueError(
+                f"{path}: arms.{arm.name}.learning_rate_of={source!r}: accepted are arms above it: {', '.join(above)}"
+            )
         if arm.seeds is not None and not 1 <= arm.seeds <= len(suite.seeds):
             raise ValueError(f"{path}: arms.{arm.name}.seeds={arm.seeds}: accepted is 1 to {len(suite.seeds)}")
         try:
@@ -258,11 +260,15 @@ def tuning_runs(suite: Suite) -> list[Run]:
 
 def main_runs(suite: Suite, learning_rates: Mapping[str, float]) -> list[Run]:
     """The runs of the arms whose rate is known, the first seed of all arms before the second of any."""
+    rates = dict(learning_rates)
+    for arm in suite.arms.values():
+        if arm.learning_rate_of in rates:
+            rates[arm.name] = rates[arm.learning_rate_of]
     return [
-        Run(arm, seed, learning_rates[arm.learning_rate_of or arm.name], False)
+        Run(arm, seed, rates[arm.name], False)
         for number, seed in enumerate(suite.seeds)
         for arm in suite.arms.values()
-        if (arm.seeds is None or number < arm.seeds) and (arm.learning_rate_of or arm.name) in learning_rates
+        if (arm.seeds is None or number < arm.seeds) and arm.name in rates
     ]
 
 

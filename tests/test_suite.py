@@ -105,6 +105,12 @@ def test_all_arms_have_a_seed_before_any_has_the_next(tiny):
     assert [run.arm.name for run in main_runs(suite, {"single": 0.1})] == ["single", "single"]
 
 
+def test_a_change_of_a_change_takes_the_rate_of_the_first(tiny):
+    arms = yaml.safe_load(tiny.read_text())["arms"] | {"last": {"label": "last", "learning_rate_of": "longer"}}
+    runs = main_runs(load_suite(edited(tiny, arms=arms)), {"neurotrails": 0.2})
+    assert {(run.arm.name, run.learning_rate) for run in runs} == {(name, 0.2) for name in [*arms][1:]}
+
+
 def test_tuning_tries_the_same_grid_for_every_arm_with_a_seed_of_its_own(tiny):
     suite = load_suite(tiny)
     runs = tuning_runs(suite)
@@ -151,7 +157,10 @@ def test_places_are_filled_wherever_they_stand():
         ({"arms": {"single": {}}}, "arms.single: lacks label"),
         ({"arms": {"single": {"label": "x", "colour": 1}}}, r"arms.single: \['colour'\]"),
         ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is 1 to 2"),
-        ({"arms": {"single": {"label": "x", "learning_rate_of": "y"}}}, "learning_rate_of='y': accepted are"),
+        (
+            {"arms": {"single": {"label": "x", "learning_rate_of": "neurotrails"}, "neurotrails": {"label": "y"}}},
+            "learning_rate_of='neurotrails': accepted are arms above it: ",
+        ),
         ({"arms": {"single": {"label": "x", "config": {"model": {"heads": 1}}}}}, "unknown key model.heads"),
         ({"arms": {"single": {"label": "x", "config": {"nothing": {}}}}}, "arms.single: section nothing: accepted are"),
         (
