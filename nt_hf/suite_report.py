@@ -74,6 +74,10 @@ def disagreement(result: Result) -> float | None:
     return result["diversity"]["disagreement"]["mean"]
 
 
+def density(result: Result) -> float:
+    return result["validation"]["density"]
+
+
 def overlap(result: Result) -> float | None:
     found = result["diversity"]["mask_overlap"]
     return found and found["overall"]
@@ -341,19 +345,44 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
     save(plt, figure, path)
 
 
+def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
+    """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first."""
+    series: dict[str, dict[float, str]] = {}
+    for name, each in arms.items():
+        rest = {
+            section: {key: value for key, value in values.items() if key not in ("density", "learning_rate_factors")}
+            for section, values in each.arm.config.items()
+        }
+        key = repr(sorted((section, values) for section, values in rest.items() if values))
+        series.setdefault(key, {}).setdefault(round(each.mean(density), 3), name)  # another rate alone is no density
+    return [[names[each] for each in sorted(names)] for names in series.values() if len(names) > 1]
+
+
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
-    """Diversity, and what the ensemble makes of it, against the density of the masked weights."""
+    """Diversity, and what the ensemble makes of it, against the density of the masked weights.
+
+    Arms that differ in density alone are a line; the others from one seed are grey.
+    """
     text = next(iter(suite.evaluation.texts))
     several = {name: each for name, each in arms.items() if each.values(gain) and not each.arm.longer}
     if not several:
         return
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     looks = style(arms)
+    drawn: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for names in density_series(several):
+        label = f"{several[names[0]].arm.label} to {several[names[-1]].arm.label}"
+        drawn[label] = names, looks[names[0]]
+    on_lines = {name for names, _look in drawn.values() for name in names}
     for name, each in several.items():
-        density = each.mean(lambda result: result["validation"]["density"])
+        if name not in on_lines:
+            alone = len(each.by_seed) == 1
+            label, look = ("other arms", {"color": "0.7", "marker": "."}) if alone else (each.arm.label, looks[name])
+            drawn.setdefault(label, ([], look | {"linestyle": ""}))[0].append(name)
+    for label, (names, look) in drawn.items():
+        x = [several[name].mean(density) for name in names]
         for axis, read in zip(axes, (disagreement, gain, perplexity_on(text))):
-            label = each.arm.label if axis is axes[0] else None
-            axis.plot(density, each.mean(read), linestyle="", label=label, **looks[name])
+            axis.plot(x, [several[name].mean(read) for name in names], label=label if axis is axes[0] else None, **look)
     titles = (
         "disagreement between heads",
         "gain of the ensemble (nats a token)",

@@ -25,7 +25,15 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import effects_table, finished, paired_ratios, perplexity_on, refreshed, report_text
+from nt_hf.suite_report import (
+    density_series,
+    effects_table,
+    finished,
+    paired_ratios,
+    perplexity_on,
+    refreshed,
+    report_text,
+)
 from nt_hf.training import EXIT_PREEMPTED, read_metrics
 
 compare = script("recipes/compare.py")
@@ -357,6 +365,15 @@ def test_an_arm_of_one_head_has_no_gain_to_compare(world):
     other = replace(single, arm=replace(single.arm, name="other", label="other", learning_rate_of="single"))
     last = effects_table(suite, {"single": single, "other": other}).splitlines()[-1]
     assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
+
+
+def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
+    suite = load_suite(ROOT / "recipes" / "suites" / "cpu-mini.yaml")
+    arms = finished(suite, ROOT / "docs" / "results" / "cpu-mini")
+    assert density_series({name: each for name, each in arms.items() if not each.arm.longer}) == [
+        ["neurotrails-0.3", "neurotrails-0.5", "neurotrails-0.7", "neurotrails-0.9", "treenet"],
+        ["neurotrails-4", "treenet-4"],
+    ]
 
 
 @pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
