@@ -1,5 +1,6 @@
 """Tables and plots of a suite, made of its result files alone."""
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -350,11 +351,13 @@ def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
     series: dict[str, dict[float, str]] = {}
     for name, each in arms.items():
         rest = {
-            section: {key: value for key, value in values.items() if key not in ("density", "learning_rate_factors")}
+            f"{section}.{key}": value
             for section, values in each.arm.config.items()
+            for key, value in values.items()
+            if key not in ("density", "learning_rate_factors")
         }
-        key = repr(sorted((section, values) for section, values in rest.items() if values))
-        series.setdefault(key, {}).setdefault(round(each.mean(density), 3), name)  # another rate alone is no density
+        # The first arm of a density: a later one differs in its rates alone.
+        series.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(round(each.mean(density), 3), name)
     return [[names[each] for each in sorted(names)] for names in series.values() if len(names) > 1]
 
 
@@ -369,17 +372,14 @@ def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: P
         return
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     looks = style(arms)
-    drawn: dict[str, tuple[list[str], dict[str, Any]]] = {}
-    for names in density_series(several):
-        label = f"{several[names[0]].arm.label} to {several[names[-1]].arm.label}"
-        drawn[label] = names, looks[names[0]]
-    on_lines = {name for names, _look in drawn.values() for name in names}
-    for name, each in several.items():
-        if name not in on_lines:
-            alone = len(each.by_seed) == 1
-            label, look = ("other arms", {"color": "0.7", "marker": "."}) if alone else (each.arm.label, looks[name])
-            drawn.setdefault(label, ([], look | {"linestyle": ""}))[0].append(name)
-    for label, (names, look) in drawn.items():
+    series, points = density_series(several), {"linestyle": ""}
+    drawn = [(f"{several[s[0]].arm.label} to {several[s[-1]].arm.label}", s, looks[s[0]]) for s in series]
+    rest = [name for name in several if not any(name in names for names in series)]
+    main = [name for name in rest if len(several[name].by_seed) > 1]
+    drawn += [(several[name].arm.label, [name], looks[name] | points) for name in main]
+    if others := [name for name in rest if name not in main]:
+        drawn.append(("other arms", others, {"color": "0.7", "marker": "."} | points))
+    for label, names, look in drawn:
         x = [several[name].mean(density) for name in names]
         for axis, read in zip(axes, (disagreement, gain, perplexity_on(text))):
             axis.plot(x, [several[name].mean(read) for name in names], label=label if axis is axes[0] else None, **look)

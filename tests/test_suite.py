@@ -165,6 +165,7 @@ def test_places_are_filled_wherever_they_stand():
         ({"arms": {"single": {}}}, "arms.single: lacks label"),
         ({"arms": {"single": {"label": "x", "colour": 1}}}, r"arms.single: \['colour'\]"),
         ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is 1 to 2"),
+        ({"arms": {"single": {"label": "x", "learning_rate_of": "y"}}}, "learning_rate_of='y': accepted are"),
         (
             {"arms": {"single": {"label": "x", "learning_rate_of": "neurotrails"}, "neurotrails": {"label": "y"}}},
             "learning_rate_of='neurotrails': accepted are arms above it: ",
