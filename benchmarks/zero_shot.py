@@ -80,7 +80,7 @@ def main() -> None:
             return time.perf_counter() - start, lm.calls
 
     def ours(heads: str) -> float:
-        lm = TrailsLM(model, tokenizer, choose_scorers(model, heads))
+        lm = TrailsLM(model, tokenizer, choose_scorers(model.config, heads))
         start = time.perf_counter()
         for name in TASKS:
             score_task(lm, tasks.load(name, args.limit), args.limit)
