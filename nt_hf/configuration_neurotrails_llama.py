@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
 from .masks import parse_structure
+from .transformers_versions import CACHE
 
 ENSEMBLE_MODES = ("logits", "probs")
 
@@ -38,7 +39,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
 
     model_type = "neurotrails_llama"
     # What Trainer's evaluation would otherwise gather beside the logits, as if it had a row an example.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "head_losses"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "head_losses"]
     # Llama's plans name the layers of one stack and would leave the heads out.
     base_model_tp_plan = None
     base_model_pp_plan = None

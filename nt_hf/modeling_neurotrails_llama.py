@@ -34,6 +34,7 @@ from .configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaCon
 from .masks import attach_masks, check_masks, full_mask, maskable_modules, matches, resize_mask
 from .sparse_checkpoint import SparseWeight, compress_state_dict, read_tensors
 from .speculative import generate_speculatively
+from .transformers_versions import CACHE, either_cache
 
 IGNORE_INDEX = -100
 # Positions whose logits exist at one time when a loss is computed. On a CPU (2,048 positions, hidden size 256 and 512,
@@ -486,13 +487,14 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         active_heads: Sequence[int] | None = None,
         backbone_states: torch.FloatTensor | None = None,
         lm_heads: Sequence[nn.Module] | None = None,
         labels: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> NeuroTrailsModelOutput:
         """Runs the backbone once and each active head on its output.
@@ -500,15 +502,17 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         Args:
             input_ids: ``[batch, seq]``, or ``[active heads, batch, seq]``, a batch for each head, and the backbone runs
                 once for each; ``inputs_embeds`` ``[batch, seq, hidden_size]`` replaces it.
-            attention_mask, position_ids, past_key_values, use_cache: as in ``LlamaModel``. The cache has one slot
-                a block: the backbone's, then head after head.
+            attention_mask, position_ids, cache, use_cache: as in ``LlamaModel``. The cache has one slot a block: the
+                backbone's, then head after head.
             active_heads: the heads to run, all by default. A cache may lose heads on the way, never regain them.
             backbone_states: ``[batch, seq, hidden_size]`` of an earlier call over the same positions: the heads start
                 from them, the backbone does not run. Replaces ``input_ids``; needs ``share_embedding``.
             lm_heads, labels: the active heads' LM heads, and their next tokens ``[active heads, batch * seq]``: one
                 head after another runs forward, into its loss, and backward (see ``HeadByHead``).
+            past_key_values: the name of ``cache`` before Transformers 5.24.
         """
         config = self.config
+        cache = either_cache(cache, past_key_values)
         if sum(given is not None for given in (input_ids, inputs_embeds, backbone_states)) != 1:
             raise ValueError("exactly one of input_ids, inputs_embeds and backbone_states must be given")
         heads = select_heads(config, active_heads)
@@ -518,8 +522,8 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
                 f"input_ids of shape {tuple(input_ids.shape)}, a batch for each head: accepted are [{len(heads)} "
                 "active heads, batch, seq] without attention_mask (pad on the right, labels -100) and cache"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
 
         if backbone_states is not None:
             embeds = [backbone_states]
@@ -536,15 +540,15 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         # that does.
         slot = 0 if len(backbone) else config.first_cache_layer(heads[0])
         if position_ids is None:
-            seen = past_key_values.get_seq_length(slot) if past_key_values is not None else 0
+            seen = cache.get_seq_length(slot) if cache is not None else 0
             position_ids = (torch.arange(embeds[0].shape[1], device=embeds[0].device) + seen).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds[0],
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
             layer_idx=slot,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(embeds[0], position_ids=position_ids)
 
@@ -554,9 +558,9 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
                     hidden,
                     attention_mask=causal_mask,
                     position_ids=position_ids,
-                    past_key_values=past_key_values,
                     use_cache=use_cache,
                     position_embeddings=position_embeddings,
+                    **{CACHE: cache},
                     **kwargs,
                 )
             return hidden
@@ -568,7 +572,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             return self.heads[h].norm(run(self.heads[h].layers, states))
 
         result = NeuroTrailsModelOutput(
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             backbone_states=trunk[0] if config.share_embedding and not own_batches else None,
         )
         if lm_heads is None:
@@ -663,7 +667,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -672,6 +676,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         output_head_logits: bool = False,
         output_uncertainty: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> NeuroTrailsCausalLMOutput:
         """Predicts the next token by every active head and their ensemble.
@@ -688,8 +693,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                 of labels, which makes gradient accumulation exact.
         """
         heads = select_heads(self.config, active_heads)
+        cache = either_cache(cache, past_key_values)
         # ``generate`` asks a cache for its length by its first slot.
-        if (past_key_values is not None or use_cache) and self.config.num_backbone_layers == 0 and 0 not in heads:
+        if (cache is not None or use_cache) and self.config.num_backbone_layers == 0 and 0 not in heads:
             raise ValueError(
                 f"active_heads={heads}: without a backbone a cache counts its tokens in head 0, which must be active; "
                 "use_cache=False or extract_trail(h) work for any head"
@@ -715,7 +721,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             active_heads=active_heads,
@@ -745,7 +751,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         return NeuroTrailsCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             head_losses=head_losses,

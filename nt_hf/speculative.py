@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .transformers_versions import CACHE
+
 #: Positions of the longest round: a choice, so that a round's logits stay small.
 MAX_DRAFT = 16
 
@@ -142,7 +144,7 @@ def generate_speculatively(
     config = generation_config
     if config.output_attentions or config.output_hidden_states:
         raise ValueError("trail_draft with output_attentions or output_hidden_states: accepted are False")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
         kind = type(cache).__name__ if cache is not None else f"use_cache={model_kwargs.get('use_cache')}"
         raise ValueError(
@@ -194,7 +196,7 @@ def generate_speculatively(
     emit(outputs.logits[:, -1:])
     if observe is not None:
         observe(list(outputs.head_logits[:, :, -1:]), 1)
-    cache = outputs.past_key_values
+    cache = outputs[CACHE]
     del outputs
 
     if position_ids is not None:
@@ -213,7 +215,7 @@ def generate_speculatively(
         mask = None if attention_mask is None else _with_ones(attention_mask, position + count)
         positions = next_position + position + torch.arange(count, device=next_position.device)
         return model.model(
-            **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            **inputs, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
             active_heads=heads, return_dict=True,
         )  # fmt: skip
 
@@ -261,7 +263,7 @@ def generate_speculatively(
         sequences=input_ids,
         scores=tuple(scores) if config.output_scores else None,
         logits=tuple(raw_logits) if config.output_logits else None,
-        past_key_values=cache,
+        **{CACHE: cache},
     )
     output["speculation"] = speculation
     return output
