@@ -30,7 +30,8 @@ from nt_hf._cli import provenance
 from nt_hf.data import load_tokenizer
 from nt_hf.report import markdown_table
 from nt_hf.run_config import load_run_config
-from nt_hf.zero_shot import Tasks, TrailsLM, choose_scorers, quiet, score_task
+from nt_hf.zero_shot import TrailsLM, choose_scorers, score_task
+from nt_hf.zero_shot_tasks import Tasks, quiet
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 

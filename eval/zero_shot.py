@@ -16,18 +16,8 @@ from nt_hf.configuration_neurotrails_llama import ENSEMBLE_MODES
 from nt_hf.data import check_vocabulary, load_tokenizer
 from nt_hf.evaluation import load_config, load_for_evaluation
 from nt_hf.training import peak_memory
-from nt_hf.zero_shot import (
-    DEFAULT_TASKS,
-    SEED,
-    Tasks,
-    TrailsLM,
-    average,
-    choose_scorers,
-    combine_tasks,
-    local_file,
-    results_table,
-    score_task,
-)
+from nt_hf.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
+from nt_hf.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
 
 logger = logging.getLogger("nt_hf.zero_shot")
 

@@ -289,7 +289,8 @@ def evaluate(
     *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
     if not tokens:
         raise ValueError("the evaluation data has no token to predict")
-    check_finite({f"head {head}": loss for head, loss in enumerate(losses)} | {"the ensemble": logits_loss + probs_loss})
+    named = {f"head {head}": loss for head, loss in enumerate(losses)}
+    check_finite(named | {"the ensemble": logits_loss + probs_loss})
     pairs = heads * (heads - 1) // 2
     return Perplexities(
         tokens=int(tokens),

@@ -1,5 +1,9 @@
-"""Tables, plots and model cards from what a run wrote."""
+"""Tables, plots and model cards from what a run wrote.
 
+    python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
+"""
+
+import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,6 +19,15 @@ from .training import read_metrics
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
+
+#: What tables and plots need of the records of an event.
+NEEDED = {
+    "train": ("loss",),
+    "eval": (
+        "loss", "head_losses", "head_perplexities", "ensemble_mode", "ensemble_perplexities", "disagreement", "density",
+    ),
+    "update": ("density", "density_by_group", "ever_active", "head_overlap", "grown", "active"),
+}  # fmt: skip
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -52,16 +65,28 @@ def results_table(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *(f"| {name:<{width}} | {value:>8} |" for name, value in rows)])
 
 
-def write_report(run_dir: Path) -> str:
-    """Writes ``report/`` (the table, and plots where matplotlib is installed) of a run; returns the table."""
-    records = read_metrics(run_dir / "metrics.jsonl")
+def write_report(run_dir: Path) -> tuple[str, list[Path]]:
+    """Writes ``report/`` of a run: the table, and plots where matplotlib is installed.
+
+    Returns:
+        The table, and the files written.
+
+    Raises:
+        ValueError: a line of ``metrics.jsonl`` is not what a run writes; the message names it.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics)
+    for number, record in enumerate(records, 1):
+        if lacking := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(lacking)}")
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
-    table = results_table(records)
-    (report / "results.md").write_text(table + "\n")
+    table, files = results_table(records), [report / "results.md"]
+    files[0].write_text(table + "\n")
     if plt := pyplot():
-        _plot(plt, records, report / "training.png")
-    return table
+        files.append(report / "training.png")
+        _plot(plt, records, files[-1])
+    return table, files
 
 
 def pyplot() -> Any:
@@ -153,3 +178,21 @@ The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`
 
 def _last(records: Sequence[Record], event: str) -> Record | None:
     return next((record for record in reversed(records) if record["event"] == event), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nt_hf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the directory of a run of recipes/pretrain_c4.py")
+    run_dir = parser.parse_args().run
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
+    table, files = write_report(run_dir)
+    print(f"{table}\n\nwritten: {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    from ._cli import run
+
+    run(main)

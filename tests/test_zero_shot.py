@@ -20,17 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data import load_tokenizer
-from nt_hf.zero_shot import (
-    DEFAULT_TASKS,
-    Scorer,
-    Tasks,
-    TrailsLM,
-    average,
-    choose_scorers,
-    combine_tasks,
-    log_likelihoods,
-    score_task,
-)
+from nt_hf.zero_shot import Scorer, TrailsLM, average, choose_scorers, combine_tasks, log_likelihoods, score_task
+from nt_hf.zero_shot_tasks import DEFAULT_TASKS, Tasks
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "eval"
@@ -531,10 +522,10 @@ def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
     ],
 )
 def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, option, value, problem):
-    from nt_hf import zero_shot
+    from nt_hf import zero_shot_tasks
 
-    small = zero_shot.TaskManager(include_path=[], include_defaults=False)
-    monkeypatch.setattr(zero_shot, "TaskManager", lambda **given: TaskManager(**given) if given else small)
+    small = zero_shot_tasks.TaskManager(include_path=[], include_defaults=False)
+    monkeypatch.setattr(zero_shot_tasks, "TaskManager", lambda **given: TaskManager(**given) if given else small)
     options = {"--model": checkpoint, "--data_root": DATA, "--tasks": "arc_easy", "--output": tmp_path / "scores.json"}
     options[option] = value
     if option == "--data_root":
