@@ -28,8 +28,8 @@ from transformers import LlamaForCausalLM
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import provenance
 from nt_hf.data import load_tokenizer
-from nt_hf.report import markdown_table
 from nt_hf.run_config import load_run_config
+from nt_hf.tables import markdown_table
 from nt_hf.zero_shot import TrailsLM, choose_scorers, score_task
 from nt_hf.zero_shot_tasks import Tasks, quiet
 

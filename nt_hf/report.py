@@ -1,11 +1,12 @@
 """Tables, plots and model cards from what a run wrote.
 
-    python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
+python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
 """
 
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,17 @@ NEEDED = {
 }  # fmt: skip
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first row is the head, its columns aligned for readers of plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def strict_json(text: str) -> Any:
+    """What a JSON text holds.
 
+    Raises:
+        ValueError: it is no JSON, or holds NaN or Infinity, which Python alone takes for numbers of JSON.
+    """
 
-def score_text(value: float, stderr: float | None) -> str:
-    """A score with its standard error, where there is one."""
-    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number of JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def results_table(records: Sequence[Record]) -> str:
@@ -189,7 +191,7 @@ def main() -> None:
     if not (run_dir / "metrics.jsonl").is_file():
         raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
     table, files = write_report(run_dir)
-    print(f"{table}\n\nwritten: {', '.join(map(str, files))}")
+    sys.stdout.write(f"{table}\n\nwritten: {', '.join(map(str, files))}\n")
 
 
 if __name__ == "__main__":

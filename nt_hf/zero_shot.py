@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
-from .report import markdown_table, score_text
+from .tables import markdown_table, score_text
 from .zero_shot_tasks import quiet
 
 # Tokens of a batch, its padding included, with batch_size="auto". On two cores more rows gain nothing; a GPU wants more

@@ -174,7 +174,9 @@ def main() -> None:
                 source = each.arm
                 while source.learning_rate_of:
                     source = suite.arms[source.learning_rate_of]
-                raise ValueError(f"{each.name} has no learning rate yet; accepted first: --only 'tuning/{source.name}/*'")
+                raise ValueError(
+                    f"{each.name} has no learning rate yet; accepted first: --only 'tuning/{source.name}/*'"
+                )
     print(report_text(suite, places.results))
     write_report(suite, places.results)
     if args.document:
