@@ -203,8 +203,11 @@ def check_evaluation(suite: Suite, places: Places) -> None:
     Raises:
         ValueError: something is not there.
     """
-    for source in places.fill(suite.evaluation.texts).values():
-        read_texts([source])
+    for name, source in places.fill(suite.evaluation.texts).items():
+        try:
+            read_texts([source])
+        except ValueError as error:
+            raise ValueError(f"evaluation.texts.{name}: {error}") from error
     if suite.evaluation.zero_shot and not Path(folder := places.fill(suite.evaluation.zero_shot)).is_dir():
         raise ValueError(f"evaluation.zero_shot={folder}: accepted is a directory of json lines")
 
