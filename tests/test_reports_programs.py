@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import script
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from recipe_runs import call
 from test_comparison import report
 from test_suite import TINY
+from test_uncertainty import byte_tokenizer
 
 from nt_hf import report as run_report
 from nt_hf.comparison import read_columns
@@ -170,13 +173,23 @@ def test_names_that_lm_eval_does_not_have_are_told_without_reading_all_of_its_ta
     tasks = Tasks()
     monkeypatch.setattr(zero_shot_tasks, "TaskManager", lambda **_: pytest.fail("all of lm-eval was read"))
     tasks.check(["piqa", "boolq", "mmlu", "lambada_openai", "gsm8k"])  # the last two are in none of the usual folders
-    for names, unknown in (
-        (["piqa", "no_such_task"], "no_such_task"),
-        (["gsm8k", "boolqq"], "boolqq"),
-        (["piqa", ""], ""),
-    ):
+    for unknown in ("no_such_task", "boolqq", ""):
         with pytest.raises(ValueError, match=f"unknown task '{unknown}'; accepted: boolq, piqa"):
             tasks.check(["piqa", "gsm8k", unknown])
+
+
+def test_generation_tasks_of_lm_eval_need_fewer_tokens_than_the_trained_length(model):
+    """D4: docs/evaluation.md names the option; without it lm-eval asks for 256 tokens."""
+    lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=2)
+
+    def generate(**options) -> list[str]:
+        arguments = [(prompt, {"until": ["\n"], **options}) for prompt in ("The best way", "You can" * 30)]
+        each = [Instance("generate_until", {}, pair, 0) for pair in arguments]
+        return lm.generate_until(each, disable_tqdm=True)
+
+    with pytest.raises(AssertionError, match=r"\(256\) must be less than model's maximum sequence length \(128\)"):
+        generate()
+    assert [0 < len(text) <= 32 for text in generate(max_gen_toks=32)] == [True, True]
 
 
 # ------------------------------------------------------------------------------------------------ metrics and report
