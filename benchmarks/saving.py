@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("recipes/configs/60m.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/saving"))
     args = parser.parse_args()
+    args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     config = load_run_config([args.config])
     accelerator, tokenizer = Accelerator(), load_tokenizer(config.data.tokenizer)
     model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**config.model)).to(accelerator.device)

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("runs/scaling"))
     args = parser.parse_args()
+    args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     tokens = args.folder / "tokens"
     prepare("sample:train", load_tokenizer(load_run_config([args.config]).data.tokenizer), tokens)
     common = [

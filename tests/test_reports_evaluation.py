@@ -22,6 +22,7 @@ from nt_hf import (
 from nt_hf._cli import check_output, write_json
 from nt_hf.diversity import measure_diversity
 from nt_hf.evaluation import DocumentWindows, evaluate, load_for_evaluation
+from nt_hf.first_masks import weight_uses
 from nt_hf.masks import get_mask, masked_modules
 from nt_hf.zero_shot import choose_scorers, log_likelihoods
 
@@ -304,6 +305,8 @@ def test_three_dimensional_convolutions_are_sparse(distribution, structure):
     draw_masks(net, config, loss=lambda: net(x).square().mean())
     optimizer = torch.optim.Adam(net.parameters())
     sparsifier = Sparsifier(net, optimizer, config, 8)
+    # Once a position of the output, of which there are 2 x 4^3 and 2 x 3^3.
+    assert weight_uses(masked_modules(net), lambda: net(x)) == {"0.weight": 128, "2.weight": 54}
     before = get_mask(net[0])
     for _ in range(4):
         optimizer.zero_grad()
