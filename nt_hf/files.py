@@ -1,0 +1,140 @@
+"""What is written to disk: whole or not at all, by one run at a time, and errors that name the file."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_held: set[IO[str]] = set()
+# A loader's worker would hold the lock for as long as it outlives a killed run.
+os.register_at_fork(after_in_child=lambda: [_held.pop().close() for _ in range(len(_held))])
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the message is one line that names it."""
+
+
+class LockedError(OSError):
+    """A directory that another process writes into; the message is one line that names it."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns what goes wrong within, a full disk for example, into one line that names ``path``.
+
+    Raises:
+        WriteError: writing failed. safetensors has an error of its own for that, which is no ``OSError``.
+    """
+    try:
+        yield
+    except (WriteError, LockedError):
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise WriteError(f"{path}: cannot be written ({reason})") from error
+
+
+def write_whole(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
+    """Makes the file ``path`` in one step: whatever happens, it is complete and on the disk, or as it was.
+
+    Args:
+        path: the file; its directory must exist.
+        content: a text, or a function that writes into the open file.
+
+    Raises:
+        WriteError: it cannot be written; nothing is left of it.
+    """
+    # The process's number keeps an orphan of a killed program from writing into the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync(path.parent)  # the name, too, has to reach the disk
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file within a directory that is not whole yet itself.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a directory's names, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keeps a directory for this process: made if it is not there, and removed again if nothing came to lie in it.
+
+    The kernel frees the lock of a process that dies, so a killed run locks nobody out.
+
+    Raises:
+        LockedError: another process holds it.
+        WriteError: it cannot be written into.
+    """
+    lock = directory / LOCK
+    with writing(directory):
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: whoever waits for this file looks whether it is still there
+        _held.discard(file)
+        file.close()
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
+
+
+def _locked(lock: Path) -> IO[str]:
+    while True:
+        file = open(lock, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "just starting"
+            file.close()
+            raise LockedError(
+                f"{lock.parent}: another run writes here ({holder}); wait for its end, or take another directory"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            logger.warning("%s: this file system has no locks: see that no other run writes here", lock.parent)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                _held.add(file)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+                file.flush()
+                return file
+        file.close()  # its holder ended and removed it meanwhile
