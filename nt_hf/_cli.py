@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ._version import __version__
 from .data import check_vocabulary, load_tokenizer, read_texts
 from .evaluation import DocumentWindows, load_for_evaluation
+from .files import write_whole, writing
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 
 
@@ -34,10 +35,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         with logging_redirect_tqdm():
             main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("NT_HF_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        dead_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        if os.environ.get("NT_HF_TRACEBACK") or (isinstance(error, RuntimeError) and not dead_worker):
             raise
-        sys.exit(f"error: {error}")
+        reason = "; out of memory perhaps: fewer data.num_workers need less" if dead_worker else ""
+        sys.exit(f"error: {' '.join(str(error).split())}{reason}")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -64,15 +67,9 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, dataclasses as objects, in one piece."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=2, default=asdict) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one piece: a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

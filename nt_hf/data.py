@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -304,6 +306,7 @@ class TokenBatches:
             streams,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # else it draws from the global one, and loading would change training
         )
 
@@ -434,13 +437,32 @@ class _Streams(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, Place | DataError]]:
         info = get_worker_info()
         if info:  # one core a worker: DataLoader stops torch's threads in it, this the tokenizer's
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # Whatever the user set: where workers are forked, the tokenizer's threads are not, and it waits for them.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker = (self.first + (info.id if info else 0)) % len(self.places)
         try:
             for batch, place in self.batches._stream(worker, self.places[worker]):
                 yield worker, batch, place
         except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
             yield worker, None, error
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Lets a loader worker live on when a launcher or ``timeout`` sends a signal to all processes of a run.
+
+    The main process needs batches until it has saved, and ends its workers itself, by SIGTERM as well.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def check_choice(name: str, value, choices: Sequence[str]) -> None:
