@@ -1,7 +1,6 @@
 """What is written to disk: whole or not at all, by one run at a time, and errors that name the file."""
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -13,10 +12,9 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-_held: set[IO[str]] = set()
+_held: set[int] = set()  # file descriptors
 # A loader's worker would hold the lock for as long as it outlives a killed run.
-os.register_at_fork(after_in_child=lambda: [_held.pop().close() for _ in range(len(_held))])
+os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
 
 
 class WriteError(OSError):
@@ -96,45 +94,37 @@ def only_writer(directory: Path) -> Iterator[None]:
 
     Raises:
         LockedError: another process holds it.
-        WriteError: it cannot be written into.
+        WriteError: it cannot be made.
     """
-    lock = directory / LOCK
     with writing(directory):
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        file = _locked(lock)
+        descriptor = _lock(directory)
+    _held.add(descriptor)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: whoever waits for this file looks whether it is still there
-        _held.discard(file)
-        file.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # while it is held: whoever waits for it looks whether it is still there
             for path in missing:
                 path.rmdir()
+        _held.discard(descriptor)
+        os.close(descriptor)
 
 
-def _locked(lock: Path) -> IO[str]:
+def _lock(directory: Path) -> int:
+    """A descriptor of the directory itself, locked, so that no file of a lock lies about."""
     while True:
-        file = open(lock, "a+", encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "just starting"
-            file.close()
+            os.close(descriptor)
             raise LockedError(
-                f"{lock.parent}: another run writes here ({holder}); wait for its end, or take another directory"
+                f"{directory}: another process writes there; wait for its end, or take another directory"
             ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            logger.warning("%s: this file system has no locks: see that no other run writes here", lock.parent)
+        except OSError:  # network file systems
+            logger.warning("%s: directories cannot be locked there; no other run may write into it", directory)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                _held.add(file)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-                file.flush()
-                return file
-        file.close()  # its holder ended and removed it meanwhile
+            if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+                return descriptor
+        os.close(descriptor)  # its holder ended and removed it meanwhile
