@@ -29,10 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import ON_BAD_LINE, TOKENIZE_AT_ONCE, TokenBatches, check_batches, check_choice, check_int, eos_id, tokenize
 from .files import only_writer, write_whole, writing
-from .sources import PREPARED, DataError, Reader, find_files, one_line
+from .sources import INDEX, PREPARED, DataError, Reader, find_files, one_line
 
 FORMAT_VERSION = 1
-INDEX = "index.json"
 _PROBE = "The  Quick brown FOX, 3.14 x 10\u2076;\n\tna\u00efve \ufb01anc\u00e9e \u6f22\u5b57 \U0001f600 don't\u2026 <b>"
 
 
