@@ -1,5 +1,6 @@
 """The configuration of a training run: YAML files plus dotted overrides, every key and value checked."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .data import DataConfig
@@ -180,7 +182,24 @@ def load_run_config(
             built[section] = typed[section] if section == "model" else cls(**typed[section])
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from error
+    if built["model"].get("rope_parameters"):
+        _check_rope(built["model"])
     return RunConfig(**built)
+
+
+def _check_rope(model: Mapping[str, Any]) -> None:
+    """Checks what Transformers looks up without a check, when the model is built."""
+    rope = model["rope_parameters"]
+    kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", 1.0)
+    kinds = ["default", *(each for each in ROPE_INIT_FUNCTIONS if each != "default")]
+    _require(kind in kinds, "model.rope_parameters.rope_type", kind, ", ".join(kinds))
+    _require(base > 0, "model.rope_parameters.rope_theta", base, "a number above 0")
+    if kind != "default":
+        try:
+            # Of a copy, which the configuration completes.
+            ROPE_INIT_FUNCTIONS[kind](NeuroTrailsLlamaConfig(**copy.deepcopy(model)), None)
+        except KeyError as error:
+            raise ValueError(f"model.rope_parameters={rope}: lacks {error.args[0]}, expected with {kind}") from error
 
 
 # What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.

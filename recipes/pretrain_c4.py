@@ -9,8 +9,12 @@ last checkpoint when it is started again in the same way, also on another number
 launch files for several GPUs and nodes.
 """
 
+# First: it says how threads wait, which is read when torch is loaded.
+import nt_hf  # noqa: F401  # isort: skip
+
 import argparse
 import contextlib
+import copy
 import dataclasses
 import logging
 import sys
@@ -110,7 +114,7 @@ def pretrain(
     tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer.model_max_length = config.data.sequence_length
     model_config = NeuroTrailsLlamaConfig(
-        **config.model,
+        **copy.deepcopy(config.model),  # it completes rope_parameters, which run.yaml keeps as they were given
         max_position_embeddings=config.data.sequence_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

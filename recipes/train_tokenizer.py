@@ -6,6 +6,9 @@ it can spell and restore any text. The special tokens are those of the sample to
 ``<unk>`` = 2 (never emitted), none of them added by itself.
 """
 
+# First: it says how threads wait, which is read when torch is loaded.
+import nt_hf  # noqa: F401  # isort: skip
+
 import argparse
 import logging
 from collections.abc import Iterable
