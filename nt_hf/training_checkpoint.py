@@ -220,8 +220,7 @@ def save_checkpoint(
             weights = full_state_dict(model, keep=main)
             report = sparsifier.report()
             if main:
-                with writing(partial / "model.safetensors"):
-                    _save_model(partial, model, weights, config.train.save_dtype)
+                _save_model(partial, model, weights, config.train.save_dtype)
                 with writing(partial / "tokenizer.json"):
                     tokenizer.save_pretrained(partial)
                 sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
@@ -318,9 +317,10 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
     with torch.device("meta"):
         shell = NeuroTrailsLlamaForCausalLM(model.config)
     shell.generation_config = model.generation_config
-    shell.save_pretrained(path, state_dict=weights)
+    with writing(path / "model.safetensors"):
+        shell.save_pretrained(path, state_dict=weights)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
+    write_text(path / "config.json", json.dumps(config | {"dtype": dtype}, indent=2))
 
 
 def _write_shards(path: Path, tensors: Mapping[str, torch.Tensor], main: bool) -> None:
