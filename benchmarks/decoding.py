@@ -23,6 +23,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, draw_masks, freeze_topology
 from nt_hf.data import load_tokenizer, read_texts
+from nt_hf.lm_heads import by_head
 from nt_hf.run_config import load_run_config
 
 PROMPT, TOKENS = 16, 48
@@ -112,7 +113,7 @@ def pass_seconds(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, lengt
     """Seconds of a trail's pass over one position, and of the other heads' pass over each number of positions."""
     inner, others = model.model, list(range(1, model.config.num_ensemble_heads))
     cache = DynamicCache(config=model.config)
-    inner(prompt, past_key_values=cache, use_cache=True)
+    inner(prompt, cache=cache, use_cache=True)
     longest = max(lengths)
     states = torch.randn(1, longest, model.config.hidden_size, device=DEVICE)
     seen = prompt.shape[1]
@@ -122,15 +123,15 @@ def pass_seconds(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, lengt
             layer.crop(min(0, length - layer.get_seq_length()))
 
     def trail() -> None:
-        out = inner(prompt[:, :1], past_key_values=cache, use_cache=True, active_heads=[0])
-        model.lm_heads[0](out.last_hidden_state[0])
+        out = inner(prompt[:, :1], cache=cache, use_cache=True, active_heads=[0])
+        model.lm_heads[0](out.last_hidden_state)
         crop(seen)
 
     def heads(k: int) -> None:
         positions = seen + torch.arange(k, device=DEVICE)[None]
-        out = inner(backbone_states=states[:, :k], position_ids=positions, past_key_values=cache, use_cache=True,
+        out = inner(backbone_states=states[:, :k], position_ids=positions, cache=cache, use_cache=True,
                     active_heads=others)  # fmt: skip
-        for h, hidden in zip(others, out.last_hidden_state):
+        for h, hidden in zip(others, by_head(out.last_hidden_state, model.config.hidden_size)):
             model.lm_heads[h](hidden)
         crop(seen)
 

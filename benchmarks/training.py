@@ -41,6 +41,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.lm_heads import by_head
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.run_config import RunConfig, load_run_config
 from nt_hf.sparsifier import Sparsifier, draw_masks
@@ -137,7 +138,8 @@ class Plain(Side):
 
     def step(self) -> None:
         hidden = self.model.model(input_ids=self.ids, use_cache=False).last_hidden_state
-        logits = [lm_head(x) for lm_head, x in zip(self.model.lm_heads, hidden)]
+        states = by_head(hidden, self.model.config.hidden_size)
+        logits = [lm_head(x) for lm_head, x in zip(self.model.lm_heads, states)]
         summed_losses(logits, self.ids).backward()
         self.optimizer.step()
         for weight, mask in self.masks.items():

@@ -13,6 +13,7 @@ import torch
 
 from .configuration_neurotrails_llama import ENSEMBLE_MODES
 from .evaluation import CHUNK, perplexity
+from .lm_heads import by_head
 from .masks import masked_modules
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from .sparsifier import head_overlap
@@ -213,7 +214,8 @@ def _scored_states(
     keep = labels != IGNORE_INDEX
     blocks = model.config.blocks_in_head
     own = output.hidden_states[len(output.hidden_states) - len(heads) * blocks :]  # head after head, see the model
-    depths = [*(own[depth::blocks] for depth in range(blocks)), output.last_hidden_state]
+    last = by_head(output.last_hidden_state, model.config.hidden_size)
+    depths = [*(own[depth::blocks] for depth in range(blocks)), last]
     return [torch.stack([states[:, :-1][keep] for states in depth]) for depth in depths], labels[keep]
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from .data import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
+from .lm_heads import by_head
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
 from .sharding import is_sharded, reshard
 
@@ -262,7 +263,7 @@ def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Te
         logits = model(**inputs, output_head_logits=True).head_logits[:, :, :-1][:, keep]
         chunks = (logits[:, start : start + CHUNK].float() for start in range(0, labels.numel(), CHUNK))
     else:
-        hidden = model.model(**inputs).last_hidden_state[:, :, :-1][:, keep]
+        hidden = by_head(model.model(**inputs).last_hidden_state, model.config.hidden_size)[:, :, :-1][:, keep]
         chunks = (
             [head(x[start : start + CHUNK]).float() for head, x in zip(model.lm_heads, hidden)]
             for start in range(0, labels.numel(), CHUNK)

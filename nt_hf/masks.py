@@ -10,7 +10,7 @@ is the stock dense one, and a reader that ignores the masks still reads the righ
 This file is copied into checkpoints that load with ``trust_remote_code``: it imports torch and transformers only.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -274,7 +274,7 @@ def check_masks(model: nn.Module, known: Container[str] = ()) -> list[str]:
     structure = getattr(getattr(model, "config", None), "mask_structure", "unstructured")
     for name, module in masked_modules(model).items():
         packed, weight = local(module.weight_mask), local(module.weight)
-        if packed.is_meta or weight.is_meta or not weight.is_floating_point():
+        if packed.is_meta or weight.is_meta or not is_plain(weight):
             continue  # offloaded, or quantised into another layout
         if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(weight.shape):
             raise ValueError(
@@ -293,6 +293,23 @@ def check_masks(model: nn.Module, known: Container[str] = ()) -> list[str]:
         if ((weight != 0) & ~mask).any():
             violations.append(name)
     return violations
+
+
+def check_state_dict(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """As [`check_masks`], of the weights and masks in a state dict; only the zeros are looked at."""
+    masked = [name for name in tensors if f"{name}_mask" in tensors and name.endswith("weight")]
+    return [
+        name
+        for name in masked
+        if is_plain(tensors[name])
+        and not tensors[name].is_meta
+        and ((tensors[name] != 0) & ~unpack_mask(tensors[f"{name}_mask"], tensors[name].shape)).any()
+    ]
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is an ordinary tensor of floating point numbers, not one of a quantiser's."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 def densify(model: nn.Module) -> None:

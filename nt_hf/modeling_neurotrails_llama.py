@@ -5,20 +5,17 @@ stock dense modules compute the right thing.
 """
 
 import copy
-import math
+import functools
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -26,304 +23,65 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaConfig
-from .masks import attach_masks, check_masks, full_mask, maskable_modules, matches, resize_mask
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .ensemble import (
+    NeuroTrailsCausalLMOutput,
+    NeuroTrailsModelOutput,
+    Uncertainty,
+    UncertaintyRecorder,
+    combine_logits,
+    uncertainty,
+)
+from .lm_heads import LMHead, LMHeads, by_head, check_adapters, head_loss, side_by_side
+from .losses import IGNORE_INDEX, HeadByHead
+from .masks import attach_masks, check_masks, check_state_dict, full_mask, maskable_modules, matches, resize_mask
 from .sparse_checkpoint import SparseWeight, compress_state_dict, read_tensors
 from .speculative import generate_speculatively
 from .transformers_versions import CACHE, either_cache
 
-IGNORE_INDEX = -100
-# Positions whose logits exist at one time when a loss is computed. On a CPU (2,048 positions, hidden size 256 and 512,
-# vocabularies of 4,096 and 32,000) 256 was the fastest of 128, 256, 512 and 1024. The GPU's value is a choice of
-# memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
-LOSS_CHUNK = {"cpu": 256}
-LOSS_CHUNK_DEVICE = 4096
-# Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
-# them.
-UNCERTAINTY_CHUNK = 2**21
+logger = logging.get_logger(__name__)
+
+# What Transformers hands through a forward pass, and token types, which some tokenizers return for every model.
+_HANDED_THROUGH = {*TransformersKwargs.__annotations__, "token_type_ids"}
 # The ways of generating that trails can draft for.
 SPECULATIVE_MODES = ("greedy_search", "sample")
 # The ways of generating whose steps are the forward passes that the tokens were drawn from.
 RECORDED_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 
 
-@dataclass
-class Uncertainty(ModelOutput):
-    """How unsure the heads are of the next token, and how far they differ.
+def _checked_forward(forward: Callable) -> Callable:
+    """A model's ``forward`` that refuses arguments which it would otherwise drop, and returns a tuple where asked to.
 
-    ``p_h`` is the next-token distribution of head ``h``, ``H`` an entropy in nats; means are over the ``M`` active
-    heads. The probabilities are averaged in either ``ensemble_mode``: only so do the parts add up. Each measure is
-    fp32, of shape ``[batch, seq]``; position ``t`` is about the prediction made there, of token ``t + 1``.
-
-    Attributes:
-        predictive_entropy: ``H[mean p_h]``, 0 to ``log(vocab)``: the whole uncertainty.
-        mutual_information: ``H[mean p_h] - mean H[p_h]``, 0 to ``log(M)``, between the head and its prediction: the
-            epistemic part (BALD, Houlsby et al. 2011, arXiv 1112.5745; ensembles of networks, Lakshminarayanan et al.
-            2017, arXiv 1612.01474). What it leaves of the predictive entropy, the mean entropy of a head, is the
-            aleatoric part (Depeweg et al. 2018, arXiv 1710.07283). 0 with one head.
-        disagreement: the share of pairs of heads whose most probable tokens differ, 0 to 1; 0 with one head.
+    ``output_hidden_states`` may be indices of the hidden states to return, the others are ``None``; releases of
+    Transformers differ in how they count them, all by the depth of a trail, so the choice is made here.
     """
+    parameters = inspect.signature(forward).parameters
+    known = parameters.keys() | _HANDED_THROUGH | {"return_dict"}
 
-    predictive_entropy: torch.FloatTensor | None = None
-    mutual_information: torch.FloatTensor | None = None
-    disagreement: torch.FloatTensor | None = None
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"{type(self).__name__}.forward got an unknown argument {', '.join(unknown)}; accepted are "
+                f"{', '.join([name for name in parameters if name not in ('self', 'kwargs')])}, and of Transformers "
+                f"{', '.join(sorted(_HANDED_THROUGH))}"
+            )
+        return_dict = kwargs.pop("return_dict", None)
+        chosen = kwargs.get("output_hidden_states")
+        if chosen and not isinstance(chosen, bool):
+            kwargs["output_hidden_states"] = True
+        outputs = forward(self, *args, **kwargs, return_dict=True)
+        if chosen and not isinstance(chosen, bool):
+            count = len(outputs.hidden_states)
+            wanted = {i % count for i in ([chosen] if isinstance(chosen, int) else chosen) if -count <= i < count}
+            outputs.hidden_states = tuple(x if i in wanted else None for i, x in enumerate(outputs.hidden_states))
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
-
-@dataclass
-class NeuroTrailsCausalLMOutput(CausalLMOutputWithPast):
-    """Output of ``NeuroTrailsLlamaForCausalLM``.
-
-    Attributes:
-        loss: mean of ``head_losses``, a scalar.
-        logits: the ensemble's prediction, ``[batch, seq, vocab]``. ``None`` in training mode with labels: the
-            loss needs none, and holding them is what limits the batch.
-        head_losses: mean next-token cross-entropy of each active head, ``[M]``, in nats.
-        head_logits: ``[M, batch, seq, vocab]``, with ``output_head_logits=True``.
-        uncertainty: of the positions that have logits, with ``output_uncertainty=True``.
-        hidden_states: the embedding's output, then each block's: the backbone's, then head after head.
-        attentions: of each block, in the same order.
-    """
-
-    head_losses: torch.FloatTensor | None = None
-    head_logits: torch.FloatTensor | None = None
-    uncertainty: Uncertainty | None = None
-
-
-@dataclass
-class NeuroTrailsModelOutput(BaseModelOutputWithPast):
-    """Output of ``NeuroTrailsLlamaModel``.
-
-    Attributes:
-        last_hidden_state: ``[active heads, batch, seq, hidden_size]``, after each head's final norm.
-        backbone_states: the backbone's output ``[batch, seq, hidden_size]``; ``None`` where each head has an embedding
-            of its own, and so nothing is shared.
-        head_losses: ``[active heads]``, summed over the positions, where ``lm_heads`` and ``labels`` were given; there
-            is no ``last_hidden_state`` then.
-    """
-
-    backbone_states: torch.FloatTensor | None = None
-    head_losses: torch.FloatTensor | None = None
-
-
-def combine_logits(logits: Iterable[torch.Tensor], mode: str) -> torch.Tensor:
-    """Combines the heads' logits ``[..., vocab]`` into the ensemble's.
-
-    ``"logits"``: their mean. ``"probs"``: log of the mean probability (soft voting); these are normalised. The logits
-    are taken one by one and not changed: those that a generator makes need not exist all at one time.
-
-    Raises:
-        ValueError: ``mode`` is neither.
-    """
-    if mode not in ENSEMBLE_MODES:
-        raise ValueError(f"ensemble_mode={mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
-    logits, count = iter(logits), 1
-    if mode == "logits":
-        mean = next(logits).clone()
-        for head in logits:
-            count += 1
-            mean.lerp_(head, 1 / count)
-            del head  # before the next one is made; ``enumerate`` would keep it as well
-        return mean
-    total = torch.log_softmax(next(logits).float(), -1)
-    for head in logits:
-        total = torch.logaddexp(total, torch.log_softmax(head.float(), -1))
-        count += 1
-    return total - math.log(count)
-
-
-@torch.no_grad()
-def uncertainty(logits: Sequence[torch.Tensor]) -> Uncertainty:
-    """The measures of ``Uncertainty`` from the heads' logits ``[..., vocab]``, each ``[...]``.
-
-    In fp32 whatever the logits' type, without gradients, and in chunks: it needs no memory of the logits' size.
-    """
-    *shape, vocab = logits[0].shape
-    size = max(1, UNCERTAINTY_CHUNK // vocab)
-    chunks = zip(*(head.reshape(-1, vocab).split(size) for head in logits))
-    measures = zip(*(_uncertainty(chunk) for chunk in chunks))
-    return Uncertainty(*(torch.cat(values).view(shape) for values in measures))
-
-
-def _uncertainty(logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The measures, each ``[n]``, from the heads' logits ``[n, vocab]``."""
-    heads = len(logits)
-    mean, mean_entropy = 0, 0
-    for head in logits:
-        probs = torch.softmax(head, -1, dtype=torch.float32)
-        mean_entropy = mean_entropy + _entropy(probs) / heads
-        mean = mean + probs / heads
-    entropy = _entropy(mean)
-    guesses = torch.stack([head.argmax(-1) for head in logits])
-    differing = (guesses[:, None] != guesses).float().sum((0, 1))  # each pair twice
-    return entropy, (entropy - mean_entropy).clamp(min=0), differing / max(heads * (heads - 1), 1)
-
-
-def _entropy(probs: torch.Tensor) -> torch.Tensor:
-    # ``torch.special.entr`` is slower on a CPU. A probability of 0 counts 0 here as there.
-    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
-
-
-class UncertaintyRecorder:
-    """Stands for ``output_uncertainty=True`` within ``generate`` and keeps what each step's forward pass measured."""
-
-    def __init__(self):
-        self.steps: list[Uncertainty] = []
-
-    def __deepcopy__(self, memo) -> None:
-        # A draft model gets copies of the arguments; its tokens are proposals, and a stock one would refuse this one.
-        return None
-
-    def add(self, measures: Uncertainty, positions: int) -> None:
-        """Keeps the first ``positions`` of a step's measures, copied: a compiled step overwrites its outputs."""
-        self.steps.append(Uncertainty(*(values[:, :positions].clone() for values in measures.to_tuple())))
-
-    def select(self, rows: torch.LongTensor) -> Uncertainty:
-        """The measures of each new token; ``rows`` ``[sequences, new tokens]`` is its step's row, or -1 for NaN."""
-        steps = zip(*(step.to_tuple() for step in self.steps))
-        recorded = (torch.cat(values, 1).to(rows.device) for values in steps)
-        picked = (values.gather(0, rows.clamp(min=0)).masked_fill(rows < 0, math.nan) for values in recorded)
-        return Uncertainty(*picked)
-
-
-def chunked_cross_entropy(
-    lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Sum of the cross-entropies of ``lm_head(hidden)``, the logits of only a chunk alive at any time.
-
-    Args:
-        lm_head: any callable from ``[n, hidden_size]`` to logits ``[n, vocab]``; its own forward runs, so
-            adapters and quantised layers count.
-        hidden: ``[n, hidden_size]``.
-        labels: ``[n]``, ``-100`` is ignored.
-    """
-
-    def piece(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = lm_head(hidden).float()
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part in zip(_loss_chunks(hidden), _loss_chunks(labels)):
-        # The backward pass computes the chunk's logits again instead of keeping them.
-        total = total + (checkpoint(piece, *part, use_reentrant=False) if torch.is_grad_enabled() else piece(*part))
-    return total
-
-
-def _loss_chunks(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return values.split(LOSS_CHUNK.get(values.device.type, LOSS_CHUNK_DEVICE))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of ``hidden @ weight.T``, whose gradients are computed along with it.
-
-    The logits of only a chunk exist at any time: the gradient of the cross-entropy overwrites them, and the gradients
-    of ``hidden`` and ``weight`` follow at once. So nothing is kept and nothing is computed twice (the idea of Liger
-    Kernel's fused loss, arXiv 2410.10989). Losses and the weight's gradient are summed in fp32, products are of the
-    type that autocast or the weight asks for.
-
-    Args:
-        hidden: ``[n, hidden_size]``.
-        weight: ``[vocab, hidden_size]``.
-        labels: ``[n]``, ``-100`` is ignored.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        need_hidden, need_weight, _ = ctx.needs_input_grad
-        with torch.autocast(device, enabled=False):
-            inputs, matrix = hidden.to(dtype), weight.to(dtype)
-            loss = hidden.new_zeros((), dtype=torch.float32)
-            grad_hidden, grad_weight = [], None
-            for x, y in zip(_loss_chunks(inputs), _loss_chunks(labels)):
-                ignored = (y == IGNORE_INDEX).unsqueeze(1)
-                place = y.clamp(min=0).unsqueeze(1)
-                log_probs = torch.log_softmax(x @ matrix.T, -1, dtype=torch.float32)
-                loss -= log_probs.gather(1, place).masked_fill_(ignored, 0).sum()
-                if not (need_hidden or need_weight):
-                    continue
-                grad = log_probs.exp_()  # softmax minus one-hot
-                grad.scatter_add_(1, place, grad.new_full((), -1.0).expand_as(place))
-                grad = grad.to(dtype)
-                if need_hidden:
-                    grad_hidden.append((grad @ matrix).masked_fill_(ignored, 0))
-                if need_weight:
-                    x = x.masked_fill(ignored, 0)
-                    if grad_weight is None:
-                        grad_weight = (grad.T @ x).float()
-                    elif dtype == torch.float32:
-                        grad_weight.addmm_(grad.T, x)
-                    else:
-                        grad_weight += grad.T @ x
-        ctx.grads = (
-            torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None,
-            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-        )
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _scaled_once(ctx, grad)
-
-
-class HeadByHead(torch.autograd.Function):
-    """A head's loss, whose gradients are computed along with it.
-
-    So a head's activations are gone when the next head runs, and training needs the memory of one head. Nothing is
-    computed twice: forward and backward of a head follow one another at once, in place of first all forward passes and
-    then all backward passes.
-
-    Args:
-        loss: from the head's input to its loss, a scalar.
-        states: the head's input.
-        parameters: all that ``loss`` depends on and that is to have gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, states, *parameters):
-        start = states.detach().requires_grad_(states.requires_grad)
-        wanted = [start, *parameters] if states.requires_grad else list(parameters)
-        with torch.enable_grad():
-            value = loss(start)
-        grads = torch.autograd.grad(value, wanted, allow_unused=True)
-        ctx.grads = (None, *([] if states.requires_grad else [None]), *grads)
-        return value.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _scaled_once(ctx, grad)
-
-
-def _scaled_once(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients that a forward pass left in ``ctx.grads``, times that of its scalar result."""
-    if ctx.grads is None:
-        raise RuntimeError("a loss of NeuroTrailsLlamaForCausalLM goes backward once; call forward again")
-    # In place: copies of the weights' sizes would cost as much time as the optimizer does.
-    grads, ctx.grads = ctx.grads, None
-    return tuple(None if each is None else each.mul_(grad) for each in grads)
-
-
-class LMHead(nn.Linear):
-    """An LM head that computes its loss within its own forward.
-
-    Reading ``weight`` from outside would miss what a wrapper (FSDP2, LoRA, quantisation) does around the forward.
-    """
-
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of ``hidden`` ``[..., hidden_size]``; with ``labels``, the sum of the cross-entropies."""
-        if labels is None:
-            return super().forward(hidden)
-        # Who wants second derivatives switches fused attention off, which has none either.
-        if not torch.backends.cuda.flash_sdp_enabled():
-            return chunked_cross_entropy(super().forward, hidden, labels)
-        return LinearCrossEntropy.apply(hidden, self.weight, labels)
+    return checked
 
 
 class NeuroTrailsHead(nn.Module):
@@ -341,6 +99,8 @@ class NeuroTrailsHead(nn.Module):
 class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
     config_class = NeuroTrailsLlamaConfig
     config: NeuroTrailsLlamaConfig
+    # Of a checkpoint that is loaded dense, or into layers that a quantiser puts in place of the masked ones.
+    _keys_to_ignore_on_load_unexpected = (r"weight_mask$",)
 
     def __init__(self, config: NeuroTrailsLlamaConfig, heads: Sequence[int] | None = None):
         config.check_heads()
@@ -363,6 +123,14 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.get_embeddings()[0]
+
+    def enable_input_require_grads(self) -> None:
+        """As in ``PreTrainedModel``, for the embeddings of all heads."""
+        self._require_grads_hooks = [
+            embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+            for embedding in self.get_embeddings()
+        ]
+        self._require_grads_hook = self._require_grads_hooks[0]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         if not self.config.share_embedding:
@@ -421,9 +189,10 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
         expanded = vars(model).pop("_expanded", ())
         if violations := check_masks(model, known=() if info["mismatched_keys"] else expanded):
             raise ValueError(
-                f"{path} has non-zero weights outside their masks in {', '.join(violations)}; a sparse checkpoint "
-                "stores exact zeros there (call nt_hf.apply_masks before saving; from_pretrained(..., "
-                "masked_modules=[]) gives the masks up)"
+                f"{path} has non-zero weights outside their masks ({_some(violations)}): it was trained, or adapters "
+                "were merged, without the masks. from_pretrained(..., masked_modules=[]) loads the weights as they "
+                "are, dense. To keep the masks, train with nt_hf.freeze_topology; nt_hf.apply_masks before saving "
+                "sets the weights outside to 0, which undoes a part of the training"
             )
         return (model, info) if output_loading_info else model
 
@@ -458,11 +227,39 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
             ValueError: with ``sparse=True``, the model has no masks, a weight outside its mask is not 0, or weights are
                 offloaded; nothing is written.
         """
+        if state_dict is None and (own := self._untied_copies()):
+            state_dict = self.state_dict() | own
         if sparse:
             tensors = dict(self.state_dict() if state_dict is None else state_dict)
             # First, as only an owner has a mask: later the owner's weight shares memory with nothing any more.
             state_dict = compress_state_dict(remove_tied_weights_from_state_dict(tensors, self))
+        elif violations := check_masks(self) if state_dict is None else check_state_dict(state_dict):
+            logger.warning(
+                "%s: weights outside their masks are not 0 (%s), and from_pretrained refuses this checkpoint unless "
+                "it is told masked_modules=[], which makes it dense. nt_hf.freeze_topology(model, optimizer) keeps the "
+                "masks in training; adapters that are merged into masked weights make them dense",
+                save_directory, _some(violations),
+            )  # fmt: skip
+        if self._auto_class is not None:
+            # Transformers adds the class that is saved; the base model is in the same file.
+            base = f"{type(self).__module__.split('.')[-1]}.{NeuroTrailsLlamaModel.__name__}"
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": base}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+    def _untied_copies(self) -> dict[str, torch.Tensor]:
+        """Makes the configuration say whether LM heads and embeddings share weights; copies of what only seems to.
+
+        PEFT replaces weights by merged copies, and looks at one LM head to tell whether they are still tied. LM heads
+        that share a weight among themselves, but not with the embedding, are written one by one.
+        """
+        heads, embeddings = getattr(self, "lm_heads", []), self.get_embeddings()
+        pairs = [(head, embeddings[h if len(embeddings) > 1 else 0]) for h, head in enumerate(heads)]
+        if not pairs or not all(hasattr(module, "weight") for pair in pairs for module in pair):
+            return {}
+        self.config.tie_word_embeddings = tied = all(head.weight is table.weight for head, table in pairs)
+        if tied or len({id(head.weight) for head in heads}) == len(heads):
+            return {}
+        return {f"lm_heads.{h}.weight": head.weight.detach().clone() for h, head in enumerate(heads)}
 
 
 class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
@@ -480,6 +277,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         self.post_init()
         attach_masks(self, config.masked_modules, prefix="model.", strict=False)
 
+    @_checked_forward
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -539,16 +337,30 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         # Slots of blocks that do not run may hold fewer or more tokens: those before this call are counted in one
         # that does.
         slot = 0 if len(backbone) else config.first_cache_layer(heads[0])
+        seen = cache.get_seq_length(slot) if cache is not None else 0
+        fresh = cache is None or (type(cache) is DynamicCache and seen == 0)
+        if config.blocks_in_head and type(cache) is DynamicCache:
+            for h in heads:
+                if (held := cache.get_seq_length(config.first_cache_layer(h))) != seen:
+                    raise ValueError(
+                        f"the cache holds {held} tokens in head {h} and {seen} before it: accepted is a cache of the "
+                        f"same heads, with {config.num_cache_layers} layers (PEFT's PrefixTuningConfig takes "
+                        "num_layers=model.config.num_cache_layers)"
+                    )
+        # Transformers keeps packed sequences apart where there is neither a cache nor a mask. A cache that holds
+        # nothing changes nothing; a mask is made part of the positions.
+        mask_positions = position_ids
         if position_ids is None:
-            seen = cache.get_seq_length(slot) if cache is not None else 0
             position_ids = (torch.arange(embeds[0].shape[1], device=embeds[0].device) + seen).unsqueeze(0)
+        elif fresh and attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask, mask_positions = split_packed(attention_mask, position_ids)
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds[0],
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=mask_positions,
             layer_idx=slot,
-            **{CACHE: cache},
+            **{CACHE: None if fresh else cache},
         )
         position_embeddings = self.rotary_emb(embeds[0], position_ids=position_ids)
 
@@ -571,13 +383,12 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         def run_head(h: int, states: torch.Tensor) -> torch.Tensor:
             return self.heads[h].norm(run(self.heads[h].layers, states))
 
-        result = NeuroTrailsModelOutput(
-            **{CACHE: cache},
-            backbone_states=trunk[0] if config.share_embedding and not own_batches else None,
-        )
         if lm_heads is None:
-            result.last_hidden_state = torch.stack([run_head(h, states) for h, states in zip(heads, inputs)])
-            return result
+            return NeuroTrailsModelOutput(
+                last_hidden_state=side_by_side(run_head(h, states) for h, states in zip(heads, inputs)),
+                backbone_states=trunk[0] if config.share_embedding and not own_batches else None,
+                **{CACHE: cache},
+            )
         losses = []
         for h, lm_head, states, targets in zip(heads, lm_heads, inputs, labels):
 
@@ -587,8 +398,30 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             losses.append(
                 HeadByHead.apply(loss, states, *_trainable(self.heads[h].layers, self.heads[h].norm, lm_head))
             )
-        result.head_losses = torch.stack(losses)
-        return result
+        return NeuroTrailsModelOutput(head_losses=torch.stack(losses), **{CACHE: cache})
+
+
+def split_packed(
+    attention_mask: torch.Tensor, position_ids: torch.LongTensor
+) -> tuple[torch.Tensor | None, torch.LongTensor]:
+    """Mask and positions by which Transformers keeps packed sequences apart although a mask is given.
+
+    It finds them where positions do not go on by one, and only without a mask. Where a row holds several sequences the
+    positions, for this purpose alone, jump wherever the mask changes, too, and the mask is not needed any more.
+
+    Args:
+        attention_mask: ``[batch, seq]``, 0 for padding.
+        position_ids: ``[batch or 1, seq]``.
+    """
+    attended = attention_mask.bool()
+    if attended.shape[1] != position_ids.shape[-1]:
+        return attention_mask, position_ids
+    both = attended[:, 1:] & attended[:, :-1]
+    jumps = position_ids.diff(dim=-1) != 1
+    if not torch.compiler.is_compiling() and not (jumps & both).any():
+        return attention_mask, position_ids
+    changes = torch.nn.functional.pad(attended[:, 1:] != attended[:, :-1], (1, 0)).cumsum(-1)
+    return None, position_ids + changes * (position_ids.max() + 2)
 
 
 def _trainable(*modules: nn.Module) -> list[nn.Parameter]:
@@ -646,22 +479,29 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         embedding = "model.embed_tokens" if config.share_embedding else "model.heads.{}.embed_tokens"
         self._tied_weights_keys = {f"lm_heads.{h}.weight": f"{embedding.format(h)}.weight" for h in heads}
         self.model = NeuroTrailsLlamaModel(config)
-        self.lm_heads = nn.ModuleList(LMHead(config.hidden_size, config.vocab_size, bias=False) for _ in heads)
+        lm_heads = [LMHead(config.hidden_size, config.vocab_size, bias=False) for _ in heads]
+        self.lm_heads = LMHeads(lm_heads, config.ensemble_mode)
         self.vocab_size = config.vocab_size
         self.post_init()
         # After post_init, which ties: a tied weight has one mask, on the embedding.
         attach_masks(self, config.masked_modules)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The first head's LM head; ``lm_heads`` holds them all."""
-        return self.lm_heads[0]
+        """The LM head, of several heads ``lm_heads``, which stand for one (see ``LMHeads``)."""
+        return self.lm_heads if len(self.lm_heads) > 1 else self.lm_heads[0]
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if len(self.lm_heads) > 1:
-            raise NotImplementedError("set_output_embeddings: a model with several heads has several; set lm_heads")
-        self.lm_heads[0] = new_embeddings
+        if len(self.lm_heads) == 1 and not isinstance(new_embeddings, LMHeads):
+            self.lm_heads[0] = new_embeddings
+        elif isinstance(new_embeddings, LMHeads) and len(new_embeddings) == len(self.lm_heads):
+            self.lm_heads = new_embeddings
+        else:
+            raise NotImplementedError(
+                f"set_output_embeddings({type(new_embeddings).__name__}): accepted are LMHeads of "
+                f"{len(self.lm_heads)} LM heads; a single one is set by lm_heads[h] = ..."
+            )
 
-    @can_return_tuple
+    @_checked_forward
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -694,6 +534,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         """
         heads = select_heads(self.config, active_heads)
         cache = either_cache(cache, past_key_values)
+        if "peft_config" in vars(self) and not torch.compiler.is_compiling():
+            self._check_adapters_once()
         # ``generate`` asks a cache for its length by its first slot.
         if (cache is not None or use_cache) and self.config.num_backbone_layers == 0 and 0 not in heads:
             raise ValueError(
@@ -714,9 +556,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX).flatten(-2)
             if targets.dim() == 1:
                 targets = targets.expand(len(heads), -1)
-        if not (wants_logits or use_cache) and self._can_run_head_by_head(heads, kwargs):
-            kwargs |= {"lm_heads": lm_heads, "labels": targets}
+        if not (wants_logits or use_cache):
             use_cache = False
+            if self._can_run_head_by_head(heads, kwargs):
+                kwargs |= {"lm_heads": lm_heads, "labels": targets}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -727,7 +570,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             active_heads=active_heads,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
+        hidden = None
+        if outputs.last_hidden_state is not None:
+            hidden = by_head(outputs.last_hidden_state, self.config.hidden_size)
 
         loss = head_losses = logits = head_logits = measures = None
         if labels is not None:
@@ -759,6 +604,12 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             uncertainty=measures,
         )
 
+    def _check_adapters_once(self) -> None:
+        adapters = sorted(self.peft_config)
+        if vars(self).get("_checked_adapters") != adapters:
+            check_adapters(self)
+            self._checked_adapters = adapters
+
     def _can_run_head_by_head(self, heads: Sequence[int], options: Mapping) -> bool:
         """Whether the gradients of a head may be computed before the next head runs: nobody is to see the graph."""
         parameters = _trainable(*(self.model.heads[h] for h in heads), *(self.lm_heads[h] for h in heads))
@@ -766,12 +617,12 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             options.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         return (
-            torch.is_grad_enabled()
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
             and bool(parameters)
             and not any(asked)
             and not self.model.gradient_checkpointing  # which may not be compatible, and saves as much
             and torch.backends.cuda.flash_sdp_enabled()  # see ``LMHead``
-            and not torch.compiler.is_compiling()
             # A hook would run twice, and FSDP2, whose models have this method, wants the passes in their usual order.
             and not hasattr(self, "unshard")
             and not any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters)
@@ -799,8 +650,16 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         Raises:
             ValueError: ``output_uncertainty=True`` without ``return_dict_in_generate=True``, or for a way of generating
                 other than greedy, sampling, beam search and assisted decoding; ``trail_draft`` that is no active head,
-                for another way of generating than greedy and sampling, or without a ``DynamicCache``.
+                for another way of generating than greedy and sampling, or without a ``DynamicCache``;
+                ``assistant_early_exit``.
         """
+        given = generation_config or self.generation_config
+        early_exit = kwargs.get("assistant_early_exit", given.assistant_early_exit)
+        if early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={early_exit}: the first blocks of several heads are no model; accepted is "
+                "trail_draft=<head>, which drafts with one trail"
+            )
         if not output_uncertainty and trail_draft is None:
             return super().generate(inputs, generation_config, *args, **kwargs)
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
@@ -841,6 +700,17 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             rows = rows.where(~_is_padding(tokens, config.eos_token_id, config.pad_token_id), -1)
         outputs["uncertainty"] = recorder.select(rows)
         return outputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: a paged cache has one slot a block of a single stack (``generate_batch`` and servers call this).
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching, generate_batch: accepted are generate with padded prompts, or a trail of its own, "
+            "extract_trail(h)"
+        )
 
     def _validate_model_kwargs(self, model_kwargs) -> None:
         # ``generate`` would refuse an argument that ``forward`` does not take.
@@ -885,6 +755,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         # The stock method resizes one embedding and one LM head; here every head has its own.
+        self._vocabulary_resized = True
         for embedding in self.get_embeddings():
             self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)  # in place
             resize_mask(embedding)
@@ -980,12 +851,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         ]
 
 
-def head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of one head; ``hidden`` ``[n, hidden_size]``, ``labels`` ``[n]``."""
-    if isinstance(lm_head, LMHead):
-        return lm_head(hidden, labels)
-    # Replaced by an adapter or a quantised layer, which only computes logits.
-    return chunked_cross_entropy(lm_head, hidden, labels)
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_padding(tokens: torch.LongTensor, eos: int | list[int] | None, pad: int | None) -> torch.BoolTensor:

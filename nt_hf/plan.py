@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .losses import LOSS_CHUNK, LOSS_CHUNK_DEVICE
 from .masks import attach_masks, masked_modules, packed_shape
-from .modeling_neurotrails_llama import LOSS_CHUNK, LOSS_CHUNK_DEVICE, NeuroTrailsLlamaForCausalLM
+from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from .run_config import RunConfig, load_run_config, parse_overrides
 from .sparsifier import SparsityConfig, target_counts
 from .training import accumulation_steps

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .lm_heads import by_head
 from .transformers_versions import CACHE
 
 #: Positions of the longest round: a choice, so that a round's logits stay small.
@@ -227,7 +228,7 @@ def generate_speculatively(
         for i in range(k):
             output = run(i, 1, [draft], input_ids=ids[:, -1:])
             states.append(output.backbone_states)
-            logits.append(model.lm_heads[draft](output.last_hidden_state[0]))
+            logits.append(model.lm_heads[draft](output.last_hidden_state))
             if i < k - 1:
                 processed = process(ids, logits[-1][:, -1])
                 proposals.append(processed.softmax(-1) if config.do_sample else None)
@@ -238,7 +239,7 @@ def generate_speculatively(
         if others:
             # Heads with embeddings of their own share no states.
             known = {"input_ids": ids[:, -k:]} if states[0] is None else {"backbone_states": torch.cat(states, 1)}
-            hidden = run(0, k, others, **known).last_hidden_state
+            hidden = by_head(run(0, k, others, **known).last_hidden_state, model.config.hidden_size)
             each |= {h: model.lm_heads[h](x) for h, x in zip(others, hidden)}
         each = [each[h] for h in heads]
         emitted, refused = emit(combine(each), drafts, proposals)

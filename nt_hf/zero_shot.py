@@ -33,6 +33,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .lm_heads import by_head
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from .report import markdown_table, score_text
 
@@ -216,7 +217,7 @@ def _score(
     inputs, spots, answers = _pack(rows)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     hidden = model.model(**inputs, active_heads=heads, use_cache=False).last_hidden_state
-    hidden = hidden[:, spots[:, 0].to(device), spots[:, 1].to(device)]
+    hidden = by_head(hidden, model.config.hidden_size)[:, spots[:, 0].to(device), spots[:, 1].to(device)]
     count = sum(len(row.answers) for row in rows)
     scores, misses = torch.zeros(2, len(scorers), count, dtype=torch.float64, device=device)
 

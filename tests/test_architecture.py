@@ -12,10 +12,14 @@ FOLDERS = ("recipes", "eval", "examples", "benchmarks")
 SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MODEL = {
     "configuration_neurotrails_llama",
+    "ensemble",
+    "lm_heads",
+    "losses",
     "modeling_neurotrails_llama",
     "masks",
     "sparse_checkpoint",
     "speculative",
+    "transformers_versions",
 }
 # Which of the package's modules each one may know, the rest of the standard library aside.
 ARROWS = {
@@ -23,11 +27,24 @@ ARROWS = {
     "topology": ({"masks", "selection"}, {"torch"}),
     "schedules": (set(), {"torch"}),
     "masks": (set(), {"torch", "transformers"}),
-    "configuration_neurotrails_llama": ({"masks"}, {"torch", "transformers"}),
-    "speculative": (set(), {"torch", "transformers"}),
+    "transformers_versions": (set(), {"transformers"}),
+    "configuration_neurotrails_llama": ({"masks", "transformers_versions"}, {"torch", "transformers"}),
+    "ensemble": ({"configuration_neurotrails_llama"}, {"torch", "transformers"}),
+    "losses": (set(), {"torch"}),
+    "lm_heads": ({"ensemble", "losses"}, {"torch"}),
+    "speculative": ({"lm_heads", "transformers_versions"}, {"torch", "transformers"}),
     "sparse_checkpoint": ({"masks"}, {"torch", "safetensors"}),
     "modeling_neurotrails_llama": (
-        {"configuration_neurotrails_llama", "masks", "sparse_checkpoint", "speculative"},
+        {
+            "configuration_neurotrails_llama",
+            "ensemble",
+            "lm_heads",
+            "losses",
+            "masks",
+            "sparse_checkpoint",
+            "speculative",
+            "transformers_versions",
+        },
         {"torch", "transformers"},
     ),
     "sparse_runtime": ({"masks"}, {"torch"}),

@@ -109,10 +109,12 @@ def rows(start: int, count: int) -> torch.Tensor:
     return token_ids()[start * 40 : (start + count) * 40].view(count, 40)
 
 
-def passes(processes: int, rank: int, variant: str) -> dict:
-    """Losses, logits and gradients of a pass over this process's share of four rows."""
+def passes(processes: int, rank: int, variant: str, part: str = "") -> dict:
+    """Losses and gradients of a pass over this process's share of four rows; only the ``part`` by name trains."""
     model = copy.deepcopy(trained(variant)).train()
     model.gradient_checkpointing_enable()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
     if processes > 1:
         shard_model(model, init_device_mesh("cpu", (processes,)))
     batch = rows(100, 4).chunk(processes)[rank]
@@ -121,6 +123,7 @@ def passes(processes: int, rank: int, variant: str) -> dict:
     gradients = {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
         for name, p in model.named_parameters()
+        if p.grad is not None
     }
     result = evaluate(model, [{"input_ids": batch, "labels": batch}]).to_dict()
     again = model(batch, labels=batch, use_cache=False).loss  # evaluation leaves it fit for training
@@ -128,14 +131,18 @@ def passes(processes: int, rank: int, variant: str) -> dict:
     return {"gradients": gradients, "losses": output.head_losses.detach(), "evaluation": result}
 
 
-def sharded_passes(processes: int, variant: str) -> dict:
-    return passes(processes, torch.distributed.get_rank(), variant)
+def sharded_passes(processes: int, variant: str, part: str) -> dict:
+    return passes(processes, torch.distributed.get_rank(), variant, part)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_passes_through_a_sharded_model(variant):
-    expected = passes(1, 0, variant)
-    found = run_on(2, sharded_passes, 2, variant)
+PARTS = ["lm_heads.0.", "model.heads.1.", "model.layers."]  # of report B3
+
+
+@pytest.mark.parametrize(("variant", "part"), [*((v, "") for v in VARIANTS), *(("neurotrails", p) for p in PARTS)])
+def test_passes_through_a_sharded_model(variant, part):
+    expected = passes(1, 0, variant, part)
+    assert expected["gradients"] and all(part in name for name in expected["gradients"])
+    found = run_on(2, sharded_passes, 2, variant, part)
     both = sum(each["losses"] for each in found) / 2
     torch.testing.assert_close(both, expected["losses"], rtol=1e-5, atol=1e-6)
     for each in found:

@@ -27,8 +27,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Uncertainty
-from nt_hf import modeling_neurotrails_llama as modeling
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Uncertainty, ensemble
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "uncertainty.py"
@@ -85,16 +84,16 @@ def test_the_measures_of_known_distributions():
     ]
     for heads, expected in table:
         for name, value in zip(NAMES, expected):
-            torch.testing.assert_close(modeling.uncertainty(heads)[name], torch.tensor(value), msg=f"{name} {heads}")
+            torch.testing.assert_close(ensemble.uncertainty(heads)[name], torch.tensor(value), msg=f"{name} {heads}")
 
 
 @pytest.mark.parametrize("positions", [1, 7, 1000])
 def test_chunks_do_not_matter_and_need_little_memory(positions, monkeypatch):
     heads = [torch.randn(4, 50, 260) for _ in range(3)]
-    monkeypatch.setattr(modeling, "UNCERTAINTY_CHUNK", positions * 260)
-    assert_equal(modeling.uncertainty(heads), brute_force(torch.stack(heads)))
+    monkeypatch.setattr(ensemble, "UNCERTAINTY_CHUNK", positions * 260)
+    assert_equal(ensemble.uncertainty(heads), brute_force(torch.stack(heads)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        modeling.uncertainty(heads)
+        ensemble.uncertainty(heads)
     largest = max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     assert largest <= max(positions, 8) * 260 * 4 and (largest >= 200 * 260 * 4) == (positions == 1000)
 
@@ -144,7 +143,7 @@ def test_combining_changes_no_logits_and_passes_gradients(mode):
     before, weights = heads.detach().clone(), torch.randn(4, 9)
     (expected,) = torch.autograd.grad((reference * weights).sum(), heads)
     for logits in (heads, list(heads), iter(heads)):
-        combined = modeling.combine_logits(logits, mode)
+        combined = ensemble.combine_logits(logits, mode)
         (ours,) = torch.autograd.grad((combined * weights).sum(), heads)
         torch.testing.assert_close(combined, reference)
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,153 @@
+"""Losses of heads whose logits never exist all at one time, and whose gradients may be computed along with them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+# Positions whose logits exist at one time when a loss is computed. On a CPU (2,048 positions, hidden size 256 and 512,
+# vocabularies of 4,096 and 32,000) 256 was the fastest of 128, 256, 512 and 1024. The GPU's value is a choice of
+# memory, 0.5 GB of fp32 logits at a vocabulary of 32,000, and not measured.
+LOSS_CHUNK = {"cpu": 256}
+LOSS_CHUNK_DEVICE = 4096
+
+
+def chunked_cross_entropy(
+    lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the cross-entropies of ``lm_head(hidden)``, the logits of only a chunk alive at any time.
+
+    Args:
+        lm_head: any callable from ``[n, hidden_size]`` to logits ``[n, vocab]``; its own forward runs, so
+            adapters and quantised layers count.
+        hidden: ``[n, hidden_size]``.
+        labels: ``[n]``, ``-100`` is ignored.
+    """
+
+    def piece(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = lm_head(hidden).float()
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part in zip(_loss_chunks(hidden), _loss_chunks(labels)):
+        # The backward pass computes the chunk's logits again instead of keeping them.
+        total = total + (checkpoint(piece, *part, use_reentrant=False) if torch.is_grad_enabled() else piece(*part))
+    return total
+
+
+def _loss_chunks(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return values.split(LOSS_CHUNK.get(values.device.type, LOSS_CHUNK_DEVICE))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of ``hidden @ weight.T``, whose gradients are computed along with it.
+
+    The logits of only a chunk exist at any time: the gradient of the cross-entropy overwrites them, and the gradients
+    of ``hidden`` and ``weight`` follow at once. So nothing is kept and nothing is computed twice (the idea of Liger
+    Kernel's fused loss, arXiv 2410.10989). Losses and the weight's gradient are summed in fp32, products are of the
+    type that autocast or the weight asks for.
+
+    Args:
+        hidden: ``[n, hidden_size]``.
+        weight: ``[vocab, hidden_size]``.
+        labels: ``[n]``, ``-100`` is ignored.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        need_hidden, need_weight, _ = ctx.needs_input_grad
+        with torch.autocast(device, enabled=False):
+            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            loss = hidden.new_zeros((), dtype=torch.float32)
+            grad_hidden, grad_weight = [], None
+            for x, y in zip(_loss_chunks(inputs), _loss_chunks(labels)):
+                ignored = (y == IGNORE_INDEX).unsqueeze(1)
+                place = y.clamp(min=0).unsqueeze(1)
+                log_probs = torch.log_softmax(x @ matrix.T, -1, dtype=torch.float32)
+                loss -= log_probs.gather(1, place).masked_fill_(ignored, 0).sum()
+                if not (need_hidden or need_weight):
+                    continue
+                grad = log_probs.exp_()  # softmax minus one-hot
+                grad.scatter_add_(1, place, grad.new_full((), -1.0).expand_as(place))
+                grad = grad.to(dtype)
+                if need_hidden:
+                    grad_hidden.append((grad @ matrix).masked_fill_(ignored, 0))
+                if need_weight:
+                    x = x.masked_fill(ignored, 0)
+                    if grad_weight is None:
+                        grad_weight = (grad.T @ x).float()
+                    elif dtype == torch.float32:
+                        grad_weight.addmm_(grad.T, x)
+                    else:
+                        grad_weight += grad.T @ x
+        ctx.grads = (
+            torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None,
+            grad_weight if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scaled_once(ctx, grad)
+
+
+class HeadByHead(torch.autograd.Function):
+    """A head's loss, whose gradients are computed along with it.
+
+    So a head's activations are gone when the next head runs, and training needs the memory of one head. Nothing is
+    computed twice: forward and backward of a head follow one another at once, in place of first all forward passes and
+    then all backward passes.
+
+    Args:
+        loss: from the head's input to its loss, a scalar.
+        states: the head's input.
+        parameters: all that ``loss`` may depend on and that is to have gradients; there may be none.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, states, *parameters):
+        start = states.detach().requires_grad_(states.requires_grad)
+        wanted = [start, *parameters] if states.requires_grad else list(parameters)
+        with torch.enable_grad():
+            value = loss(start)
+        grads = [None] * len(wanted)
+        if value.requires_grad:  # else nothing that trains takes part: the head is frozen, its adapters are off
+            grads = _apart(torch.autograd.grad(value, wanted, allow_unused=True))
+        ctx.grads = (None, *([] if states.requires_grad else [None]), *grads)
+        return value.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scaled_once(ctx, grad)
+
+
+def _apart(grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The gradients, none of which shares its memory: those of two parameters that are added are one tensor."""
+    seen: set[int] = set()
+    apart = []
+    for grad in grads:
+        storage = None if grad is None else grad.untyped_storage().data_ptr()
+        apart.append(grad.clone() if storage in seen else grad)
+        seen |= {storage} - {None}
+    return apart
+
+
+def _scaled_once(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that a forward pass left in ``ctx.grads``, times that of its scalar result."""
+    if ctx.grads is None:
+        raise RuntimeError(
+            "this loss has gone backward already; accepted is backward(retain_graph=True) before, or another forward"
+        )
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph=True: they may be asked for again
+        return tuple(None if each is None else each * grad for each in ctx.grads)
+    # In place: copies of the weights' sizes would cost as much time as the optimizer does.
+    grads, ctx.grads = ctx.grads, None
+    return tuple(None if each is None else each.mul_(grad) for each in grads)
