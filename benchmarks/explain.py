@@ -20,7 +20,7 @@ from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf._cli import run
 from nt_hf.data import TokenBatches, load_tokenizer
 from nt_hf.masks import get_mask, masked_modules
-from nt_hf.report import markdown_table
+from nt_hf.tables import markdown_table
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from transformers.initialization import no_init_weights
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, sparse_runtime
 from nt_hf.masks import attach_masks, masked_modules, set_mask
-from nt_hf.report import markdown_table
 from nt_hf.sparse_runtime import Report, restore, specialize
+from nt_hf.tables import markdown_table
 
 DENSITY = 0.1
 NEW_TOKENS, PROMPT = 16, 128

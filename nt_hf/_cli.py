@@ -21,10 +21,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
 from ._version import __version__
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .data import check_vocabulary, load_tokenizer, read_texts
-from .evaluation import DocumentWindows, load_for_evaluation
+from .evaluation import DocumentWindows, load_config
 from .files import write_whole, writing
-from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 
 
 def run(main: Callable[[], None]) -> None:
@@ -66,10 +66,19 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, dataclasses as objects, in one piece."""
+    """Writes a JSON file, dataclasses as objects, in one piece.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+        OSError: the file cannot be written; the message names it.
+    """
+    try:
+        text = json.dumps(content, indent=2, default=asdict, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}; accepted are finite numbers") from error
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=2, default=asdict) + "\n")
+    write_whole(path, text + "\n")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,23 +93,26 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_bad_line", default="error", choices=["error", "skip"])
 
 
-def load_text(args: argparse.Namespace) -> tuple[NeuroTrailsLlamaForCausalLM, DocumentWindows]:
-    """The model and the windows that [`add_text_arguments`] describe."""
-    model = load_for_evaluation(args.model)
-    trained_length = model.config.max_position_embeddings
+def open_text(args: argparse.Namespace) -> tuple[NeuroTrailsLlamaConfig, DocumentWindows]:
+    """The model's configuration and the windows that [`add_text_arguments`] describe.
+
+    All arguments are checked here; the model, which takes longer, is loaded afterwards.
+    """
+    config = load_config(args.model)
+    trained_length = config.max_position_embeddings
     length = trained_length if args.sequence_length is None else args.sequence_length
     if not 2 <= length <= trained_length:
         raise ValueError(f"--sequence_length {length}: accepted are 2 to {trained_length}, the model's trained length")
     tokenizer = load_tokenizer(str(args.model))
-    check_vocabulary(tokenizer, model.config.vocab_size)
+    check_vocabulary(tokenizer, config.vocab_size)
     texts = read_texts(args.data, args.text_field, args.on_bad_line)
-    return model, DocumentWindows(
+    return config, DocumentWindows(
         texts, tokenizer, length=length, stride=args.stride, batch_size=args.batch_size, max_tokens=args.max_tokens
     )
 
 
 def text_record(args: argparse.Namespace, windows: DocumentWindows) -> dict[str, Any]:
-    """What of [`load_text`] belongs into a result, once the windows were scored."""
+    """What of [`open_text`] belongs into a result, once the windows were scored."""
     return {
         "model": str(args.model),
         "data": args.data,
@@ -111,3 +123,24 @@ def text_record(args: argparse.Namespace, windows: DocumentWindows) -> dict[str,
         "documents": windows.documents,
         "bad_lines": windows.texts.bad_lines,
     }
+
+
+def check_output(path: Path, *, directory: bool = False, option: str = "--output") -> None:
+    """Checks, before the work begins, that its result can be written to ``path``; nothing is made yet.
+
+    Args:
+        path: a file, or with ``directory`` a directory. It may be there already, and its parents may be missing.
+        option: the argument that names it.
+
+    Raises:
+        ValueError: it is the other of the two, it would lie within a file, or its directory cannot be written to.
+    """
+    wanted = "directory" if directory else "file"
+    if path.exists() and not (path.is_dir() if directory else path.is_file()):
+        raise ValueError(f"{option} {path}: is no {wanted}; accepted is the path of a {wanted} to write")
+    nearest = path if directory else path.parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        problem = "cannot be written to" if nearest.is_dir() else "is no directory"
+        raise ValueError(f"{option} {path}: {nearest} {problem}; accepted is the path of a {wanted} to write")

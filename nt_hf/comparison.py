@@ -1,14 +1,15 @@
 """Compares zero-shot results item by item: differences that are real, and those that chance would give."""
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .report import markdown_table, pyplot, score_text
+from .report import pyplot, strict_json
+from .tables import markdown_table, score_text
 
 METRICS = ("acc", "acc_norm")
 DRAWS = 10_000
@@ -81,27 +82,39 @@ def read_columns(arguments: Sequence[str]) -> list[Column]:
         ValueError: a file is missing or not of `eval/zero_shot.py`, or has no such scorer.
     """
     columns = []
-    for argument in arguments:
-        file, _, scorer = (argument, "", "") if Path(argument).is_file() else argument.rpartition(":")
-        report = _read(Path(file or argument))
+    parts = [(argument, "", "") if Path(argument).is_file() else argument.rpartition(":") for argument in arguments]
+    paths = [Path(file or argument) for argument, (file, _, _) in zip(arguments, parts)]
+    short = _short_names(paths)
+    for path, (file, _, scorer) in zip(paths, parts):
+        report = _read(path)
         scorers = list(report["scorers"])
         if scorer and scorer not in scorers:
             raise ValueError(f"{file} has no scorer {scorer!r}; accepted: {', '.join(scorers)}")
         chosen = [scorer] if scorer else scorers if len(arguments) == 1 else scorers[:1]
         for name in chosen:
-            label = name if len(arguments) == 1 else f"{Path(file or argument).stem}: {name}"
+            label = name if len(arguments) == 1 else f"{short[path]}: {name}"
             columns.append(Column(label, report, name))
     if len(columns) < 2:
         raise ValueError("one scorer alone compares to nothing; accepted: two files, or one with several scorers")
     twice = [column.name for column in columns if sum(other.name == column.name for other in columns) > 1]
     if twice:
-        raise ValueError(f"two columns are called {twice[0]!r}; accepted: files of different names")
+        raise ValueError(f"two columns are called {twice[0]!r}; accepted: each scorer of a file once")
     return columns
+
+
+def _short_names(paths: Collection[Path]) -> dict[Path, str]:
+    """A name for each path without its extension: the file's, with as many of its folders as tell all apart."""
+    parts = {path: Path(os.path.abspath(path)).with_suffix("").parts for path in paths}
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {path: "/".join(each[-count:]) for path, each in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: str(path) for path in paths}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); accepted: a file of eval/zero_shot.py") from error
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .configuration_neurotrails_llama import ENSEMBLE_MODES
-from .evaluation import CHUNK, perplexity
+from .evaluation import CHUNK, check_finite, perplexity
 from .lm_heads import by_head
 from .masks import masked_modules
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
@@ -167,6 +167,7 @@ def measure_diversity(
 
     Raises:
         ValueError: there was no token to predict, or ``heads`` names one that the model lacks.
+        FloatingPointError: a loss is not finite.
     """
     heads = select_heads(model.config, heads)
     training = model.training
@@ -187,6 +188,8 @@ def measure_diversity(
     model.train(training)
     if not sums:
         raise ValueError("the evaluation data has no token to predict")
+    losses = dict(zip([*(f"head {head}" for head in heads), "the ensemble"], sums["losses"].tolist()))
+    check_finite(losses)
     return Diversity(
         heads=heads,
         ensemble_mode=model.config.ensemble_mode,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .data import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from .lm_heads import by_head
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
@@ -22,31 +23,64 @@ CHUNK = 512
 BUFFER = 128
 
 
+def load_config(path: str | Path) -> NeuroTrailsLlamaConfig:
+    """The configuration of the model that [`load_for_evaluation`] loads, without its weights.
+
+    Raises:
+        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, or its configuration is damaged.
+    """
+    path = Path(path)
+    with _named(path):
+        if _is_llama(path):
+            stock = LlamaConfig.from_pretrained(path).to_dict()
+            del stock["model_type"]
+            return NeuroTrailsLlamaConfig(**stock, num_ensemble_heads=1)
+        return NeuroTrailsLlamaConfig.from_pretrained(path)
+
+
 def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
     """The model of a checkpoint directory in eval mode, on a GPU if there is one, weights in the checkpoint's dtype.
 
     A stock Llama becomes a model of one head.
 
     Raises:
-        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, or it is damaged or incomplete.
+        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, it is damaged or incomplete, or a weight
+            is not finite.
     """
-    path, accepted = Path(path), "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
-    if not (path / "config.json").is_file():
-        found = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {found}; {accepted}")
-    try:
-        kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-        if kind == NeuroTrailsLlamaForCausalLM.config_class.model_type:
-            model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype="auto")
-        elif kind == LlamaForCausalLM.config_class.model_type:
+    path = Path(path)
+    with _named(path):
+        if _is_llama(path):
             model = NeuroTrailsLlamaForCausalLM.from_llama(_load_llama(path), num_ensemble_heads=1)
         else:
-            raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
+            model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype="auto")
+    # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes what loading a checkpoint raises one line that names it."""
+    try:
+        yield
     except ValueError:
         raise
     except Exception as error:  # damaged files: as many types as causes
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _is_llama(path: Path) -> bool:
+    """Whether a checkpoint is a stock Llama, rather than a NeuroTrails Llama."""
+    accepted = "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
+    if not (path / "config.json").is_file():
+        found = "has no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"{path} {found}; {accepted}")
+    kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    if kind not in (NeuroTrailsLlamaConfig.model_type, LlamaConfig.model_type):
+        raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
+    return kind == LlamaConfig.model_type
 
 
 def _load_llama(path: Path) -> LlamaForCausalLM:
@@ -156,6 +190,18 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def check_finite(losses: Mapping[str, float]) -> None:
+    """Checks the losses on a text, by the name of what was scored.
+
+    Raises:
+        FloatingPointError: some are not finite; the message names them.
+    """
+    if bad := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        raise FloatingPointError(
+            f"the loss of {', '.join(bad)} is not finite on this text: weights are not finite, or activations overflow"
+        )
+
+
 @dataclass
 class Perplexities:
     """Token-weighted results over a text.
@@ -227,6 +273,7 @@ def evaluate(
 
     Raises:
         ValueError: there was no token to predict.
+        FloatingPointError: a loss is not finite, on all processes if on one.
     """
     training = model.training
     model.eval()
@@ -243,6 +290,8 @@ def evaluate(
     *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
     if not tokens:
         raise ValueError("the evaluation data has no token to predict")
+    named = {f"head {head}": loss for head, loss in enumerate(losses)}
+    check_finite(named | {"the ensemble": logits_loss + probs_loss})
     pairs = heads * (heads - 1) // 2
     return Perplexities(
         tokens=int(tokens),

@@ -1,9 +1,11 @@
 """The masks that a run begins with: random ones, those that a batch finds salient, or a checkpoint's."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from .masks import (
     attach_masks,
     canonical_name,
     check_structure,
+    dense_parameters,
     group_count,
     is_transposed,
     maskable_modules,
@@ -30,6 +33,11 @@ from .topology import active_counts, best_scores, random_mask, structured_counts
 logger = logging.getLogger(__name__)
 
 Loss = Callable[[], torch.Tensor]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# The models whose dense parameters were spoken of.
+_TOLD: WeakSet[nn.Module] = WeakSet()
 
 
 def target_counts(
@@ -72,7 +80,7 @@ def _counts(
     for pattern, value in config.densities.items():
         value = max(value, density) if density > config.density else value
         fixed |= dict.fromkeys(_fitting("densities", pattern, shapes), value)
-    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv1d | nn.Conv2d)]
+    convolutions = [name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS)]
     if config.distribution == "flops" and uses is None:
         if convolutions:
             raise ValueError(
@@ -107,7 +115,7 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
     weights; any other gets masks on every linear, embedding and convolution weight. ``config.exclude`` is taken off
     in both cases, and the result is noted in ``model.config.masked_modules`` and ``mask_structure`` where there are
     such fields, so that a checkpoint declares its masks. Call it before the optimizer is built. A dense ``config``
-    attaches nothing.
+    attaches nothing. A warning names the parameters of two or more dimensions that cannot carry a mask.
 
     Args:
         model: any module.
@@ -123,10 +131,17 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
         return
     if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:
         raise ValueError(f"{sharded[0]} is sharded; accepted: a whole model, which is sharded when its masks are drawn")
+    # Shared weights by all of their names: excluding one by another than its owner's is no mistake. Neither is
+    # excluding what cannot carry a mask; but no checkpoint needs to declare that.
+    names = {canonical_name(name) for name, x in model.named_parameters(remove_duplicate=False) if x.dim() > 1}
     for pattern in config.exclude:
-        _fitting("exclude", pattern, maskable_modules(model))
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _fitting("exclude", pattern, maskable_modules(model))
+    names -= set(dense_parameters(model))
+    exclude = [glob for glob in config.exclude if any(fnmatchcase(name, glob) for name in names)]
     declared = getattr(getattr(model, "config", None), "masked_modules", None)
-    patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in config.exclude)]
+    patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in exclude)]
+    warn_of_dense(model, config.exclude, patterns)
     before = masked_modules(model)
     attach_masks(model, patterns)
     modules = {name: module for name, module in masked_modules(model).items() if matches(name, patterns)}
@@ -148,6 +163,24 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
         model.config.mask_structure = config.structure
     for name, mask in masks.items():
         set_mask(modules[name], mask)
+
+
+def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str] = ("*",)) -> None:
+    """Warns, once for each model, of parameters that were to be sparse and cannot carry a mask.
+
+    Args:
+        model: any module.
+        exclude: globs of those that are to be dense.
+        chosen: globs of those that are to be sparse, see [`matches`].
+    """
+    if not any(module in _TOLD for module in model.modules()):  # nor the same one wrapped
+        _TOLD.add(model)
+        dense = [n for n in dense_parameters(model) if matches(n, [*chosen, *(f"!{glob}" for glob in exclude)])]
+        if dense:
+            logger.warning(
+                "these parameters stay dense, for only linear, embedding and convolution modules carry masks: %s",
+                ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in dense)),
+            )
 
 
 def _first_masks(
@@ -270,7 +303,7 @@ def weight_uses(modules: Mapping[str, nn.Module], loss: Loss) -> dict[str, int]:
     uses = dict.fromkeys(modules, 0)
 
     def count(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
+        if isinstance(module, _CONVOLUTIONS):
             uses[name] += output.numel() // module.out_channels
         elif not isinstance(module, nn.Embedding):
             uses[name] += inputs[0].numel() // inputs[0].shape[-1]

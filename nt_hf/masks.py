@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Conv1D is GPT-2's linear layer: its weight is [in, out], all others have the output dimension first.
-MASKABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+MASKABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -181,6 +181,17 @@ def _maskable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, MASKABLE):
             yield canonical_name(f"{name}.weight" if name else "weight"), module
+
+
+def dense_parameters(model: nn.Module) -> list[str]:
+    """Canonical names of the parameters of two or more dimensions that cannot carry a mask.
+
+    They are no weight of a module of ``MASKABLE``: those of ``nn.MultiheadAttention`` or ``nn.LSTM``, for example.
+    Dimensions of size 1 do not count.
+    """
+    maskable = {id(module.weight) for _, module in _maskable(model)}
+    named = model.named_parameters()
+    return [canonical_name(name) for name, x in named if id(x) not in maskable and sum(n > 1 for n in x.shape) > 1]
 
 
 def masked_modules(model: nn.Module) -> dict[str, nn.Module]:

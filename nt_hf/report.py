@@ -1,7 +1,12 @@
-"""Tables, plots and model cards from what a run wrote."""
+"""Tables, plots and model cards from what a run wrote.
 
+python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
+"""
+
+import argparse
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +21,27 @@ logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
+#: What tables and plots need of the records of an event.
+NEEDED = {
+    "train": ("loss",),
+    "eval": (
+        "loss", "head_losses", "head_perplexities", "ensemble_mode", "ensemble_perplexities", "disagreement", "density",
+    ),
+    "update": ("density", "density_by_group", "ever_active", "head_overlap", "grown", "active"),
+}  # fmt: skip
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first row is the head, its columns aligned for readers of plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
+def strict_json(text: str) -> Any:
+    """What a JSON text holds.
 
-def score_text(value: float, stderr: float | None) -> str:
-    """A score with its standard error, where there is one."""
-    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+    Raises:
+        ValueError: it is no JSON, or holds NaN or Infinity, which Python alone takes for numbers of JSON.
+    """
+
+    def refuse(number: str) -> None:
+        raise ValueError(f"{number} is no number of JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def results_table(records: Sequence[Record]) -> str:
@@ -52,16 +67,28 @@ def results_table(records: Sequence[Record]) -> str:
     return "\n".join([*lines, *(f"| {name:<{width}} | {value:>8} |" for name, value in rows)])
 
 
-def write_report(run_dir: Path) -> str:
-    """Writes ``report/`` (the table, and plots where matplotlib is installed) of a run; returns the table."""
-    records = read_metrics(run_dir / "metrics.jsonl")
+def write_report(run_dir: Path) -> tuple[str, list[Path]]:
+    """Writes ``report/`` of a run: the table, and plots where matplotlib is installed.
+
+    Returns:
+        The table, and the files written.
+
+    Raises:
+        ValueError: a line of ``metrics.jsonl`` is not what a run writes; the message names it.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics)
+    for number, record in enumerate(records, 1):
+        if lacking := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(lacking)}")
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
-    table = results_table(records)
-    (report / "results.md").write_text(table + "\n")
+    table, files = results_table(records), [report / "results.md"]
+    files[0].write_text(table + "\n")
     if plt := pyplot():
-        _plot(plt, records, report / "training.png")
-    return table
+        files.append(report / "training.png")
+        _plot(plt, records, files[-1])
+    return table, files
 
 
 def pyplot() -> Any:
@@ -153,3 +180,21 @@ The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`
 
 def _last(records: Sequence[Record], event: str) -> Record | None:
     return next((record for record in reversed(records) if record["event"] == event), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nt_hf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the directory of a run of recipes/pretrain_c4.py")
+    run_dir = parser.parse_args().run
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
+    table, files = write_report(run_dir)
+    sys.stdout.write(f"{table}\n\nwritten: {', '.join(map(str, files))}\n")
+
+
+if __name__ == "__main__":
+    from ._cli import run
+
+    run(main)

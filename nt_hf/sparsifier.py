@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .first_masks import draw_masks, target_counts
+from .density_report import DensityReport, DensityRow, group_of, total_row
+from .first_masks import draw_masks, target_counts, warn_of_dense
 from .masks import (
     check_masks,
     check_structure,
@@ -124,38 +125,6 @@ class TopologyUpdate:
     grad_norm_inactive: float
 
 
-@dataclass(frozen=True)
-class DensityRow:
-    """Density of one tensor, of a group of tensors, or overall; ``shape`` only for a tensor."""
-
-    name: str
-    shape: tuple[int, ...] | None
-    size: int
-    target: int
-    active: int
-    density: float
-
-
-@dataclass(frozen=True)
-class DensityReport:
-    """Densities by tensor, by group (see [`group_of`]) and overall."""
-
-    tensors: list[DensityRow]
-    groups: list[DensityRow]
-    overall: DensityRow
-
-
-def group_of(name: str) -> str:
-    """Group of a weight, for reports: its name up to the first number.
-
-    "model.layers.3.mlp.up_proj.weight" → "model.layers", "lm_heads.0.weight" → "lm_heads"; without a number the
-    module's name, "model.embed_tokens.weight" → "model.embed_tokens".
-    """
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0]] if numbers else parts[:-1]) or name
-
-
 @dataclass
 class _Masked:
     """A masked tensor while it trains; of a sharded one its tensors are this process's rows, its numbers of all."""
@@ -251,6 +220,8 @@ class Sparsifier:
                 f"density is {config.density:g} and the model carries no masks; accepted: a model whose masks "
                 "draw_masks(model, config) or a checkpoint has set"
             )
+        if self._tensors:
+            warn_of_dense(model, config.exclude)
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         foreign = [
             name
@@ -557,8 +528,8 @@ class Sparsifier:
         groups = dict.fromkeys(group_of(row.name) for row in tensors)
         return DensityReport(
             tensors,
-            [_total(group, [row for row in tensors if group_of(row.name) == group]) for group in groups],
-            _total("overall", tensors),
+            [total_row(group, [row for row in tensors if group_of(row.name) == group]) for group in groups],
+            total_row("overall", tensors),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -632,11 +603,6 @@ def _saved(tensor: _Masked) -> dict[str, torch.Tensor]:
     """The tensors of a masked tensor that a resumed run needs."""
     momentum = {} if tensor.momentum is None else {"momentum": tensor.momentum}
     return {"ever_active": tensor.ever_active, "last_grown": tensor.last_grown, **momentum}
-
-
-def _total(name: str, rows: list[DensityRow]) -> DensityRow:
-    size, target, active = (sum(getattr(row, key) for row in rows) for key in ("size", "target", "active"))
-    return DensityRow(name, None, size, target, active, active / size if size else 1.0)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ files: which runs a suite asks for, with which configuration, what each of them 
 
 import copy
 import fnmatch
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -15,6 +14,7 @@ from typing import Any
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .plan import count_flops, count_parameters
+from .report import strict_json
 from .run_config import SECTIONS, RunConfig, load_run_config, read_yaml
 
 Tree = dict[str, dict[str, Any]]
@@ -328,7 +328,7 @@ def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = strict_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if result["config"] != run_tree(suite, run):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .configuration_neurotrails_llama import ENSEMBLE_MODES
-from .report import markdown_table, pyplot, score_text
+from .report import pyplot
 from .suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
+from .tables import markdown_table, score_text
 from .training import read_metrics
 
 Result = Mapping[str, Any]

@@ -249,11 +249,23 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a line that a killed run left unfinished is dropped."""
+    """The records of a ``metrics.jsonl``, one a line; the last line, if a killed run left it unfinished, is dropped.
+
+    Raises:
+        ValueError: another line is no JSON object with an ``event`` and its ``step``; the message names it.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    unfinished = lines.pop()  # "" where all is well
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate([*lines, *filter(None, [unfinished])], 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped an unfinished line", path)
+            record = json.loads(line)
+        except ValueError:
+            if number > len(lines):
+                logger.warning("%s: dropped an unfinished line", path)
+                break
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int or "event" not in record:
+            raise ValueError(f"{path}, line {number}: accepted is a JSON object with event and step, not {line[:60]!r}")
+        records.append(record)
     return records

@@ -373,8 +373,8 @@ def pretrain(
     # ------------------------------------------------------------------------------------------- report
 
     if main_process:
-        table = write_report(run_dir)
-        logger.info("\n%s\n\n%s holds the checkpoint, %s tables and plots", table, last_saved, run_dir / "report")
+        table, files = write_report(run_dir)
+        logger.info("\n%s\n\n%s holds the checkpoint; report: %s", table, last_saved, ", ".join(map(str, files)))
     end_training(accelerator)
 
 

@@ -425,7 +425,7 @@ def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_pat
         ({"--heads": ""}, "--heads : accepted"),
         ({"--data": "empty.jsonl"}, "no token to predict"),
         ({"--sequence_length": "129"}, "--sequence_length 129: accepted are 2 to 128"),
-        ({"--output": "empty.jsonl"}, "File exists"),
+        ({"--output": "empty.jsonl"}, "empty.jsonl: is no directory"),
     ],
 )
 def test_the_script_refuses_in_one_line(checkpoint, tmp_path, monkeypatch, options, message):

@@ -322,7 +322,10 @@ def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path
         programs.call("recipes/prepare_c4.py")
     monkeypatch.setattr(compare, "Programs", lambda: programs)
     with pytest.raises(SystemExit) as left:
-        call(compare.main, "--suite", tmp_path / "tiny.yaml", "--runs", tmp_path / "runs", "--results", tmp_path / "r")
+        call(
+            compare.main, "--suite", tmp_path / "tiny.yaml", "--data_root", "sample:validation",
+            "--runs", tmp_path / "runs", "--results", tmp_path / "r",
+        )  # fmt: skip
     assert left.value.code == EXIT_PREEMPTED
 
 

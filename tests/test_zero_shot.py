@@ -20,17 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data import load_tokenizer
-from nt_hf.zero_shot import (
-    DEFAULT_TASKS,
-    Scorer,
-    Tasks,
-    TrailsLM,
-    average,
-    choose_scorers,
-    combine_tasks,
-    log_likelihoods,
-    score_task,
-)
+from nt_hf.zero_shot import Scorer, TrailsLM, average, choose_scorers, combine_tasks, log_likelihoods, score_task
+from nt_hf.zero_shot_tasks import DEFAULT_TASKS, Tasks
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "eval"
@@ -214,7 +205,7 @@ def test_no_token_is_added_or_lost(checkpoint):
 def scored(request, model, tokenizer, tasks):
     """Results of every task by the ensemble and each trail, and the model in that ensemble mode."""
     model.config.ensemble_mode = request.param
-    lm = TrailsLM(model, tokenizer, choose_scorers(model, "each"))
+    lm = TrailsLM(model, tokenizer, choose_scorers(model.config, "each"))
     yield {task: score_task(lm, tasks.load(task)) for task in FILES}, model
     model.config.ensemble_mode = "logits"
 
@@ -250,7 +241,7 @@ def test_likelihoods_do_not_depend_on_the_batch(model, batch_size):
     draw = lambda n: torch.randint(3, 32000, (n,), generator=generator).tolist()  # noqa: E731
     context = draw(9)
     requests = [(context, [5]), (context, [6]), (context, [5, 7]), (draw(1), draw(4)), (draw(330), draw(3))]
-    scorers = choose_scorers(model, "0,2")
+    scorers = choose_scorers(model.config, "0,2")
     assert [(scorer.name, scorer.heads) for scorer in scorers] == [
         ("ensemble 0,2", (0, 2)),
         ("head 0", (0,)),
@@ -267,7 +258,7 @@ def test_likelihoods_do_not_depend_on_the_batch(model, batch_size):
 
 
 def test_contexts_that_lose_their_beginning_are_counted(model, tokenizer, tasks):
-    lm = TrailsLM(model, tokenizer, choose_scorers(model, "ensemble"))
+    lm = TrailsLM(model, tokenizer, choose_scorers(model.config, "ensemble"))
     lengths = [
         len(tokenizer("".join(pair))["input_ids"]) for item in items("boolq") for pair in choices("boolq", item)[0]
     ]
@@ -287,7 +278,7 @@ def test_heads_outside_the_scorers_are_not_run(model):
     model = copy.deepcopy(model)
     for parameter in model.model.heads[1].parameters():
         parameter.data.fill_(torch.nan)
-    found = log_likelihoods(model, [([5, 6], [7])], choose_scorers(model, "0,2"))
+    found = log_likelihoods(model, [([5, 6], [7])], choose_scorers(model.config, "0,2"))
     assert all(value == value for answers in found.values() for value, _ in answers)
 
 
@@ -303,15 +294,15 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_smaller(model, monkeypat
         return score(model, rows, *rest)
 
     requests = [([7, 8, k], [9, 4]) for k in range(5, 14)]
-    expected = log_likelihoods(model, requests, choose_scorers(model, "each"))
+    expected = log_likelihoods(model, requests, choose_scorers(model.config, "each"))
     monkeypatch.setattr(zero_shot, "_score", scarce)
-    assert log_likelihoods(model, requests, choose_scorers(model, "each")) == {
+    assert log_likelihoods(model, requests, choose_scorers(model.config, "each")) == {
         name: [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in answers]
         for name, answers in expected.items()
     }
     assert max(sizes) == 9 and sizes[-1] <= 2
     with pytest.raises(torch.OutOfMemoryError):
-        log_likelihoods(model, requests, choose_scorers(model, "each"), batch_size=3)
+        log_likelihoods(model, requests, choose_scorers(model.config, "each"), batch_size=3)
 
 
 # ------------------------------------------------------------------------------------------------ tasks and data
@@ -327,7 +318,7 @@ def test_a_group_weighs_its_tasks_as_lm_eval_does(model, tokenizer, tmp_path):
     tasks = Tasks(tmp_path)
     leaves = tasks.leaves("mmlu")
     assert len(leaves) == 57 and tasks.by_size("mmlu") and tasks.by_size("mmlu_stem")
-    lm = TrailsLM(model, tokenizer, choose_scorers(model, "each"))
+    lm = TrailsLM(model, tokenizer, choose_scorers(model.config, "each"))
     chosen = ["mmlu_anatomy", "mmlu_virology"]
     loaded = {name: tasks.load(name) for name in chosen}
     results = {name: score_task(lm, task) for name, task in loaded.items()}
@@ -394,14 +385,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_unknown_names_are_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"heads='3'.*different numbers of 0 to 2"):
-        choose_scorers(model, "3")
+        choose_scorers(model.config, "3")
     for heads in ("0,0", "", "all", "-1"):
         with pytest.raises(ValueError, match="accepted are 'ensemble', 'each'"):
-            choose_scorers(model, heads)
+            choose_scorers(model.config, heads)
     with pytest.raises(ValueError, match=r"data_root=.*directory"):
         Tasks(tmp_path / "none")
     with pytest.raises(ValueError, match="an answer of 400 tokens does not fit the model's context of 192"):
-        log_likelihoods(model, [([1], [5] * 400)], choose_scorers(model, "each"))
+        log_likelihoods(model, [([1], [5] * 400)], choose_scorers(model.config, "each"))
 
 
 # ------------------------------------------------------------------------------------------------------- the script
@@ -512,7 +503,7 @@ def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert list(report["scorers"]) == ["head 0"]
-    lm = TrailsLM(model, tokenizer, choose_scorers(model, "1"))
+    lm = TrailsLM(model, tokenizer, choose_scorers(model.config, "1"))
     same = score_task(lm, tasks.load("arc_easy"))
     assert report["tasks"]["arc_easy"]["per_item"]["head 0"] == same.per_item["head 1"]
     assert report["tasks"]["arc_easy"]["fingerprint"] == same.fingerprint
@@ -531,10 +522,10 @@ def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
     ],
 )
 def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, option, value, problem):
-    from nt_hf import zero_shot
+    from nt_hf import zero_shot_tasks
 
-    small = zero_shot.TaskManager(include_path=[], include_defaults=False)
-    monkeypatch.setattr(zero_shot, "TaskManager", lambda **given: TaskManager(**given) if given else small)
+    small = zero_shot_tasks.TaskManager(include_path=[], include_defaults=False)
+    monkeypatch.setattr(zero_shot_tasks, "TaskManager", lambda **given: TaskManager(**given) if given else small)
     options = {"--model": checkpoint, "--data_root": DATA, "--tasks": "arc_easy", "--output": tmp_path / "scores.json"}
     options[option] = value
     if option == "--data_root":
