@@ -24,6 +24,7 @@ from ._version import __version__
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .data import check_vocabulary, load_tokenizer, read_texts
 from .evaluation import DocumentWindows, load_config
+from .files import write_whole, writing
 
 
 def run(main: Callable[[], None]) -> None:
@@ -34,10 +35,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         with logging_redirect_tqdm():
             main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("NT_HF_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        dead_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        if os.environ.get("NT_HF_TRACEBACK") or (isinstance(error, RuntimeError) and not dead_worker):
             raise
-        sys.exit(f"error: {error}")
+        reason = "; out of memory perhaps: fewer data.num_workers need less" if dead_worker else ""
+        sys.exit(f"error: {' '.join(str(error).split())}{reason}")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -67,20 +70,15 @@ def write_json(path: Path, content: Any) -> None:
 
     Raises:
         ValueError: a number is not finite, which JSON cannot hold.
+        OSError: the file cannot be written; the message names it.
     """
     try:
         text = json.dumps(content, indent=2, default=asdict, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path} is not written: {error}; accepted are finite numbers") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one piece: a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

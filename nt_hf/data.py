@@ -1,4 +1,4 @@
-"""From documents to token batches: tokenizers, rows, and the streams that read them, exact to resume.
+"""From documents to token batches: rows, and the streams that read them, exact to resume.
 
 The module ``sources`` says what a source of text is and how it becomes files. Each pass over the files (an *epoch*)
 is divided between *streams*, one for each loader worker of each rank, see the module ``shares``: whole files as long
@@ -11,15 +11,18 @@ import hashlib
 import itertools
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .shares import Place, deal_anew, deal_epoch
-from .sources import SAMPLE, DataError, Reader, check_source, find_files, one_line, read_texts
+from .sources import DataError, Reader, check_source, find_files, one_line, read_texts
+from .tokenization import check_vocabulary, eos_id, load_tokenizer, tokenize
 
 __all__ = [
     "IGNORE_INDEX",
@@ -85,45 +88,8 @@ class DataConfig:
             check_int("validation_tokens", self.validation_tokens, 1)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer called ``name``: ``"sample"`` (T5's 32,000 pieces, with the package), a directory or a hub name.
-
-    Raises:
-        ValueError: there is no such tokenizer, or it has no end-of-sequence token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(SAMPLE if name == "sample" else name)
-    except Exception as error:  # missing files, bad json, no network: as many types as causes
-        raise ValueError(
-            f"tokenizer={name!r} cannot be loaded ({one_line(error)}): "
-            "expected 'sample', a tokenizer's directory or its name on the hub"
-        ) from error
-    eos_id(tokenizer)
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Checks that every id the tokenizer can emit is below ``vocab_size``; ids may have gaps, so it counts none.
-
-    Raises:
-        ValueError: the largest id is ``vocab_size`` or more.
-    """
-    largest = max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
-    if largest >= vocab_size:
-        raise ValueError(
-            f"vocab_size={vocab_size}: the tokenizer emits ids up to {largest}, expected {largest + 1} or more"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # From texts to batches
-
-
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each text, without the special tokens that a tokenizer may add."""
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
 
 
 def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -138,19 +104,6 @@ def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokeni
     attention_mask = (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that separates documents.
-
-    Raises:
-        ValueError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer={tokenizer.name_or_path!r}: has no eos_token, expected one to end every document with"
-        )
-    return tokenizer.eos_token_id
 
 
 def check_batches(batch_size: int, sequence_length: int, epochs: int | None, rank: int, world_size: int) -> None:
@@ -353,6 +306,7 @@ class TokenBatches:
             streams,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # else it draws from the global one, and loading would change training
         )
 
@@ -483,13 +437,32 @@ class _Streams(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, Place | DataError]]:
         info = get_worker_info()
         if info:  # one core a worker: DataLoader stops torch's threads in it, this the tokenizer's
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            # Whatever the user set: where workers are forked, the tokenizer's threads are not, and it waits for them.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker = (self.first + (info.id if info else 0)) % len(self.places)
         try:
             for batch, place in self.batches._stream(worker, self.places[worker]):
                 yield worker, batch, place
         except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
             yield worker, None, error
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Lets a loader worker live on when a launcher or ``timeout`` sends a signal to all processes of a run.
+
+    The main process needs batches until it has saved, and ends its workers itself, by SIGTERM as well.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def check_choice(name: str, value, choices: Sequence[str]) -> None:

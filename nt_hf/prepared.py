@@ -9,7 +9,6 @@ Training rows are ``sequence_length`` tokens each, cut from all shards joined in
 within an epoch is a keyed bijection on row numbers, so a place in it is one integer for all ranks together.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -29,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from .data import ON_BAD_LINE, TOKENIZE_AT_ONCE, TokenBatches, check_batches, check_choice, check_int, eos_id, tokenize
-from .sources import PREPARED, DataError, Reader, find_files, one_line
+from .files import only_writer, write_whole, writing
+from .sources import INDEX, PREPARED, DataError, Reader, find_files, one_line
 
 FORMAT_VERSION = 1
-INDEX = "index.json"
 _PROBE = "The  Quick brown FOX, 3.14 x 10\u2076;\n\tna\u00efve \ufb01anc\u00e9e \u6f22\u5b57 \U0001f600 don't\u2026 <b>"
 
 
@@ -121,8 +120,8 @@ def prepare(
         progress: called for each shard with the shard, the number of shards in all and whether it is new.
 
     Raises:
-        DataError: the source cannot be found or read or has no documents, ``output`` holds something else or cannot
-            be written.
+        DataError: the source cannot be found or read or has no documents, or ``output`` holds something else.
+        OSError: ``output`` cannot be written, or another process writes there.
         ValueError: an argument has a value that is not accepted.
     """
     check_int("processes", processes, 1)
@@ -144,8 +143,16 @@ def prepare(
         for shard in index["shards"]:
             progress(Shard(**shard), len(files), False)
         return index
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    with only_writer(output):
+        return _prepare_there(source, files, tokenizer, output, identity, on_bad_line, processes, progress)
+
+
+def _prepare_there(
+    source: str | Sequence[str], files: list[str], tokenizer, output: Path, identity: dict, on_bad_line: str,
+    processes: int, progress: Callable[[Shard, int, bool], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The same, into a directory that is this process's alone."""
+    with writing(output):
         for stale in output.glob(".*.partial"):
             stale.unlink()
     shards: dict[int, Shard] = {}
@@ -169,8 +176,7 @@ def prepare(
     if not totals["documents"]:
         raise DataError(f"{source}: holds no documents")
     index = identity | totals | {"shards": ordered}
-    with _writing(output / INDEX):
-        _replace(output / INDEX, lambda file: file.write((json.dumps(index, indent=1) + "\n").encode()))
+    write_whole(output / INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -181,33 +187,6 @@ def _require_same(output: Path, found: dict, wanted: dict) -> None:
                 f"{output}: holds tokens with {key}={found.get(key)!r}, expected {value!r}; "
                 "take another output directory"
             )
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({one_line(error)})") from error
-
-
-def _replace(path: Path, write: Callable) -> None:
-    """Makes the file ``path`` in one step: whatever happens, it is complete and on the disk, or not there."""
-    # The process's number keeps an orphan of a killed preparation from writing into the same file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":  # the name, too, has to reach the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 _worker: dict[str, Any] = {}
@@ -270,8 +249,7 @@ def _write_shard(
         out.seek(0)
         out.write(_header(identity, shard))
 
-    with _writing(path):
-        _replace(path, write)
+    write_whole(path, write)
     return shard
 
 

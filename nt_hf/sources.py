@@ -3,18 +3,20 @@
 A source is a string, or a list of them:
 
 - ``sample:train``, ``sample:validation``: the C4 documents that come with the package;
-- a local file or glob: ``.json`` and ``.jsonl`` (one object a line; plain, ``.gz``, ``.xz``, ``.zst``),
-  ``.parquet``, ``.arrow``;
+- a local file or glob: ``.json`` and ``.jsonl`` (one object a line, or one list of them) and ``.txt`` (one document a
+  file), plain or as ``.gz``, ``.xz``, ``.zst``; ``.parquet``, ``.arrow``;
 - ``hub:<repo>[@<revision>][:<config>[:<split>]]``: a data set of the Hugging Face hub, streamed;
 - any other URL or URL glob that ``fsspec`` opens (``hf://…``, ``s3://…``).
 
 Whatever the source, it becomes a list of files, and everything after that is the same code.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -24,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .shares import Share
 
@@ -32,13 +34,19 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = Path(__file__).parent / "sample"
 SAMPLE_FILES = {"train": "c4-train-1000.jsonl.gz", "validation": "c4-heldout-330.jsonl.gz"}
+INDEX = "index.json"  # of a directory of prepared tokens
 PREPARED = "prepared:"  # the beginning of a source of tokens, which no reader of text takes
 
 ATTEMPTS = 7  # of each request for something remote
 FIRST_PAUSE = 1.0  # seconds after the first attempt, twice as many after each further one: a minute in all
 
-_LINES = tuple(kind + codec for kind in (".json", ".jsonl") for codec in ("", ".gz", ".xz", ".zst"))
+_CODECS = ("", ".gz", ".xz", ".zst")
+_LINES = tuple(kind + codec for kind in (".json", ".jsonl") for codec in _CODECS)
+_PLAIN = tuple(".txt" + codec for codec in _CODECS)
 _TABLES = (".parquet", ".arrow")
+EXTENSIONS = ".json, .jsonl or .txt (plain, .gz, .xz or .zst), .parquet or .arrow"
+_MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}  # what such files begin with
+_LOOK_AHEAD = 1000  # records after a bad one, to find a good one
 _BUFFER = 1 << 20  # bytes
 _ROWS = 1024  # of a table, decoded at once
 T = TypeVar("T")
@@ -73,10 +81,8 @@ def find_files(source: str | Sequence[str]) -> list[str]:
         else:
             files += _local_files(entry)
     for file in files:
-        if not file.endswith(_LINES + _TABLES):
-            raise DataError(
-                f"{file}: unknown extension, expected .json or .jsonl (plain, .gz, .xz or .zst), .parquet or .arrow"
-            )
+        if not file.endswith(_LINES + _PLAIN + _TABLES):
+            raise DataError(f"{file}: unknown extension, expected {EXTENSIONS}")
     return files
 
 
@@ -96,15 +102,26 @@ def _sample_files(entry: str) -> list[str]:
 
 def _local_files(entry: str) -> list[str]:
     path = os.path.expanduser(entry)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    found = [path] if os.path.exists(path) else sorted(glob.glob(_below_existing(path), recursive=True))
     if not found:
         raise DataError(f"{entry}: no such file, and no file matches it as a glob")
     for file in found:
+        if os.path.isfile(os.path.join(file, INDEX)):
+            raise DataError(f"{file}: holds prepared tokens, expected {PREPARED}{file} for them")
         if os.path.isdir(file):
             raise DataError(f"{file}: is a directory, expected files, for example {os.path.join(file, '*.jsonl')}")
         if os.path.getsize(file) == 0:
             raise DataError(f"{file}: is empty")
     return found
+
+
+def _below_existing(pattern: str) -> str:
+    """A glob whose first folders, as far as they exist by these very names, stand for nothing else: ``[1]/*.jsonl``."""
+    folder, rest = os.path.split(pattern)
+    while folder not in ("", os.sep) and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    return os.path.join(glob.escape(folder), rest)
 
 
 def _url_files(entry: str) -> list[str]:
@@ -323,8 +340,10 @@ class Reader:
         order = list(self.files)
         if self.seed is not None:
             random.Random(f"{self.seed}/{share.epoch}").shuffle(order)
-        path = order[share.file]
-        for count, number, raw in _records(path, self.text_field, share.record):
+        path, good = order[share.file], False
+        kind = "row" if path.endswith(_TABLES) else "line"
+        records = _records(path, self.text_field, share.record)
+        for count, number, raw in records:
             if share.end is not None and count > share.end:
                 return
             if count % share.step != share.first:
@@ -332,20 +351,27 @@ class Reader:
             try:
                 text = _text(raw, self.text_field)
             except ValueError as error:
-                self._bad_line(f"{path}, {'row' if path.endswith(_TABLES) else 'line'} {number}: {error}")
+                problem = f"{path}, {kind} {number}: {error}"
+                if self.on_bad_line == "error":
+                    following = [_is_good(raw, self.text_field) for _, _, raw in itertools.islice(records, _LOOK_AHEAD)]
+                    if good or any(following):
+                        problem += " (on_bad_line='skip' would leave it out)"
+                    elif following:
+                        problem += f"; no {kind} after it is any better"
+                    raise DataError(problem) from None
+                self._skipped(problem)
                 continue
+            good = True
             if text and not text.isspace():
                 yield count, text
 
-    def _bad_line(self, problem: str) -> None:
-        if self.on_bad_line == "error":
-            raise DataError(f"{problem} (on_bad_line='skip' would leave it out)")
+    def _skipped(self, problem: str) -> None:
         self.bad_lines += 1
         if self.bad_lines.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, …: a log that stays readable
             logger.warning("skipped %s (bad lines so far: %d)", problem, self.bad_lines)
 
 
-def _records(path: str, text_field: str, after: int) -> Iterator[tuple[int, int, bytes | str | None]]:
+def _records(path: str, text_field: str, after: int) -> Iterator[tuple[int, int, Any]]:
     """The lines that are not blank, or the rows of a table, after the ``after``-th: each with its count and number.
 
     Both are from 1; the number of a line counts blank lines, too, as an editor does.
@@ -363,23 +389,43 @@ def _open(path: str) -> io.BufferedReader:
     return io.BufferedReader(_RemoteFile(path), _BUFFER) if "://" in path else open(path, "rb")
 
 
-def _lines(path: str, file: io.BufferedReader, after: int) -> Iterator[tuple[int, int, bytes]]:
-    count = 0
-    for number, line in enumerate(io.BufferedReader(_decompressed(path, file), _BUFFER), 1):
-        if not line.isspace():
-            count += 1
-            if count > after:
-                yield count, number, line
+def _lines(path: str, file: io.BufferedReader, after: int) -> Iterator[tuple[int, int, bytes | Any]]:
+    text = io.BufferedReader(_decompressed(path, file), _BUFFER)
+    count, records = 0, iter(text)
+    if path.endswith(_PLAIN):
+        records = [_Document(text.read())]
+    elif text.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        records = _listed(text.read())
+    for number, line in enumerate(records, 1):
+        if isinstance(line, bytes) and line.isspace():
+            continue
+        count += 1
+        if count > after:
+            yield count, number, line
     if not count:
         raise DataError(f"{path}: holds no documents")
 
 
+class _Document(bytes): ...  # a whole file that is one
+
+
+def _listed(content: bytes) -> list[Any]:
+    """The items of a file that is one JSON list, else its lines."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return list(io.BytesIO(content))
+
+
 def _decompressed(path: str, file: io.BufferedReader):
-    if path.endswith(".gz"):
+    """The content, by what the file begins with; its name says what is expected of one that begins otherwise."""
+    begin = file.peek(6)
+    codec = next((codec for magic, codec in _MAGIC.items() if begin.startswith(magic)), os.path.splitext(path)[1])
+    if codec == ".gz":
         return gzip.GzipFile(fileobj=file)
-    if path.endswith(".xz"):
+    if codec == ".xz":
         return lzma.LZMAFile(file)
-    if path.endswith(".zst"):
+    if codec == ".zst":
         import pyarrow  # unlike the zstandard package it notices a truncated file, and it comes with datasets
 
         return pyarrow.input_stream(file, compression="zstd")
@@ -406,7 +452,9 @@ def _rows(path: str, file: io.BufferedReader, text_field: str, after: int) -> It
     if text_field not in schema.names:
         raise DataError(f"{path}: has no column {text_field!r}, its columns are {', '.join(schema.names)}")
     column = schema.field(text_field).type
-    if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+    of = column.value_type if pyarrow.types.is_dictionary(column) else column
+    types = pyarrow.types
+    if not (types.is_string(of) or types.is_large_string(of) or types.is_string_view(of)):
         raise DataError(f"{path}: column {text_field!r} is of type {column}, expected strings")
     for batch in batches:
         skip = min(max(after - count, 0), batch.num_rows)
@@ -417,11 +465,24 @@ def _rows(path: str, file: io.BufferedReader, text_field: str, after: int) -> It
         raise DataError(f"{path}: holds no documents")
 
 
-def _text(raw: bytes | str | None, text_field: str) -> str:
-    """The text of a line or row; ``ValueError`` says what is wrong with it."""
-    if isinstance(raw, bytes):
+def _is_good(raw: Any, text_field: str) -> bool:
+    try:
+        _text(raw, text_field)
+    except ValueError:
+        return False
+    return True
+
+
+def _text(raw: Any, text_field: str) -> str:
+    """The text of a line, of an item of a list, of a row or of a whole file; ``ValueError`` says what is wrong."""
+    if isinstance(raw, _Document):
         try:
-            raw = json.loads(raw)
+            raw = raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 text ({one_line(error)})") from error
+    elif not isinstance(raw, str | None):
+        try:
+            raw = json.loads(raw) if isinstance(raw, bytes) else raw
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON ({one_line(error)}), expected one object a line") from error
         if not isinstance(raw, dict) or text_field not in raw:

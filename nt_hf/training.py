@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .files import write_whole, writing
 from .modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM
 from .run_config import TrainConfig
 from .schedules import cosine
@@ -56,12 +57,14 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine to ``min_lr_ratio`` of the peak."""
-    warmup = round(train.warmup_ratio * train.max_steps)
+    """Rate of optimizer step ``step`` (from 0): linear warm-up, then what ``lr_schedule`` says, see `TrainConfig`."""
+    decay = warmup = round(train.warmup_ratio * train.max_steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
+    if train.lr_schedule == "warmup_stable_decay":
+        decay = max(warmup, train.max_steps - round(train.decay_ratio * train.max_steps))
     floor = train.learning_rate * train.min_lr_ratio
-    return cosine(step, warmup, train.max_steps, train.learning_rate, floor)
+    return cosine(step, decay, train.max_steps, train.learning_rate, floor)
 
 
 def accumulation_steps(train: TrainConfig, processes: int) -> tuple[int, int]:
@@ -170,13 +173,19 @@ def end_training(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def limited(batches: Iterable[Batch], max_tokens: int | None, stop: Callable[[], bool]) -> Iterator[Batch]:
-    """At least one of the batches, and on until they hold ``max_tokens`` predicted tokens or ``stop`` says so."""
+def limited(
+    batches: Iterable[Batch], max_tokens: int | None, stop: Callable[[], bool], multiple: int = 1
+) -> Iterator[Batch]:
+    """Batches, until they hold ``max_tokens`` predicted tokens or ``stop`` says so.
+
+    The first limit counts ``multiple`` batches as one: with those of a whole optimizer step, the text is the same
+    however that is divided into forward passes.
+    """
     tokens = 0
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         yield batch
         tokens += sum(count_targets([batch]))
-        if stop() or (max_tokens is not None and tokens >= max_tokens):
+        if stop() or (max_tokens is not None and tokens >= max_tokens and number % multiple == 0):
             return
 
 
@@ -229,14 +238,12 @@ class Metrics:
         self.path = path
         old = read_metrics(path) if path.exists() and resume_step is not None else []
         kept = [record for record in old if record["step"] <= resume_step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         """Appends a record of kind ``event`` (``train``, ``update``, ``eval``) and returns it."""
         record = {"event": event, **values}
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         return record
 

@@ -38,6 +38,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import PreTrainedTokenizerBase
 
+from .files import sync, write_text, writing
 from .masks import local
 from .modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from .run_config import RunConfig
@@ -176,6 +177,8 @@ def clean_up(run_dir: Path) -> None:
     """Removes what a killed run left unfinished."""
     for path in run_dir.glob(".partial-checkpoint-*"):
         shutil.rmtree(path)
+    for path in run_dir.glob(".*.partial"):
+        path.unlink()
 
 
 # -------------------------------------------------------------------------------------------------- saving
@@ -201,46 +204,54 @@ def save_checkpoint(
 
     Whatever goes wrong on the way (a full disk, a kill) leaves the earlier checkpoints as they were. All processes must
     call it, and share the file system of ``run_dir``.
+
+    Raises:
+        OSError: a file cannot be written; the message names it.
     """
     final, partial = run_dir / f"checkpoint-{step}", run_dir / f".partial-checkpoint-{step}"
     state, rank, main = partial / STATE, accelerator.process_index, accelerator.is_main_process
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        state.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     try:
-        rounded = config.train.save_dtype != "float32"
-        weights = full_state_dict(model, keep=main)
-        report = sparsifier.report()
-        if main:
-            _save_model(partial, model, weights, config.train.save_dtype)
-            tokenizer.save_pretrained(partial)
-            sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
-            (partial / "README.md").write_text(model_card)
-            (partial / "sparsity.json").write_text(json.dumps(sparsity, indent=1))
-            (partial / "run.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            progress = Progress(step, tokens, evaluated, accelerator.num_processes, fingerprint)
-            (state / "state.json").write_text(json.dumps(asdict(progress)))
-        del weights
-        (state / f"rank-{rank}.json").write_text(json.dumps({"data": data.state_dict(), "random": _random_state()}))
-        mine = [state / f"rank-{rank}.json"]
-        if main or is_sharded(model):
-            writers = accelerator.num_processes if is_sharded(model) else 1
-            mine.append(state / f"state-{rank + 1:05d}-of-{writers:05d}.safetensors")
-            _write_shards(mine[-1], _state_tensors(model, optimizer, sparsifier, rounded), main)
-        if main:
-            mine = [path for path in sorted(partial.rglob("*")) if path.is_file() and not _is_others(path, rank)]
-        accelerator.wait_for_everyone()
-        files = gather_object([{str(path.relative_to(partial)): _seal(path) for path in mine}])
-        if main:
-            merged = {name: entry for part in files for name, entry in sorted(part.items())}
-            manifest = {"files": merged, "crc32": _crc32_of_json(merged)}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in (partial / MANIFEST, *(folder for folder in partial.rglob("*") if folder.is_dir()), partial):
-                _sync(path)
-            _remove(final)
-            os.rename(partial, final)
-            _sync(run_dir)
+        with writing(final):  # what names no file of its own
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                state.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            rounded = config.train.save_dtype != "float32"
+            weights = full_state_dict(model, keep=main)
+            report = sparsifier.report()
+            if main:
+                _save_model(partial, model, weights, config.train.save_dtype)
+                with writing(partial / "tokenizer.json"):
+                    tokenizer.save_pretrained(partial)
+                sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
+                write_text(partial / "README.md", model_card)
+                write_text(partial / "sparsity.json", json.dumps(sparsity, indent=1))
+                write_text(partial / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+                progress = Progress(step, tokens, evaluated, accelerator.num_processes, fingerprint)
+                write_text(state / "state.json", json.dumps(asdict(progress)))
+            del weights
+            own = {"data": data.state_dict(), "random": _random_state()}
+            write_text(state / f"rank-{rank}.json", json.dumps(own))
+            mine = [state / f"rank-{rank}.json"]
+            if main or is_sharded(model):
+                writers = accelerator.num_processes if is_sharded(model) else 1
+                mine.append(state / f"state-{rank + 1:05d}-of-{writers:05d}.safetensors")
+                with writing(mine[-1]):
+                    _write_shards(mine[-1], _state_tensors(model, optimizer, sparsifier, rounded), main)
+            if main:
+                mine = [path for path in sorted(partial.rglob("*")) if path.is_file() and not _is_others(path, rank)]
+            accelerator.wait_for_everyone()
+            files = gather_object([{str(path.relative_to(partial)): _seal(path) for path in mine}])
+            if main:
+                merged = {name: entry for part in files for name, entry in sorted(part.items())}
+                manifest = {"files": merged, "crc32": _crc32_of_json(merged)}
+                write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+                folders = (folder for folder in partial.rglob("*") if folder.is_dir())
+                for path in (partial / MANIFEST, *folders, partial):
+                    sync(path)
+                _remove(final)
+                os.rename(partial, final)
+                sync(run_dir)
     except BaseException:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -281,19 +292,10 @@ def _is_others(path: Path, rank: int) -> bool:
 def _seal(path: Path) -> dict[str, int]:
     """Syncs a file to the disk; its size and checksum, which is computed while the disk works."""
     with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(_sync, path)
+        synced = pool.submit(sync, path)
         entry = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         synced.result()
     return entry
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or a directory's names, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:
@@ -315,9 +317,10 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
     with torch.device("meta"):
         shell = NeuroTrailsLlamaForCausalLM(model.config)
     shell.generation_config = model.generation_config
-    shell.save_pretrained(path, state_dict=weights)
+    with writing(path / "model.safetensors"):
+        shell.save_pretrained(path, state_dict=weights)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
+    write_text(path / "config.json", json.dumps(config | {"dtype": dtype}, indent=2))
 
 
 def _write_shards(path: Path, tensors: Mapping[str, torch.Tensor], main: bool) -> None:
@@ -358,6 +361,27 @@ def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
     return model
 
 
+def cannot_continue(path: Path, fingerprint: str, data: Any) -> str | None:
+    """Why a run with this tokenizer and these training data cannot continue from a checkpoint; ``None`` if it can.
+
+    Leaves the data at the checkpoint's place.
+    """
+    try:
+        progress, ranks = _read_progress(path)
+        if progress.tokenizer != fingerprint:
+            return "it was trained with another tokenizer"
+        data.load_state_dict([each["data"] for each in ranks])
+    except Exception as error:  # damaged files: as many types as causes
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _read_progress(path: Path) -> tuple[Progress, list[dict[str, Any]]]:
+    """How far a checkpoint is, and what each of its processes has left."""
+    progress = Progress(**json.loads((path / STATE / "state.json").read_text()))
+    return progress, [json.loads((path / STATE / f"rank-{r}.json").read_text()) for r in range(progress.processes)]
+
+
 def load_training_state(
     path: Path,
     *,
@@ -377,8 +401,7 @@ def load_training_state(
     """
     state, rank, processes = path / STATE, accelerator.process_index, accelerator.num_processes
     try:
-        progress = Progress(**json.loads((state / "state.json").read_text()))
-        ranks = [json.loads((state / f"rank-{r}.json").read_text()) for r in range(progress.processes)]
+        progress, ranks = _read_progress(path)
         places, random = [each["data"] for each in ranks], ranks[rank % len(ranks)]["random"]
         tensors = _to_be_loaded(HuggingFaceStorageReader(str(state)), model, sparsifier)
         with warnings.catch_warnings():  # one that says what no_dist asks for

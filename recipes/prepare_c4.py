@@ -5,6 +5,9 @@
 A killed preparation goes on with the files that are left when it is started again in the same way.
 """
 
+# First: it says how threads wait, which is read when torch is loaded.
+import nt_hf  # noqa: F401  # isort: skip
+
 import argparse
 import logging
 import os

@@ -9,12 +9,14 @@ last checkpoint when it is started again in the same way, also on another number
 launch files for several GPUs and nodes.
 """
 
+# First: it says how threads wait, which is read when torch is loaded.
+import nt_hf  # noqa: F401  # isort: skip
+
 import argparse
 import contextlib
+import copy
 import dataclasses
-import importlib.util
 import logging
-import os
 import sys
 import time
 import warnings
@@ -25,24 +27,21 @@ from typing import NoReturn
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    set_seed,
-)
+from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf._cli import run, write_whole
+from nt_hf._cli import run
 from nt_hf.data import HeadBatches, TokenBatches, check_vocabulary, load_tokenizer
 from nt_hf.evaluation import evaluate, perplexity
+from nt_hf.files import write_whole
+from nt_hf.launch import only_run, start_processes, wants_bf16
 from nt_hf.plan import peak_tflops, training_flops_per_token
 from nt_hf.prepared import PreparedTokens, token_batches, tokenizer_fingerprint
 from nt_hf.report import model_card, write_report
-from nt_hf.run_config import RunConfig, load_run_config, parse_overrides
+from nt_hf.run_config import RunConfig, changed_keys, load_run_config, parse_overrides
 from nt_hf.sharding import require_equal_replicas, shard_model
 from nt_hf.sparsifier import Sparsifier, draw_masks
 from nt_hf.training import (
@@ -65,6 +64,7 @@ from nt_hf.training import (
 )
 from nt_hf.training_checkpoint import (
     Progress,
+    cannot_continue,
     choose_checkpoint,
     clean_up,
     find_resume,
@@ -80,39 +80,22 @@ logger = logging.getLogger("nt_hf.pretrain")
 def main() -> None:
     args, overrides = parse_arguments()
     config = load_run_config(args.config, overrides)
+    run_dir = Path(args.output_dir)
     with Preemption() as preemption:
-        pretrain(args, config, preemption)
+        accelerator, sharding = start_processes(config.train, run_dir, args.log_with)
+        with only_run(run_dir, accelerator):
+            pretrain(args, config, accelerator, sharding, preemption)
 
 
-def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption) -> None:
+def pretrain(
+    args: argparse.Namespace,
+    config: RunConfig,
+    accelerator: Accelerator,
+    sharding: FullyShardedDataParallelPlugin | None,
+    preemption: Preemption,
+) -> None:
     """Trains to the end, or until a signal: then it saves and exits."""
     train, run_dir = config.train, Path(args.output_dir)
-    checkpoints = find_resume(args.resume, run_dir)
-
-    # ---------------------------------------------------------------------------------------- processes
-
-    bf16 = train.precision == "bf16" or (
-        train.precision == "auto"
-        and torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    sharding = sharding_asked_for()
-    if args.log_with != "none" and importlib.util.find_spec(args.log_with) is None:
-        raise ValueError(f"--log_with {args.log_with}: it is not installed; pip install 'nt_hf[track]' brings it")
-    accelerator = Accelerator(
-        cpu=torch.backends.mps.is_available(),  # Apple GPUs lack the float64 that evaluation sums in
-        mixed_precision="bf16" if bf16 else "no",
-        log_with=None if args.log_with == "none" else args.log_with,
-        project_dir=run_dir,
-        # Masks are equal on all ranks by construction; broadcasting buffers would hide it if they were not.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    accelerator.gradient_accumulation_steps = 1  # the loop normalises by itself, whatever the launcher was told
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-    if accelerator.distributed_type not in plain:
-        raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process, DDP and FSDP2")
-    if accelerator.num_processes == 1:
-        sharding = None
     main_process, device = accelerator.is_main_process, accelerator.device
     if not main_process:
         logging.getLogger("nt_hf").setLevel(logging.WARNING)
@@ -120,17 +103,18 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     set_seed(train.seed)
     torch.set_float32_matmul_precision(train.matmul_precision)
 
-    resume_from = choose_checkpoint(checkpoints, accelerator)
+    resume_from = choose_checkpoint(find_resume(args.resume, run_dir), accelerator)
     begun = (resume_from or run_dir) / "run.yaml"
-    if begun.is_file() and (resume_from or args.resume != "never"):
-        require_same_run(config, load_run_config([begun]), begun, args.resume_override)
+    continues = begun.is_file() and (resume_from or args.resume != "never")
+    before = load_run_config([begun]) if continues else config
+    changes = changed_keys(config, before, begun)
 
     # --------------------------------------------------------------------------------------------- data
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer.model_max_length = config.data.sequence_length
     model_config = NeuroTrailsLlamaConfig(
-        **config.model,
+        **copy.deepcopy(config.model),  # it completes rope_parameters, which run.yaml keeps as they were given
         max_position_embeddings=config.data.sequence_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -148,6 +132,16 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     }
     train_batches = training_batches(config, model_config.num_ensemble_heads, tokenizer, **reading)
     validation_batches = token_batches(config.data.validation, tokenizer, **reading | {"num_workers": 0}, epochs=1)
+
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if changes and args.resume_override:
+        logger.warning("continuing with another configuration: %s", changes)
+    elif changes:
+        problem = resume_from and cannot_continue(resume_from, fingerprint, train_batches)
+        advice = f"cannot continue so ({problem}); set it as it was" if problem else (
+            "was written otherwise; --resume_override continues all the same"
+        )  # fmt: skip
+        raise ValueError(f"{changes}: {begun} {advice}, or take another --output_dir")
 
     def first_batch() -> dict[str, torch.Tensor]:
         """Some text, the same on every process, for masks that saliency chooses."""
@@ -171,10 +165,11 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     if sharding:
         mesh = init_device_mesh(device.type, (accelerator.num_processes,))
         reshard = bool(sharding.reshard_after_forward)
-        shard_model(model, mesh, param_dtype=torch.bfloat16 if bf16 else None, reshard_after_forward=reshard)
+        shard_model(
+            model, mesh, param_dtype=torch.bfloat16 if wants_bf16(train) else None, reshard_after_forward=reshard
+        )
     optimizer = make_optimizer(model, train)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=train.max_steps)
-    fingerprint = tokenizer_fingerprint(tokenizer)
     start = Progress(0, 0, False, accelerator.num_processes, fingerprint)
     if resume_from:
         start = load_training_state(
@@ -184,6 +179,9 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         if start.tokenizer != fingerprint:
             raise ValueError(f"data.tokenizer={config.data.tokenizer!r}: {resume_from} was trained with another one")
     first_step, tokens = start.step, start.tokens
+    rates = [learning_rate(first_step, each.train) for each in (before, config)]
+    if rates[0] != rates[1] and first_step < train.max_steps:
+        logger.info("the learning rate of the next step is %.3g; without the changes it would be %.3g", *rates[::-1])
     if train.compile:
         compile_blocks(model)
     with warnings.catch_warnings():  # PyTorch 2.13 has a new name for broadcast_buffers, Accelerate has not
@@ -213,7 +211,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         """Whether it was finished: a signal ends it early, and it begins anew in the continued run."""
         limit = config.data.validation_tokens
         share = limit and -(-limit // accelerator.num_processes)
-        batches = limited(validation_batches, share, stop=lambda: preemption.received)
+        batches = limited(validation_batches, share, stop=lambda: preemption.received, multiple=passes)
         result = evaluate(
             model,
             in_step(batches, config.data.sequence_length, accelerator) if sharding else batches,
@@ -222,12 +220,12 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
         ).to_dict()
         if accelerator.reduce(torch.tensor(int(preemption.received), device=device)):
             return False
-        log("eval", step=step, training_tokens=tokens, density=sparsifier.report().overall.density, **result)
         heads = ", ".join(f"{value:.2f}" for value in result["head_perplexities"])
         logger.info(
             "step %d: validation perplexity %.2f (heads %s), disagreement %.3f",
             step, result["perplexity"], heads, result["disagreement"],
         )  # fmt: skip
+        log("eval", step=step, training_tokens=tokens, density=sparsifier.report().overall.density, **result)
         return True
 
     def log_measured() -> None:
@@ -277,7 +275,7 @@ def pretrain(args: argparse.Namespace, config: RunConfig, preemption: Preemption
     describe(model, sparsifier, resume_from, first_step, f"{accelerator.num_processes} processes{kind}")
     flops = training_flops_per_token(model_config, config.data.sequence_length, config.data.order_per_head)
     peak = train.peak_tflops or (
-        peak_tflops(torch.cuda.get_device_name(device)) if bf16 and device.type == "cuda" else None
+        peak_tflops(torch.cuda.get_device_name(device)) if wants_bf16(train) and device.type == "cuda" else None
     )
     last_saved = resume_from
     first_bad_step = torch.tensor(-1, device=device)  # found without waiting for the device at every step
@@ -394,50 +392,6 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     return args, parse_overrides(rest)
 
 
-# What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.
-FIXED = {
-    "data": {"sequence_length", "text_field", "order_per_head"},
-    "sparsity": {
-        "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
-    },
-    "train": {"optimizer", "seed"},
-}  # fmt: skip
-FREE = {
-    # The tokenizer is compared by its content, once it is loaded.
-    "data": {"validation", "validation_tokens", "tokenizer"},
-    "train": {
-        "micro_batch_size", "gradient_checkpointing", "compile", "peak_tflops", "log_steps", "eval_steps", "save_steps",
-        "keep", "save_dtype", "check_interval",
-    },
-}  # fmt: skip
-
-
-def require_same_run(wanted: RunConfig, found: RunConfig, path: Path, override: bool) -> None:
-    """Refuses to continue a run with another configuration, key by key.
-
-    Raises:
-        ValueError: keys differ that a run must keep, or others without ``override``.
-    """
-    wanted, found = wanted.to_dict(), found.to_dict()
-    changed = [
-        (section, key, wanted[section].get(key), found[section].get(key))
-        for section in wanted
-        for key in sorted(wanted[section].keys() | found[section].keys())
-        if wanted[section].get(key) != found[section].get(key) and key not in FREE.get(section, ())
-    ]
-    fixed = [change for change in changed if change[0] == "model" or change[1] in FIXED[change[0]]]
-    listed = ", ".join(f"{section}.{key}={ours!r} (was {theirs!r})" for section, key, ours, theirs in fixed or changed)
-    if fixed:
-        raise ValueError(f"{listed}: {path} cannot continue so; set it as it was, or take another --output_dir")
-    if changed and not override:
-        raise ValueError(
-            f"{listed}: {path} was written otherwise; --resume_override continues all the same, or take another "
-            "--output_dir"
-        )
-    if changed:
-        logger.warning("continuing with another configuration: %s", listed)
-
-
 def training_batches(
     config: RunConfig, heads: int, tokenizer: PreTrainedTokenizerBase, **reading
 ) -> TokenBatches | PreparedTokens | HeadBatches:
@@ -449,30 +403,6 @@ def training_batches(
         token_batches(data.train, tokenizer, **reading, shuffle_block=data.shuffle_block, seed=each) for each in seeds
     ]
     return HeadBatches(streams) if data.order_per_head else streams[0]
-
-
-def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
-    """The settings of FSDP2 where the launcher asked for it.
-
-    Raises:
-        ValueError: the launcher asked for DeepSpeed, FSDP1, weights on the host, or fp16.
-    """
-
-    def asked(name: str) -> bool:
-        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-    if asked("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed: accepted are DDP and FSDP2 (see recipes/accelerate)")
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise ValueError("--mixed_precision fp16: accepted are bf16 and no, where gradients need no scaling")
-    if not asked("ACCELERATE_USE_FSDP"):
-        return None
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ValueError("FSDP1: accepted are DDP and FSDP2 (fsdp_version: 2, see recipes/accelerate/fsdp2.yaml)")
-    if asked("FSDP_OFFLOAD_PARAMS"):
-        raise ValueError("fsdp_offload_params: accepted is false")
-    return plugin
 
 
 def whole(norm: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,22 @@ it can spell and restore any text. The special tokens are those of the sample to
 ``<unk>`` = 2 (never emitted), none of them added by itself.
 """
 
+# First: it says how threads wait, which is read when torch is loaded.
+import nt_hf  # noqa: F401  # isort: skip
+
 import argparse
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nt_hf._cli import run
 from nt_hf.data import read_texts
+from nt_hf.files import only_writer, writing
 
-logger = logging.getLogger("train_tokenizer")
+logger = logging.getLogger("nt_hf.train_tokenizer")
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -52,14 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="directory that AutoTokenizer.from_pretrained will take")
     parser.add_argument("--text_field", default="text", help="field that holds the text (%(default)s)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    output = Path(options.output)
+    with only_writer(output):  # before the text is read
         tokenizer = train_tokenizer(read_texts(options.data, options.text_field), options.vocab_size)
-        tokenizer.save_pretrained(options.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
-    logger.info("%d tokens, saved to %s", len(tokenizer), options.output)
+        with writing(output):
+            tokenizer.save_pretrained(output)
+    logger.info("%d tokens, saved to %s", len(tokenizer), output)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

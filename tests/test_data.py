@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from nt_hf import sources
 from nt_hf.data import (
@@ -149,7 +150,7 @@ def test_tokenizer_needs_an_end_of_sequence_token(tokenizer, tmp_path):
 
 
 def test_unknown_tokenizer_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^tokenizer='.*none' cannot be loaded [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^tokenizer='.*none': there is no such directory$"):
         load_tokenizer(str(tmp_path / "none"))
 
 
@@ -163,7 +164,7 @@ def test_automatic_special_tokens_are_not_used(tokenizer, tmp_path):
         "type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": {"</s>": eos}
     }  # fmt: skip
     path.write_text(json.dumps(backend))
-    other = load_tokenizer(str(tmp_path))
+    other = AutoTokenizer.from_pretrained(tmp_path)
     assert other("a")["input_ids"][-1] == EOS, "the test needs a tokenizer that adds </s>"
     source = save(tmp_path, [texts(20)])
     assert equal(*(list(batches(source, t, epochs=1)) for t in (tokenizer, other)))
@@ -965,7 +966,7 @@ BAD_FILES = {
     "plain.jsonl.zst": (lambda: GOOD, BROKEN),
     "plain.parquet": (lambda: GOOD, BROKEN),
     "column.parquet": (lambda: parquet_bytes([1, 2]), "column 'text' is of type int64, expected strings"),
-    "x.txt": (lambda: GOOD, "unknown extension, expected .json"),
+    "x.csv": (lambda: GOOD, "unknown extension, expected .json"),
     "x.gz": (lambda: gzip.compress(GOOD), "unknown extension, expected .json"),
 }
 

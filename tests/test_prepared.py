@@ -408,11 +408,11 @@ def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepared.os, "fsync", full)
-    with pytest.raises(DataError, match=r"tokens-00000-of-00003\.safetensors: cannot be written \([^\n]*No space left"):
+    with pytest.raises(OSError, match=r"tokens-00000-of-00003\.safetensors: cannot be written \([^\n]*No space left"):
         prepare(source, Characters(), tmp_path / "tokens")
-    assert list((tmp_path / "tokens").iterdir()) == [], "it leaves the space that it took"
+    assert not (tmp_path / "tokens").exists(), "it leaves the space that it took"
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file: cannot be written \("):
+    with pytest.raises(OSError, match=r"file: cannot be written \("):
         prepare(source, Characters(), tmp_path / "file")
 
 
