@@ -19,7 +19,7 @@ import torch
 import training
 from common import DEVICE, bandwidth, machine, matmul_peak, table, write_figures
 
-from nt_hf._cli import check_output, run
+from nt_hf.cli.program import check_output, run
 
 SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from common import take_turns
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier
-from nt_hf._cli import run
-from nt_hf.data import load_tokenizer
-from nt_hf.run_config import load_run_config
-from nt_hf.sparsifier import draw_masks
-from nt_hf.training import make_optimizer
-from nt_hf.training_checkpoint import find_damage, load_model, load_training_state, save_checkpoint
+from nt_hf.cli.program import run
+from nt_hf.config import load_run_config
+from nt_hf.data.streams import load_tokenizer
+from nt_hf.sparsity.sparsifier import draw_masks
+from nt_hf.training.checkpoint import find_damage, load_model, load_training_state, save_checkpoint
+from nt_hf.training.loop import make_optimizer
 
 ROUNDS = 4
 

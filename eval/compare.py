@@ -11,8 +11,8 @@ stars by chance.
 import argparse
 from pathlib import Path
 
-from nt_hf._cli import check_output, provenance, run, write_json, write_whole
-from nt_hf.comparison import compare, comparison_table, plot_comparison, read_columns
+from nt_hf.cli.program import check_output, provenance, run, write_json, write_whole
+from nt_hf.evaluation.comparison import compare, comparison_table, plot_comparison, read_columns
 
 
 def main() -> None:

@@ -10,10 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nt_hf._cli import add_text_arguments, check_output, open_text, provenance, run, text_record, write_json
-from nt_hf.diversity import measure_diversity
-from nt_hf.diversity_plots import write_plots
-from nt_hf.evaluation import load_for_evaluation
+from nt_hf.cli.program import (
+    add_text_arguments,
+    check_output,
+    open_text,
+    provenance,
+    run,
+    text_record,
+    write_json,
+)
+from nt_hf.evaluation.diversity import measure_diversity
+from nt_hf.evaluation.perplexity import load_for_evaluation
+from nt_hf.evaluation.plots import write_plots
 
 
 def main() -> None:

@@ -10,9 +10,17 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from nt_hf._cli import add_text_arguments, check_output, open_text, provenance, run, text_record, write_json
-from nt_hf.evaluation import evaluate, load_for_evaluation
-from nt_hf.masks import overall_density
+from nt_hf.cli.program import (
+    add_text_arguments,
+    check_output,
+    open_text,
+    provenance,
+    run,
+    text_record,
+    write_json,
+)
+from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
+from nt_hf.models.masks import overall_density
 
 
 def main() -> None:

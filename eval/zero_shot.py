@@ -11,13 +11,13 @@ import logging
 import time
 from pathlib import Path
 
-from nt_hf._cli import check_output, provenance, run, write_json
-from nt_hf.configuration_neurotrails_llama import ENSEMBLE_MODES
-from nt_hf.data import check_vocabulary, load_tokenizer
-from nt_hf.evaluation import load_config, load_for_evaluation
-from nt_hf.training import peak_memory
-from nt_hf.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
-from nt_hf.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
+from nt_hf.cli.program import check_output, provenance, run, write_json
+from nt_hf.data.streams import check_vocabulary, load_tokenizer
+from nt_hf.evaluation.perplexity import load_config, load_for_evaluation
+from nt_hf.evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
+from nt_hf.evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
+from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from nt_hf.training.loop import peak_memory
 
 logger = logging.getLogger("nt_hf.zero_shot")
 

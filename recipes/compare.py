@@ -30,11 +30,8 @@ from typing import Any
 import torch
 import yaml
 
-from nt_hf._cli import check_output, provenance, run, write_json, write_whole
-from nt_hf.data import load_tokenizer, read_texts
-from nt_hf.diversity import measure_diversity
-from nt_hf.evaluation import DocumentWindows, evaluate, load_for_evaluation
-from nt_hf.suite import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.suite import (
     METRICS,
     RESULT,
     Run,
@@ -50,8 +47,12 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import refreshed, report_text, write_report
-from nt_hf.training import EXIT_PREEMPTED, read_metrics
+from experiments.suite_report import refreshed, report_text, write_report
+from nt_hf.cli.program import check_output, provenance, run, write_json, write_whole
+from nt_hf.data.streams import load_tokenizer, read_texts
+from nt_hf.evaluation.diversity import measure_diversity
+from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
+from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
 
 logger = logging.getLogger("nt_hf.compare")
 
