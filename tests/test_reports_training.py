@@ -267,15 +267,17 @@ def test_workers_do_not_wait_for_threads_that_forking_lost(config, tmp_path, mon
     try:
         wait_for(seen, "a batch of [2, 32]")
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def _read(config: Path, seen: Path) -> None:
+    os.setsid()  # a worker that hangs is killed with it
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from nt_hf.data import TokenBatches, load_tokenizer, tokenize
+    from nt_hf.data import TokenBatches, load_tokenizer, read_texts, tokenize
 
     tokenizer = load_tokenizer(str(config.parent / "tokenizer"))
-    tokenize(["some text"] * 200, tokenizer)
+    tokenize(list(read_texts("sample:train"))[:200], tokenizer)
     batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
     seen.write_text(f"a batch of {list(next(iter(batches))['input_ids'].shape)}")
 
