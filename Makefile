@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VENV_MIN := .venv-min
 VENV_NEWEST := .venv-newest
 VENV_PEERS := .venv-peers
-MODEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture configuration masks modeling remote_code reports_models sparse_checkpoints speculative uncertainty))
+MODEL_TESTS := tests/models tests/test_architecture.py
 
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
 export GOMP_SPINCOUNT := 10000
@@ -50,7 +50,7 @@ test-newest: install
 	NT_HF_ANY_TRANSFORMERS=1 $(VENV_NEWEST)/bin/python -m pytest $(MODEL_TESTS)
 
 test-peers: $(VENV_PEERS)/.installed
-	$(VENV_PEERS)/bin/python -m pytest tests/test_reports_peers.py
+	$(VENV_PEERS)/bin/python -m pytest tests/models/test_reports_peers.py
 
 $(VENV_PEERS)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV_PEERS)

@@ -16,7 +16,7 @@ from common import Figure, ratio, table, take_turns
 from transformers.utils import logging
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.masks import masked_modules, set_mask
+from nt_hf.models.masks import masked_modules, set_mask
 
 DENSITIES = (0.1, 0.5, 0.9)
 ROUNDS = 5

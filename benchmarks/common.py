@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nt_hf._cli import provenance, write_json
+from nt_hf.cli.program import provenance, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

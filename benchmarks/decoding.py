@@ -22,9 +22,9 @@ from common import DEVICE, Figure, matmul_precision, ratio, table, take_turns
 from transformers import DynamicCache, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, draw_masks, freeze_topology
-from nt_hf.data import load_tokenizer, read_texts
-from nt_hf.lm_heads import by_head
-from nt_hf.run_config import load_run_config
+from nt_hf.config import load_run_config
+from nt_hf.data.streams import load_tokenizer, read_texts
+from nt_hf.models.lm_heads import by_head
 
 PROMPT, TOKENS = 16, 48
 KNOWN, PROMPTS = 8, 3  # rows of text that the model learns, and how many are continued

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
-from nt_hf._cli import run
-from nt_hf.data import TokenBatches, load_tokenizer
-from nt_hf.masks import get_mask, masked_modules
-from nt_hf.report import markdown_table
+from nt_hf.cli.program import run
+from nt_hf.data.streams import TokenBatches, load_tokenizer
+from nt_hf.models.masks import get_mask, masked_modules
+from nt_hf.text import markdown_table
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 import training
 from common import DEVICE, bandwidth, machine, matmul_peak, table, write_figures
 
-from nt_hf._cli import run
+from nt_hf.cli.program import check_output, run
 
 SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
@@ -42,6 +42,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.reference and not (args.reference / "language_modeling").is_dir():
         raise ValueError(f"--reference {args.reference}: accepted is a checkout of bramgrooten/neurotrails")
+    check_output(args.output)
+    if args.docs and not Path("docs/performance.md").is_file():
+        raise ValueError("--docs: docs/performance.md is not here; accepted is the root of the repository")
 
     where = machine()
     limits = {name: f"{matmul_peak(kind) / 1e9:,.0f} GFLOP/s" for name, kind in PEAKS.items()}
@@ -53,8 +56,8 @@ def main() -> None:
         print(f"{name} …", file=sys.stderr)
         figures += BENCHMARKS[name](args)
         print(f"{name}: done after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
-    write_figures(args.output, figures, where)
     print(table(figures))
+    write_figures(args.output, figures, where)
     print(f"\n{args.output} holds the figures and the machine", file=sys.stderr)
     if args.docs:
         write_figures(Path(f"docs/performance-{DEVICE.type}.json"), figures, where)

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from common import take_turns
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier
-from nt_hf._cli import run
-from nt_hf.data import load_tokenizer
-from nt_hf.run_config import load_run_config
-from nt_hf.sparsifier import draw_masks
-from nt_hf.training import make_optimizer
-from nt_hf.training_checkpoint import find_damage, load_model, load_training_state, save_checkpoint
+from nt_hf.cli.program import run
+from nt_hf.config import load_run_config
+from nt_hf.data.streams import load_tokenizer
+from nt_hf.sparsity.sparsifier import draw_masks
+from nt_hf.training.checkpoint import find_damage, load_model, load_training_state, save_checkpoint
+from nt_hf.training.loop import make_optimizer
 
 ROUNDS = 4
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("recipes/configs/60m.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/saving"))
     args = parser.parse_args()
+    args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     config = load_run_config([args.config])
     accelerator, tokenizer = Accelerator(), load_tokenizer(config.data.tokenizer)
     model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**config.model)).to(accelerator.device)

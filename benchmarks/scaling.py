@@ -17,11 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from nt_hf._cli import run
-from nt_hf.data import load_tokenizer
-from nt_hf.prepared import prepare
-from nt_hf.run_config import load_run_config
-from nt_hf.training import read_metrics
+from nt_hf.cli.program import run
+from nt_hf.config import load_run_config
+from nt_hf.data.prepared import prepare
+from nt_hf.data.streams import load_tokenizer
+from nt_hf.training.loop import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 RUNS = [(1, "one process", {}), (2, "DDP", {}), (4, "DDP", {}), (2, "FSDP2", FSDP2), (4, "FSDP2", FSDP2)]
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("runs/scaling"))
     args = parser.parse_args()
+    args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     tokens = args.folder / "tokens"
     prepare("sample:train", load_tokenizer(load_run_config([args.config]).data.tokenizer), tokens)
     common = [

@@ -20,10 +20,11 @@ from common import DEVICE, Figure, machine, ratio, seconds, table, take_turns
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, sparse_runtime
-from nt_hf.masks import attach_masks, masked_modules, set_mask
-from nt_hf.report import markdown_table
-from nt_hf.sparse_runtime import Report, restore, specialize
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.inference import sparse_runtime
+from nt_hf.inference.sparse_runtime import Report, restore, specialize
+from nt_hf.models.masks import attach_masks, masked_modules, set_mask
+from nt_hf.text import markdown_table
 
 DENSITY = 0.1
 NEW_TOKENS, PROMPT = 16, 128

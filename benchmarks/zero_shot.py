@@ -26,11 +26,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf._cli import provenance
-from nt_hf.data import load_tokenizer
-from nt_hf.report import markdown_table
-from nt_hf.run_config import load_run_config
-from nt_hf.zero_shot import Tasks, TrailsLM, choose_scorers, quiet, score_task
+from nt_hf.cli.program import provenance
+from nt_hf.config import load_run_config
+from nt_hf.data.streams import load_tokenizer
+from nt_hf.evaluation.zero_shot import TrailsLM, choose_scorers, score_task
+from nt_hf.evaluation.zero_shot_tasks import Tasks, quiet
+from nt_hf.text import markdown_table
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 
@@ -80,7 +81,7 @@ def main() -> None:
             return time.perf_counter() - start, lm.calls
 
     def ours(heads: str) -> float:
-        lm = TrailsLM(model, tokenizer, choose_scorers(model, heads))
+        lm = TrailsLM(model, tokenizer, choose_scorers(model.config, heads))
         start = time.perf_counter()
         for name in TASKS:
             score_task(lm, tasks.load(name, args.limit), args.limit)

@@ -11,8 +11,8 @@ stars by chance.
 import argparse
 from pathlib import Path
 
-from nt_hf._cli import provenance, run, write_json
-from nt_hf.comparison import compare, comparison_table, plot_comparison, read_columns
+from nt_hf.cli.program import check_output, provenance, run, write_json, write_whole
+from nt_hf.evaluation.comparison import compare, comparison_table, plot_comparison, read_columns
 
 
 def main() -> None:
@@ -21,15 +21,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a directory for the table, JSON and plots")
     args = parser.parse_args()
 
+    check_output(args.output, directory=True)
     columns = read_columns(args.results)
     rows, notes = compare(columns)
     text = "\n".join([comparison_table(columns, rows), "", *(f"- {note}" for note in notes)]).rstrip()
+    print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "comparison.md").write_text(text + "\n")
+    write_whole(args.output / "comparison.md", text + "\n")
     names = [column.name for column in columns]
     write_json(args.output / "comparison.json", {"columns": names, "rows": rows, "notes": notes, **provenance()})
     plot_comparison(columns, rows, args.output / "comparison")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nt_hf._cli import add_text_arguments, load_text, provenance, run, text_record, write_json
-from nt_hf.diversity import measure_diversity
-from nt_hf.diversity_plots import write_plots
+from nt_hf.cli.program import (
+    add_text_arguments,
+    check_output,
+    open_text,
+    provenance,
+    run,
+    text_record,
+    write_json,
+)
+from nt_hf.evaluation.diversity import measure_diversity
+from nt_hf.evaluation.perplexity import load_for_evaluation
+from nt_hf.evaluation.plots import write_plots
 
 
 def main() -> None:
@@ -22,16 +31,17 @@ def main() -> None:
     parser.add_argument("--heads", help="measure these only, as 0,2; default: all")
     args = parser.parse_args()
 
-    model, windows = load_text(args)
-    heads = parse_heads(args.heads, model.config.num_ensemble_heads)
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_output(args.output, directory=True)
+    config, windows = open_text(args)
+    heads = parse_heads(args.heads, config.num_ensemble_heads)
+    model = load_for_evaluation(args.model)
     result = measure_diversity(model, windows, heads=heads).to_dict() | {
         **text_record(args, windows),
         **provenance(),
     }
+    print(table(result))
     write_json(args.output / "diversity.json", result)
     plots = write_plots(result, args.output)
-    print(table(result))
     print(f"diversity.json{' and plots' if plots else ''} written to {args.output}")
 
 

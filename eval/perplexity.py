@@ -10,9 +10,17 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from nt_hf._cli import add_text_arguments, load_text, provenance, run, text_record, write_json
-from nt_hf.evaluation import evaluate
-from nt_hf.masks import overall_density
+from nt_hf.cli.program import (
+    add_text_arguments,
+    check_output,
+    open_text,
+    provenance,
+    run,
+    text_record,
+    write_json,
+)
+from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
+from nt_hf.models.masks import overall_density
 
 
 def main() -> None:
@@ -21,7 +29,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args()
 
-    model, windows = load_text(args)
+    check_output(args.output)
+    _, windows = open_text(args)
+    model = load_for_evaluation(args.model)
     result = evaluate(model, windows)
     result = dataclasses.replace(result, bytes=windows.bytes).to_dict() | {
         **text_record(args, windows),
@@ -29,8 +39,6 @@ def main() -> None:
         "unknown_share": windows.unknown / windows.tokens,
         **provenance(),
     }
-    write_json(args.output, result)
-
     print(f"{result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
     print(f"{'':20}{'perplexity':>10} {'bits per byte':>15}")
     for head, values in enumerate(zip(result["head_perplexities"], result["head_bits_per_byte"])):
@@ -38,6 +46,7 @@ def main() -> None:
     for mode, value in result["ensemble_perplexities"].items():
         print(f"  ensemble, {mode:<7} {value:10.3f} {result['ensemble_bits_per_byte'][mode]:15.4f}")
     print(f"disagreement between heads {result['disagreement']:.3f}, unknown tokens {result['unknown_share']:.2%}")
+    write_json(args.output, result)
     print(f"written to {args.output}")
 
 

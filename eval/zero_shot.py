@@ -11,23 +11,13 @@ import logging
 import time
 from pathlib import Path
 
-from nt_hf._cli import provenance, run, write_json
-from nt_hf.configuration_neurotrails_llama import ENSEMBLE_MODES
-from nt_hf.data import check_vocabulary, load_tokenizer
-from nt_hf.evaluation import load_for_evaluation
-from nt_hf.training import peak_memory
-from nt_hf.zero_shot import (
-    DEFAULT_TASKS,
-    SEED,
-    Tasks,
-    TrailsLM,
-    average,
-    choose_scorers,
-    combine_tasks,
-    local_file,
-    results_table,
-    score_task,
-)
+from nt_hf.cli.program import check_output, provenance, run, write_json
+from nt_hf.data.streams import check_vocabulary, load_tokenizer
+from nt_hf.evaluation.perplexity import load_config, load_for_evaluation
+from nt_hf.evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
+from nt_hf.evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
+from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from nt_hf.training.loop import peak_memory
 
 logger = logging.getLogger("nt_hf.zero_shot")
 
@@ -49,9 +39,16 @@ def main() -> None:
         raise ValueError(f"--limit {args.limit}: accepted is a number from 1")
     if args.batch_size != "auto" and not (args.batch_size.isdecimal() and int(args.batch_size)):
         raise ValueError(f"--batch_size {args.batch_size}: accepted are 'auto' and numbers from 1")
+    check_output(args.output)
+    config = load_config(args.model)
+    scorers = choose_scorers(config, args.heads)
+    tokenizer = load_tokenizer(str(args.model))
+    check_vocabulary(tokenizer, config.vocab_size)
     tasks = Tasks(args.data_root)
+    names = [name.strip() for name in args.tasks.split(",")] if args.tasks else DEFAULT_TASKS
+    tasks.check(names)
     wanted: dict[str, list[str]] = {}  # what gets a score of its own, and the tasks it consists of
-    for name in args.tasks.split(",") if args.tasks else DEFAULT_TASKS:
+    for name in names:
         leaves = tasks.leaves(name)
         wanted |= {leaf: [leaf] for leaf in leaves} if tasks.by_size(name) is None else {name: leaves}
     skipped = {}
@@ -71,9 +68,6 @@ def main() -> None:
     model = load_for_evaluation(args.model)
     if args.ensemble_mode:
         model.config.ensemble_mode = args.ensemble_mode
-    tokenizer = load_tokenizer(str(args.model))
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    scorers = choose_scorers(model, args.heads)
     lm = TrailsLM(model, tokenizer, scorers, None if args.batch_size == "auto" else int(args.batch_size))
 
     report = {
@@ -99,7 +93,7 @@ def main() -> None:
         for leaf in leaves:
             try:
                 done[leaf] = score_task(lm, tasks.load(leaf, args.limit), args.limit)
-            except ValueError as error:
+            except (ValueError, FloatingPointError) as error:
                 report["failed"][leaf] = str(error)
                 logger.warning("%s failed: %s", leaf, error)
                 continue
@@ -119,13 +113,12 @@ def main() -> None:
         report |= {"results": results, "average": average(results)}
         report |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(model.device)}
         write_json(args.output, report)
-    report["complete"] = not report["failed"]
-    write_json(args.output, report)
-
     if results:
         print(results_table(results))
     for reason in skipped.values():
         print(f"not run: {reason}")
+    report["complete"] = not report["failed"]
+    write_json(args.output, report)
     if report["failed"]:
         raise ValueError(f"{', '.join(report['failed'])} failed; {args.output} holds the others, marked as incomplete")
 

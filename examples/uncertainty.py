@@ -8,6 +8,7 @@ import argparse
 import html
 import inspect
 import itertools
+import math
 import os
 import re
 import sys
@@ -176,7 +177,15 @@ def load(directory: Path):
         raise ValueError(
             f"--model {directory}: its {name} has no output_uncertainty; accepted is a NeuroTrails with it"
         )
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"--model {directory} has weights that are not finite, for example {bad[0]}")
     return model, tokenizer
+
+
+def check_html(path: Path) -> None:
+    """Finds out, before the work begins, whether the page can be written."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--html {path}: accepted is a file to write, in a directory that is there")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,14 +201,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--color", action="store_true", help="colour even if NO_COLOR is set or this is no terminal")
     args = parser.parse_args(arguments)
 
+    if args.html:
+        check_html(args.html)
     model, tokenizer = load(args.model)
     torch.manual_seed(args.seed)
     if args.text is not None:
         context, tokens = score(model, tokenizer, args.text)
     else:
         context, tokens = generate(model, tokenizer, args.prompt, args.max_new_tokens)
-    if args.html:
-        args.html.write_text(to_html(context, tokens, args.measure), encoding="utf-8")
+    if not all(math.isfinite(value) for token in tokens for value in token.measures.values()):
+        raise ValueError(f"--model {args.model}: measures are not finite, its activations overflow on this text")
 
     texts, values = [printable(token.text) for token in tokens], [token.measures[args.measure] for token in tokens]
     colored = args.color or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
@@ -207,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     legend = f"{min(values):.4g}", f"{max(values):.4g}"
     low, high = (to_ansi([text], [color]) for text, color in zip(legend, (LOW, HIGH))) if colored else legend
     print(f"\n{args.measure} of {len(tokens)} tokens: {low} (lowest) to {high}{UNITS[args.measure]} (highest)")
+    if args.html:
+        args.html.write_text(to_html(context, tokens, args.measure), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ._version import __version__
-from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from .masks import apply_masks, check_masks, densify, freeze_topology
-from .modeling_neurotrails_llama import (
+from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.masks import apply_masks, check_masks, densify, freeze_topology
+from .models.modeling_neurotrails_llama import (
     NeuroTrailsCausalLMOutput,
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
     Uncertainty,
 )
-from .sparsifier import Sparsifier, SparsityConfig, draw_masks
-from .trainer_callback import SparsityCallback
+from .sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks
+from .sparsity.trainer_callback import SparsityCallback
 
 AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)
 AutoModel.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel)

@@ -30,11 +30,8 @@ from typing import Any
 import torch
 import yaml
 
-from nt_hf._cli import provenance, run, write_json, write_whole
-from nt_hf.data import load_tokenizer, read_texts
-from nt_hf.diversity import measure_diversity
-from nt_hf.evaluation import DocumentWindows, evaluate, load_for_evaluation
-from nt_hf.suite import (
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.suite import (
     METRICS,
     RESULT,
     Run,
@@ -50,8 +47,12 @@ from nt_hf.suite import (
     tuned,
     tuning_runs,
 )
-from nt_hf.suite_report import refreshed, write_report
-from nt_hf.training import EXIT_PREEMPTED, read_metrics
+from experiments.suite_report import refreshed, report_text, write_report
+from nt_hf.cli.program import check_output, provenance, run, write_json, write_whole
+from nt_hf.data.streams import load_tokenizer, read_texts
+from nt_hf.evaluation.diversity import measure_diversity
+from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
+from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
 
 logger = logging.getLogger("nt_hf.compare")
 
@@ -138,24 +139,47 @@ def main() -> None:
     suite = load_suite(args.suite)
     runs, results = args.runs or Path("runs") / suite.name, args.results or ROOT / "docs" / "results" / suite.name
     places = Places(args.suite, args.data_root, runs, results)
+    check_output(places.runs, directory=True, option="--runs")
+    check_output(places.results, directory=True, option="--results")
+    if args.document and not args.document.is_file():
+        raise ValueError(f"--document {args.document}: accepted is a Markdown file")
+    known = every_run(suite, places.results)
+    for glob in args.only:
+        if not matching(known, [glob]):
+            raise ValueError(
+                f"--only {glob}: fits no run; accepted are globs of names such as {known[-1].name}, or "
+                f"tuning/ARM/* and runs/ARM/*, of the arms {', '.join(suite.arms)}"
+            )
     if args.list:
-        print(listing(suite, places.results))
+        print(listing(suite, places.results, matching(known, args.only)))
         return
     if args.evaluate:
         write_result(suite, places, find_run(suite, places.results, args.evaluate))
         return
     if not args.report:
+        if any(not each.tuning for each in matching(known, args.only)):
+            check_evaluation(suite, places)
         programs = Programs()
         try:
             with locked(places.runs):
                 prepare(suite, places, programs)
                 train_all(suite, places, matching(tuning_runs(suite), args.only), args.parallel, programs)
-                rates = tuned(places.results, suite)
-                train_all(suite, places, matching(main_runs(suite, rates), args.only), args.parallel, programs)
+                main = matching(main_runs(suite, tuned(places.results, suite)), args.only)
+                train_all(suite, places, main, args.parallel, programs)
         except Stopped:
             logger.info("stopped by a signal; the same command continues")
             sys.exit(EXIT_PREEMPTED)
-    print(write_report(suite, places.results))
+        names = {each.name for each in main}
+        for each in matching(known, args.only):
+            if not each.tuning and each.name not in names:
+                source = each.arm
+                while source.learning_rate_of:
+                    source = suite.arms[source.learning_rate_of]
+                raise ValueError(
+                    f"{each.name} has no learning rate yet; accepted first: --only 'tuning/{source.name}/*'"
+                )
+    print(report_text(suite, places.results))
+    write_report(suite, places.results)
     if args.document:
         text = args.document.read_text(encoding="utf-8")
         write_whole(args.document, refreshed(text, suite, places.results))
@@ -174,9 +198,24 @@ def find_run(suite: Suite, results: Path, name: str) -> Run:
     return runs[name]
 
 
-def listing(suite: Suite, results: Path) -> str:
+def check_evaluation(suite: Suite, places: Places) -> None:
+    """Looks for what the runs will be scored on before any is trained.
+
+    Raises:
+        ValueError: something is not there.
+    """
+    for name, source in places.fill(suite.evaluation.texts).items():
+        try:
+            read_texts([source])
+        except ValueError as error:
+            raise ValueError(f"evaluation.texts.{name}: {error}") from error
+    if suite.evaluation.zero_shot and not Path(folder := places.fill(suite.evaluation.zero_shot)).is_dir():
+        raise ValueError(f"evaluation.zero_shot={folder}: accepted is a directory of json lines")
+
+
+def listing(suite: Suite, results: Path, runs: Sequence[Run]) -> str:
     lines = []
-    for each in every_run(suite, results):
+    for each in runs:
         cost, done = budget(suite, each), "done" if (results / each.name / RESULT).is_file() else ""
         lines.append(
             f"{each.name:40} {cost.tokens / 1e6:8.2f}M tokens {cost.flops / 1e15:9.3f} PFLOP, "
@@ -305,11 +344,14 @@ def evaluate_checkpoint(suite: Suite, places: Places, each: Run, checkpoint: Pat
         windows = DocumentWindows(
             read_texts([source]), tokenizer, length=length, batch_size=wanted.batch_size, max_tokens=wanted.max_tokens
         )
-        scores = evaluate(model, windows)
-        scores.bytes = windows.bytes
-        found["texts"][name] = scores.to_dict() | {"documents": windows.documents}
-        if "diversity" not in found:
-            found["diversity"] = measure_diversity(model, windows).to_dict()
+        try:
+            scores = evaluate(model, windows)
+            scores.bytes = windows.bytes
+            found["texts"][name] = scores.to_dict() | {"documents": windows.documents}
+            if "diversity" not in found:
+                found["diversity"] = measure_diversity(model, windows).to_dict()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{checkpoint}, text {name}: {error}") from error
     if wanted.zero_shot and each.seed in suite.seeds[: wanted.zero_shot_seeds]:
         if importlib.util.find_spec("lm_eval") is None:
             logger.warning("no zero-shot scores: lm_eval is not installed")
@@ -322,13 +364,14 @@ def zero_shot(suite: Suite, places: Places, checkpoint: Path) -> dict[str, Any]:
     """The scores of ``eval/zero_shot.py``, without those of single items."""
     output = checkpoint.parent / "zero_shot.json"
     limit = suite.evaluation.zero_shot_limit
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable, str(ROOT / "eval" / "zero_shot.py"), "--model", str(checkpoint), "--output", str(output),
             "--data_root", places.fill(suite.evaluation.zero_shot), *(["--limit", str(limit)] if limit else []),
         ],
-        check=True,
     )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"eval/zero_shot.py failed on {checkpoint}; its own last line, above, says why")
     report = json.loads(output.read_text())
     return {"limit": limit, "results": report["results"], "average": report["average"]}
 

@@ -16,9 +16,9 @@ import time
 
 from tqdm import tqdm
 
-from nt_hf._cli import run
-from nt_hf.data import load_tokenizer
-from nt_hf.prepared import Shard, prepare
+from nt_hf.cli.program import run
+from nt_hf.data.prepared import Shard, prepare
+from nt_hf.data.streams import load_tokenizer
 
 logger = logging.getLogger("nt_hf.prepare")
 

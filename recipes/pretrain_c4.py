@@ -33,18 +33,28 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf._cli import run
-from nt_hf.data import HeadBatches, TokenBatches, check_vocabulary, load_tokenizer
-from nt_hf.evaluation import evaluate, perplexity
+from nt_hf.cli.program import run
+from nt_hf.config import RunConfig, changed_keys, load_run_config, parse_overrides
+from nt_hf.data.prepared import PreparedTokens, token_batches, tokenizer_fingerprint
+from nt_hf.data.streams import HeadBatches, TokenBatches, check_vocabulary, load_tokenizer
+from nt_hf.evaluation.perplexity import evaluate, perplexity
 from nt_hf.files import write_whole
-from nt_hf.launch import only_run, start_processes, wants_bf16
-from nt_hf.plan import peak_tflops, training_flops_per_token
-from nt_hf.prepared import PreparedTokens, token_batches, tokenizer_fingerprint
-from nt_hf.report import model_card, write_report
-from nt_hf.run_config import RunConfig, changed_keys, load_run_config, parse_overrides
-from nt_hf.sharding import require_equal_replicas, shard_model
-from nt_hf.sparsifier import Sparsifier, draw_masks
-from nt_hf.training import (
+from nt_hf.plan.planner import peak_tflops, training_flops_per_token
+from nt_hf.sparsity.sharding import require_equal_replicas, shard_model
+from nt_hf.sparsity.sparsifier import Sparsifier, draw_masks
+from nt_hf.training.checkpoint import (
+    Progress,
+    cannot_continue,
+    choose_checkpoint,
+    clean_up,
+    find_resume,
+    load_model,
+    load_training_state,
+    save_checkpoint,
+    set_aside,
+)
+from nt_hf.training.launch import only_run, start_processes, wants_bf16
+from nt_hf.training.loop import (
     EXIT_PREEMPTED,
     HostCopy,
     Metrics,
@@ -62,17 +72,7 @@ from nt_hf.training import (
     read_metrics,
     to_device,
 )
-from nt_hf.training_checkpoint import (
-    Progress,
-    cannot_continue,
-    choose_checkpoint,
-    clean_up,
-    find_resume,
-    load_model,
-    load_training_state,
-    save_checkpoint,
-    set_aside,
-)
+from nt_hf.training.report import model_card, write_report
 
 logger = logging.getLogger("nt_hf.pretrain")
 
@@ -373,8 +373,8 @@ def pretrain(
     # ------------------------------------------------------------------------------------------- report
 
     if main_process:
-        table = write_report(run_dir)
-        logger.info("\n%s\n\n%s holds the checkpoint, %s tables and plots", table, last_saved, run_dir / "report")
+        table, files = write_report(run_dir)
+        logger.info("\n%s\n\n%s holds the checkpoint; report: %s", table, last_saved, ", ".join(map(str, files)))
     end_training(accelerator)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nt_hf._cli import run
-from nt_hf.data import read_texts
+from nt_hf.cli.program import run
+from nt_hf.data.streams import read_texts
 from nt_hf.files import only_writer, writing
 
 logger = logging.getLogger("nt_hf.train_tokenizer")

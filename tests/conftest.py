@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, freeze_topology
-from nt_hf.masks import masked_modules, set_mask
+from nt_hf.models.masks import masked_modules, set_mask
 
 torch.set_num_threads(1)  # The models are too small for more.
 
 ROOT = Path(__file__).parents[1]
-TEXT = ROOT / "nt_hf" / "sample" / "c4-heldout-330.jsonl.gz"
+TEXT = ROOT / "nt_hf" / "data" / "sample" / "c4-heldout-330.jsonl.gz"
 PAD, BOS, EOS, OFFSET = 0, 1, 2, 4
 
 # An input width of 36 is no multiple of 8, so that the masks' padding bits matter.

@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
 # Packages only: the server does not know this folder.
-SERVER.set_forkserver_preload(["nt_hf._cli", "nt_hf.evaluation", "nt_hf.report", "nt_hf.training_checkpoint", "pytest"])
+SERVER.set_forkserver_preload(
+    ["nt_hf.cli.program", "nt_hf.evaluation.perplexity", "nt_hf.training.checkpoint", "pytest"]
+)
 
 
 def free_port() -> str:

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from conftest import script
 from processes import SERVER, free_port
 
-from nt_hf import training
+from nt_hf.training import loop as training
 
 CONFIG = """
 model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,

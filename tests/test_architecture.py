@@ -1,4 +1,4 @@
-"""Imports run one way. What a checkpoint carries imports only torch, transformers, safetensors and its own files."""
+"""The floors of the package: imports run down only, and files and functions stay short."""
 
 import ast
 import sys
@@ -7,62 +7,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = sorted(path.relative_to(ROOT) for path in (ROOT / "nt_hf").rglob("*.py"))
-FOLDERS = ("recipes", "eval", "examples", "benchmarks")
-SCRIPTS = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MODEL = {
-    "configuration_neurotrails_llama",
-    "ensemble",
-    "lm_heads",
-    "losses",
-    "modeling_neurotrails_llama",
-    "masks",
-    "sparse_checkpoint",
-    "speculative",
-    "transformers_versions",
+PACKAGE = sorted(path.relative_to(ROOT / "nt_hf") for path in (ROOT / "nt_hf").rglob("*.py"))
+PROGRAMS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("recipes", "eval", "examples", "benchmarks", "experiments")
+    for path in (ROOT / folder).rglob("*.py")
+)
+MODEL = {path.stem for path in PACKAGE if path.parts[0] == "models" and path.stem != "__init__"}
+
+# Who may know whom: a room knows itself and the rooms that are named here.
+UTILITIES = {"_version", "files", "text", "checks"}
+FLOORS = {
+    "models": set(),
+    "sparsity": UTILITIES | {"models"},
+    "data": UTILITIES | {"models"},
+    "inference": UTILITIES | {"models"},
+    "config": UTILITIES | {"models", "sparsity", "data"},
+    "evaluation": UTILITIES | {"models", "sparsity", "data"},
+    "plan": UTILITIES | {"models", "sparsity", "data", "config"},
+    "training": UTILITIES | {"models", "sparsity", "data", "config", "evaluation", "plan"},
+    "cli": UTILITIES | {"models", "sparsity", "data", "inference", "config", "evaluation", "plan", "training"},
+    "__init__": {"_version", "models", "sparsity"},
+    **{name: set() for name in UTILITIES},
 }
-# Which of the package's modules each one may know, the rest of the standard library aside.
-ARROWS = {
-    "selection": (set(), {"torch", "numpy"}),
-    "topology": ({"masks", "selection"}, {"torch"}),
-    "schedules": (set(), {"torch"}),
-    "masks": (set(), {"torch", "transformers"}),
-    "transformers_versions": (set(), {"transformers"}),
-    "configuration_neurotrails_llama": ({"masks", "transformers_versions"}, {"torch", "transformers"}),
-    "ensemble": ({"configuration_neurotrails_llama"}, {"torch", "transformers"}),
-    "losses": (set(), {"torch"}),
-    "lm_heads": ({"ensemble", "losses"}, {"torch"}),
-    "speculative": ({"lm_heads", "transformers_versions"}, {"torch", "transformers"}),
-    "sparse_checkpoint": ({"masks"}, {"torch", "safetensors"}),
-    "modeling_neurotrails_llama": (
-        {
-            "configuration_neurotrails_llama",
-            "ensemble",
-            "lm_heads",
-            "losses",
-            "masks",
-            "sparse_checkpoint",
-            "speculative",
-            "transformers_versions",
-        },
-        {"torch", "transformers"},
-    ),
-    "sparse_runtime": ({"masks"}, {"torch"}),
-    "shares": (set(), set()),
-    "sources": ({"shares"}, {"datasets", "fsspec", "pyarrow"}),
-    "data": ({"shares", "sources"}, {"torch", "transformers"}),
-    "prepared": ({"data", "sources"}, {"numpy", "safetensors", "torch", "transformers"}),
-    "sparsity_config": ({"topology", "schedules", "masks"}, set()),
-    "first_masks": ({"sparsity_config", "topology", "masks"}, {"torch", "safetensors"}),
-    "sharding": ({"masks"}, {"torch"}),
-    "sparsifier": (
-        {"sparsity_config", "first_masks", "topology", "selection", "schedules", "masks", "sharding"},
-        {"torch"},
-    ),
-}
-# Absent on some machines that train from local files: they may be imported within functions only.
+# What the rooms at the bottom may import beside the standard library.
+LIBRARIES = {"models": {"torch", "transformers", "safetensors"}, "inference": {"torch", "numpy"}}
+# Absent on some machines that train from local files: imported within functions only, or by a module of their own.
 OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard"}
-HARNESS = {"zero_shot": {"datasets", "lm_eval"}}  # nothing but a subclass of theirs, imported by nobody else
+NEEDS_EVAL = {"zero_shot", "zero_shot_tasks"}
+
+FILE_LINES, FUNCTION_LINES = 500, 100
 
 
 def parse(path):
@@ -78,47 +52,70 @@ def imports(path, nodes=ast.walk):
             yield node.level, node.module or ""
 
 
-def third_party(path):
-    """Top-level names of the packages that a file imports, beside the standard library."""
-    names = {module.split(".")[0] for level, module in imports(path) if level == 0}
-    return names - set(sys.stdlib_module_names)
+def room(path):
+    return path.parts[0].removesuffix(".py")
 
 
-def test_there_is_something_to_check():
-    assert {path.stem for path in PACKAGE} >= ARROWS.keys() and SCRIPTS
+def rooms_known(path):
+    """The other rooms that a file of the package imports from."""
+    depth = len(path.parts)
+    for level, module in imports(Path("nt_hf") / path):
+        if level:
+            assert level <= depth and module, f"{path}: from {'.' * level}{module}"
+            yield room(path) if level < depth else module.split(".")[0]
 
 
-@pytest.mark.parametrize("name", ARROWS)
-def test_a_module_knows_only_what_lies_below_it(name):
-    path = Path("nt_hf") / f"{name}.py"
-    inner, outer = ARROWS[name]
-    assert {module for level, module in imports(path) if level} <= inner
-    assert third_party(path) <= outer
+def test_every_file_has_a_room_on_a_floor():
+    assert PROGRAMS and {room(path) for path in PACKAGE} <= FLOORS.keys()
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=str)
-def test_the_package_uses_flat_relative_imports_and_no_recipe(path):
-    assert path.parent == Path("nt_hf")
-    for level, module in imports(path):
-        assert level < 2 and module.split(".")[0] not in {"nt_hf", "recipes", "eval"}
-        assert not (level == 1 and "." in module), module
-    if path.stem in MODEL:
-        assert all(module for level, module in imports(path) if level)  # no ``from . import x``
+def test_imports_run_down():
+    for path in PACKAGE:
+        assert set(rooms_known(path)) <= FLOORS[room(path)] | {room(path)}, path
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=str)
-def test_optional_packages_are_imported_only_where_they_are_used(path):
-    at_once = {module.split(".")[0] for _, module in imports(path, nodes=lambda tree: tree.body)}
-    assert not at_once & (OPTIONAL - HARNESS.get(path.stem, set()))
-    assert not {module for level, module in imports(path) if level} & HARNESS.keys()
+def test_the_rooms_at_the_bottom_import_little():
+    for path in PACKAGE:
+        names = {module.split(".")[0] for level, module in imports(Path("nt_hf") / path) if level == 0}
+        if (allowed := LIBRARIES.get(room(path))) is not None:
+            assert names - set(sys.stdlib_module_names) <= allowed, path
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=str)
-def test_the_library_logs_and_never_prints(path):
-    calls = [node.func for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
-    assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
+def test_a_checkpoint_can_carry_the_model_files():
+    """Transformers copies what ``from .name import`` names, by its file's name, into one folder."""
+    paths = [path for path in PACKAGE if path.parts[0] == "models"]
+    assert all(len(path.parts) == 2 for path in paths)
+    for path in paths:
+        assert all(level < 2 and "." not in module for level, module in imports(Path("nt_hf") / path) if level), path
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=str)
-def test_scripts_import_the_installed_package(path):
-    assert all(level == 0 for level, _ in imports(path))
+def test_optional_packages_are_imported_where_they_are_used():
+    for path in PACKAGE:
+        at_once = {module.split(".")[0] for _, module in imports(Path("nt_hf") / path, lambda tree: tree.body)}
+        assert not at_once & OPTIONAL or path.stem in NEEDS_EVAL, path
+
+
+def test_the_package_knows_no_program_and_programs_use_the_package():
+    programs = {"recipes", "eval", "examples", "benchmarks", "experiments", "nt_hf"}
+    for path in PACKAGE:
+        assert not {module.split(".")[0] for level, module in imports(Path("nt_hf") / path) if not level} & programs, (
+            path
+        )
+    for path in PROGRAMS:
+        assert all(level == 0 for level, _ in imports(path)), path
+
+
+def test_the_library_logs_and_never_prints():
+    for path in PACKAGE:
+        calls = [node.func for node in ast.walk(parse(Path("nt_hf") / path)) if isinstance(node, ast.Call)]
+        assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}, path
+
+
+@pytest.mark.parametrize("folder", ["nt_hf", "recipes", "eval", "examples", "benchmarks", "experiments"])
+def test_files_and_functions_are_short(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= FILE_LINES, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{path}: {node.name}"

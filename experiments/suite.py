@@ -1,0 +1,361 @@
+"""Suites: the same training recipe for several methods, seeds and learning rates, and what their results say.
+
+A suite is a YAML file, see ``recipes/suites``; `recipes/compare.py` runs it. Everything here is pure but for reading
+files: which runs a suite asks for, with which configuration, what each of them costs, and which results exist.
+"""
+
+import copy
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_yaml
+from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from nt_hf.plan.planner import count_flops, count_parameters
+from nt_hf.text import strict_json
+
+Tree = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training that a suite compares.
+
+    Attributes:
+        name: of its directory.
+        label: its name in tables and plots.
+        config: sections of the recipe's configuration, laid over the suite's.
+        seeds: so many of the suite's seeds, the first ones; ``None``: all.
+        learning_rate_of: the arm above whose learning rate it takes, and that it is a change of; ``None``: it is tuned
+            itself.
+        longer: train ``1 / density`` times as many steps (of the masked weights' density).
+    """
+
+    name: str
+    label: str
+    config: Tree = field(default_factory=dict)
+    seeds: int | None = None
+    learning_rate_of: str | None = None
+    longer: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How each arm's learning rate is chosen: by the loss on the recipe's validation text at a share of the steps."""
+
+    learning_rates: list[float]
+    share: float = 0.25
+    seed: int = 1000
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        if not isinstance(rates, list) or not rates or not all(isinstance(x, int | float) and x > 0 for x in rates):
+            raise ValueError(f"learning_rates={rates!r}: accepted is a list of numbers above 0")
+        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share!r}: accepted is a number in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every finished run is scored on.
+
+    Attributes:
+        texts: text sources by name; the first is the in-domain one, on which diversity and calibration are measured.
+        max_tokens: of each text, as by ``eval/perplexity.py``; ``None``: all.
+        batch_size: windows a batch.
+        zero_shot: a directory of json lines for ``eval/zero_shot.py``; ``None``: no zero-shot tasks.
+        zero_shot_limit: items of each task; ``None``: all.
+        zero_shot_seeds: so many seeds of each arm are scored on the tasks.
+    """
+
+    texts: dict[str, str]
+    max_tokens: int | None = None
+    batch_size: int = 8
+    zero_shot: str | None = None
+    zero_shot_limit: int | None = None
+    zero_shot_seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is made once before the runs, in the suite's directory, which ``{runs}`` stands for.
+
+    Attributes:
+        text: sources of the training text; ``{runs}/tokens`` will hold its tokens. Empty: nothing is prepared.
+        tokenizer: an existing tokenizer, or ``None`` to train one of ``vocab_size`` pieces on the text, as
+            ``{runs}/tokenizer``.
+    """
+
+    text: list[str]
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A whole comparison.
+
+    Attributes:
+        name: the file's.
+        config: the recipe's configuration that all arms share. In the file ``base`` may name a configuration file,
+            relative to the suite, which it is laid over.
+        preparation, tuning, evaluation: see there.
+        seeds: of initialisation, masks and the order of the data; arms are compared seed by seed.
+        arms: by name. In the file also the name of another suite's file, relative to this one, whose arms these are.
+        baseline, rival: the arms that tables compare the others with.
+    """
+
+    name: str
+    config: Tree
+    preparation: Preparation
+    tuning: Tuning
+    seeds: list[int]
+    evaluation: Evaluation
+    arms: dict[str, Arm]
+    baseline: str
+    rival: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a suite: a learning rate that is tried, or (``learning_rate`` from the tuning) an arm and a seed."""
+
+    arm: Arm
+    seed: int
+    learning_rate: float
+    tuning: bool
+
+    @property
+    def name(self) -> str:
+        last = f"lr-{self.learning_rate:g}" if self.tuning else f"seed-{self.seed}"
+        return f"{'tuning' if self.tuning else 'runs'}/{self.arm.name}/{last}"
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Reads a suite, its name is the file's, and checks the configuration of every arm.
+
+    Raises:
+        ValueError: a key is unknown or lacks, a value is not accepted; the message names it.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    names = {each.name for each in fields(Suite)} - {"name"}
+    if content.keys() - {"base"} != names:
+        raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
+    if base := content.pop("base", None):
+        content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
+    if isinstance(content["arms"], str):
+        content["arms"] = read_yaml(path.parent / content["arms"]).get("arms")
+    if not isinstance(content["arms"], dict) or not content["arms"]:
+        raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms, or a suite's file")
+    seeds = content["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds={seeds!r}: accepted is a list of whole numbers")
+    made = {
+        name: _build(kind, content[name], f"{path}: {name}")
+        for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
+    }
+    arms = {
+        name: _build(Arm, {"name": name, **(arm or {})}, f"{path}: arms.{name}")
+        for name, arm in content["arms"].items()
+    }
+    suite = Suite(**content | made | {"name": path.stem, "arms": arms})
+    for key in ("baseline", "rival"):
+        if getattr(suite, key) not in arms:
+            raise ValueError(f"{path}: {key}={getattr(suite, key)!r}: accepted are {', '.join(arms)}")
+    for number, arm in enumerate(arms.values()):
+        source, above = arm.learning_rate_of, list(arms)[:number]
+        if source is not None and source not in above:
+            raise ValueError(
+                f"{path}: arms.{arm.name}.learning_rate_of={source!r}: accepted are arms above it: {', '.join(above)}"
+            )
+        if arm.seeds is not None and not 1 <= arm.seeds <= len(suite.seeds):
+            raise ValueError(f"{path}: arms.{arm.name}.seeds={arm.seeds}: accepted is 1 to {len(suite.seeds)}")
+        try:
+            run_config(suite, Run(arm, 0, 1e-3, tuning=False))
+        except ValueError as error:
+            raise ValueError(f"{path}: arms.{arm.name}: {error}") from error
+    return suite
+
+
+def _laid_over(tree: Tree, over: Tree) -> Tree:
+    return {section: tree.get(section, {}) | over.get(section, {}) for section in [*tree, *(over.keys() - tree.keys())]}
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    accepted = [each.name for each in fields(kind)]
+    if not isinstance(values, dict) or not values.keys() <= set(accepted):
+        unknown = sorted(values.keys() - set(accepted)) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: {unknown}: accepted are the keys {', '.join(accepted)}")
+    if lacking := [e.name for e in fields(kind) if e.default is e.default_factory is MISSING and e.name not in values]:
+        raise ValueError(f"{where}: lacks {', '.join(lacking)}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
+
+
+def run_tree(suite: Suite, run: Run) -> Tree:
+    """The recipe's configuration of a run, as sections of a YAML file; places are still ``{data_root}`` and ``{runs}``.
+
+    All arms see the same tokens in the same order, which follow from the seed and the batch size, unless an arm asks
+    for an order of each head's own.
+
+    Raises:
+        ValueError: an arm sets a section that the recipe does not know, or a key that the suite sets by itself.
+    """
+    tree = {section: dict(suite.config.get(section, {})) for section in SECTIONS}
+    own = {"train": {"seed", "learning_rate"}, "data": SAME_DATA}
+    for section, values in run.arm.config.items():
+        if section not in SECTIONS:
+            raise ValueError(f"section {section}: accepted are {', '.join(SECTIONS)}")
+        if taken := own.get(section, set()) & values.keys():
+            raise ValueError(f"{section}.{min(taken)}: it is the same for all arms, or tuned")
+        tree[section] |= copy.deepcopy(values)
+    train = tree["train"]
+    steps = train["max_steps"] * (1 / tree["sparsity"].get("density", 1.0) if run.arm.longer else 1)
+    steps = round(steps * suite.tuning.share) if run.tuning else math.ceil(steps)
+    train |= {"seed": run.seed, "learning_rate": run.learning_rate, "max_steps": steps}
+    if run.tuning:
+        train |= {"eval_steps": steps, "save_steps": steps}
+    return tree
+
+
+# What an arm must not change: it would see other tokens.
+SAME_DATA = {"train", "validation", "tokenizer", "sequence_length", "packing", "shuffle_block", "text_field"}
+
+
+def place(value: Any, **places: str) -> Any:
+    """``value`` with ``{data_root}`` and the like replaced in every text in it."""
+    if isinstance(value, str):
+        for name, path in places.items():
+            value = value.replace("{" + name + "}", path)
+        return value
+    if isinstance(value, Mapping):
+        return {key: place(item, **places) for key, item in value.items()}
+    return [place(item, **places) for item in value] if isinstance(value, list | tuple) else value
+
+
+def run_config(suite: Suite, run: Run) -> RunConfig:
+    """The same, checked.
+
+    Raises:
+        ValueError: a key is unknown or a value not accepted.
+    """
+    return load_run_config([run_tree(suite, run)])
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def tuning_runs(suite: Suite) -> list[Run]:
+    """Every learning rate of the grid for every arm that is tuned by itself."""
+    arms = [arm for arm in suite.arms.values() if not arm.learning_rate_of]
+    return [Run(arm, suite.tuning.seed, rate, True) for arm in arms for rate in suite.tuning.learning_rates]
+
+
+def main_runs(suite: Suite, learning_rates: Mapping[str, float]) -> list[Run]:
+    """The runs of the arms whose rate is known, the first seed of all arms before the second of any."""
+    rates = dict(learning_rates)
+    for arm in suite.arms.values():
+        if arm.learning_rate_of in rates:
+            rates[arm.name] = rates[arm.learning_rate_of]
+    return [
+        Run(arm, seed, rates[arm.name], False)
+        for number, seed in enumerate(suite.seeds)
+        for arm in suite.arms.values()
+        if (arm.seeds is None or number < arm.seeds) and arm.name in rates
+    ]
+
+
+def matching(runs: Iterable[Run], globs: Sequence[str]) -> list[Run]:
+    """Those whose name (``runs/single/seed-0``) any of the globs fits; all without globs."""
+    return [run for run in runs if not globs or any(fnmatch.fnmatchcase(run.name, glob) for glob in globs)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run costs.
+
+    Attributes:
+        steps, tokens: of training.
+        flops: of training as executed, zeros multiplied like any weight.
+        sparse_flops: the same with active weights alone, as hardware that skips zeros would need, see ``plan.Flops``.
+        stored, active: parameters with and without the masked-out ones.
+    """
+
+    steps: int
+    tokens: int
+    flops: float
+    sparse_flops: float
+    stored: int
+    active: int
+
+
+def budget(suite: Suite, run: Run) -> Budget:
+    """What a run costs, from its configuration alone."""
+    config = run_config(suite, run)
+    model = NeuroTrailsLlamaConfig(**config.model, max_position_embeddings=config.data.sequence_length)
+    parameters = count_parameters(model, config.sparsity)
+    flops = count_flops(config, model, parameters)
+    tokens = config.train.max_steps * config.train.batch_size * config.data.sequence_length
+    return Budget(
+        steps=config.train.max_steps,
+        tokens=tokens,
+        flops=flops.training * tokens,
+        sparse_flops=flops.sparse_training * tokens,
+        stored=parameters.all.total,
+        active=parameters.all.active,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ results
+
+RESULT, METRICS = "result.json", "metrics.jsonl"
+
+
+def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
+    """A finished run's result, ``None`` if it has none.
+
+    Raises:
+        ValueError: the file is damaged, or of another configuration.
+    """
+    path = results / run.name / RESULT
+    if not path.is_file():
+        return None
+    try:
+        result = strict_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if result["config"] != run_tree(suite, run):
+        raise ValueError(
+            f"{path} is of another configuration than the suite asks for; delete {path.parent}, or take other --results"
+        )
+    return result
+
+
+def tuned(results: Path, suite: Suite) -> dict[str, float]:
+    """The best learning rate of each arm whose whole grid was tried."""
+    losses: dict[str, dict[float, float]] = {}
+    for run in tuning_runs(suite):
+        if result := read_result(results, suite, run):
+            losses.setdefault(run.arm.name, {})[run.learning_rate] = result["validation"]["loss"]
+    whole = len(suite.tuning.learning_rates)
+    return {arm: min(rates, key=rates.get) for arm, rates in losses.items() if len(rates) == whole}
+
+
+def result_record(suite: Suite, run: Run, **found: Any) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    return {
+        "suite": suite.name,
+        "arm": run.arm.name,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "budget": asdict(budget(suite, run)),
+        "config": run_tree(suite, run),
+        **found,
+    }

@@ -1,0 +1,1 @@
+"""Text and tokens for training, exact to resume."""

@@ -1,0 +1,524 @@
+"""Tokens prepared once: writes the tokens of a source of text to disk, and reads training rows from there.
+
+A directory of prepared tokens holds one shard for each file of the source and, once all are complete, ``index.json``.
+A shard is a safetensors file with ``tokens``: 1-D, uint16, or uint32 where a tokenizer has ids above 65,535; the
+documents in the order of the file, ``</s>`` after each. What it was made from stands in its metadata, so a shard that
+is there is a finished one and an interrupted preparation goes on with the others.
+
+Training rows are ``sequence_length`` tokens each, cut from all shards joined in the order of the index. Their order
+within an epoch is a keyed bijection on row numbers, so a place in it is one integer for all ranks together.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
+
+from ..files import only_writer, write_whole, writing
+from .sources import INDEX, PREPARED, DataError, Reader, find_files, one_line
+from .streams import (
+    ON_BAD_LINE,
+    TOKENIZE_AT_ONCE,
+    TokenBatches,
+    check_batches,
+    check_choice,
+    check_int,
+    eos_id,
+    tokenize,
+)
+
+FORMAT_VERSION = 1
+_PROBE = "The  Quick brown FOX, 3.14 x 10\u2076;\n\tna\u00efve \ufb01anc\u00e9e \u6f22\u5b57 \U0001f600 don't\u2026 <b>"
+
+
+def token_batches(
+    source: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, **options
+) -> "TokenBatches | PreparedTokens":
+    """The batches of a source: [`PreparedTokens`] for ``prepared:<directory>``, [`TokenBatches`] for text.
+
+    Args:
+        source: text source(s), or ``prepared:<directory>``, one and by itself.
+        tokenizer: of the text; prepared tokens must have been made by the same.
+        options: those of ``TokenBatches``. Prepared tokens take ``shuffle_block`` as yes or no and have no use for
+            ``num_workers``, ``on_bad_line`` and ``text_field``.
+
+    Raises:
+        DataError: the source cannot be found or read.
+        ValueError: an option has a value that is not accepted.
+    """
+    entries = [source] if isinstance(source, str) else list(source)
+    if not any(isinstance(entry, str) and entry.startswith(PREPARED) for entry in entries):
+        return TokenBatches(source, tokenizer, **options)
+    if len(entries) > 1:
+        raise DataError(f"{', '.join(entries)}: expected prepared tokens by themselves, or text only")
+    packing = options.pop("packing", "pack")
+    if packing != "pack":
+        raise ValueError(f"packing={packing!r}: expected 'pack' for {entries[0]}, whose documents are joined already")
+    for name in ("num_workers", "on_bad_line", "text_field"):
+        options.pop(name, None)
+    shuffle = options.pop("shuffle_block", 0) > 0
+    return PreparedTokens(entries[0].removeprefix(PREPARED), tokenizer, shuffle=shuffle, **options)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer does: its vocabulary, its ``</s>``, and the ids of a text with all its pieces.
+
+    Not of its files, which differ between versions of the libraries.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = [_PROBE, " ".join(piece for piece, _ in vocabulary)]
+    content = json.dumps([vocabulary, eos_id(tokenizer), tokenize(probe, tokenizer)])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class Shard:
+    """One shard, as the index lists it.
+
+    ``file`` is its name in the directory, ``source`` the file or URL of text; ``text_bytes`` counts that text in
+    UTF-8 and ``bad_lines`` what was left out of it.
+    """
+
+    file: str
+    source: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    bad_lines: int
+
+
+def prepare(
+    source: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    output: str | Path,
+    *,
+    processes: int = 1,
+    text_field: str = "text",
+    on_bad_line: str = "error",
+    progress: Callable[[Shard, int, bool], None] = lambda shard, total, new: None,
+) -> dict[str, Any]:
+    """Writes the tokens of ``source`` into the directory ``output``; returns the content of its index.
+
+    Interrupted at any moment, it goes on when called again: shards that are there are kept. The bytes written do not
+    depend on interruptions or on ``processes``.
+
+    Args:
+        source: text source(s).
+        tokenizer: any tokenizer with an end-of-sequence token; its automatic special tokens are not used.
+        output: directory; made if it is not there. It may hold the same preparation, begun or complete.
+        processes: files tokenised at a time; 1 uses this process and lets the tokenizer use all cores.
+        text_field: name of the field that holds the text.
+        on_bad_line: ``"error"`` or ``"skip"``; may change between interruption and continuation.
+        progress: called for each shard with the shard, the number of shards in all and whether it is new.
+
+    Raises:
+        DataError: the source cannot be found or read or has no documents, or ``output`` holds something else.
+        OSError: ``output`` cannot be written, or another process writes there.
+        ValueError: an argument has a value that is not accepted.
+    """
+    check_int("processes", processes, 1)
+    check_choice("on_bad_line", on_bad_line, ON_BAD_LINE)
+    files, output = find_files(source), Path(output)
+    names = "\n".join(os.path.basename(file) for file in files)
+    largest = max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, eos_id(tokenizer)])
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "source": [source] if isinstance(source, str) else list(source),
+        "files": f"{len(files)} ({hashlib.sha256(names.encode()).hexdigest()[:12]})",
+        "text_field": text_field,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dtype": "uint16" if largest < 1 << 16 else "uint32",
+    }
+    if (output / INDEX).exists():
+        index = read_index(output)
+        _require_same(output, {key: index.get(key) for key in identity}, identity)
+        for shard in index["shards"]:
+            progress(Shard(**shard), len(files), False)
+        return index
+    with only_writer(output):
+        return _prepare_there(source, files, tokenizer, output, identity, on_bad_line, processes, progress)
+
+
+def _prepare_there(
+    source: str | Sequence[str], files: list[str], tokenizer, output: Path, identity: dict, on_bad_line: str,
+    processes: int, progress: Callable[[Shard, int, bool], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The same, into a directory that is this process's alone."""
+    with writing(output):
+        for stale in output.glob(".*.partial"):
+            stale.unlink()
+    shards: dict[int, Shard] = {}
+    tasks = []
+    for number, file in enumerate(files):
+        path = output / f"tokens-{number:05}-of-{len(files):05}.safetensors"
+        if path.exists():
+            found, shards[number] = _read_header(path)
+            _require_same(output, found, identity)
+            progress(shards[number], len(files), False)
+        else:
+            tasks.append((number, file, path))
+    for path in output.glob("tokens-*.safetensors"):
+        if not path.name.endswith(f"-of-{len(files):05}.safetensors"):
+            raise DataError(f"{output}: holds {path.name}, of another source; take another output directory")
+    for number, shard in _written(tasks, tokenizer, identity, on_bad_line, processes):
+        shards[number] = shard
+        progress(shard, len(files), True)
+    ordered = [asdict(shards[number]) for number in range(len(files))]
+    totals = {key: sum(shard[key] for shard in ordered) for key in ("tokens", "documents", "text_bytes", "bad_lines")}
+    if not totals["documents"]:
+        raise DataError(f"{source}: holds no documents")
+    index = identity | totals | {"shards": ordered}
+    write_whole(output / INDEX, json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def _require_same(output: Path, found: dict, wanted: dict) -> None:
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{output}: holds tokens with {key}={found.get(key)!r}, expected {value!r}; "
+                "take another output directory"
+            )
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(*arguments) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process
+    _worker.update(arguments=arguments, parent=os.getppid())
+
+
+def _work(task: tuple[int, str, Path]) -> tuple[int, Shard]:
+    return task[0], _write_shard(*task[1:], *_worker["arguments"], parent=_worker["parent"])
+
+
+def _written(
+    tasks: list[tuple[int, str, Path]], tokenizer, identity: dict, on_bad_line: str, processes: int
+) -> Iterator[tuple[int, Shard]]:
+    """Each shard with its number, as it is finished."""
+    arguments = (tokenizer, identity, on_bad_line)
+    processes = min(processes, len(tasks))
+    if processes <= 1:
+        for number, file, path in tasks:
+            yield number, _write_shard(file, path, *arguments)
+        return
+    # Not forked: neither the tokenizer's threads nor those that read remote files survive that.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=arguments)
+    try:
+        for future in as_completed([pool.submit(_work, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{tasks[0][2].parent}: a process ended by force, out of memory perhaps; start again to go on, "
+            "with fewer processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(
+    file: str, path: Path, tokenizer, identity: dict, on_bad_line: str, parent: int | None = None
+) -> Shard:
+    texts = Reader([file], identity["text_field"], on_bad_line)
+    shard = Shard(path.name, file, 0, 0, 0, 0)
+    dtype, eos = np.dtype(identity["dtype"]).newbyteorder("<"), eos_id(tokenizer)
+
+    def write(out) -> None:
+        out.write(_header(identity, shard))  # its place, until the numbers are known
+        documents = iter(texts)
+        while block := list(itertools.islice(documents, TOKENIZE_AT_ONCE)):
+            if parent is not None and os.getppid() != parent:
+                os._exit(1)  # the preparation was killed; another may be running already
+            ids = tokenize(block, tokenizer)
+            tokens = np.fromiter(itertools.chain.from_iterable([*document, eos] for document in ids), dtype)
+            out.write(tokens.tobytes())
+            shard.tokens += len(tokens)
+            shard.documents += len(block)
+            shard.text_bytes += sum(len(text.encode()) for text in block)
+        shard.bad_lines = texts.bad_lines
+        out.seek(0)
+        out.write(_header(identity, shard))
+
+    write_whole(path, write)
+    return shard
+
+
+def _header(identity: dict, shard: Shard) -> bytes:
+    """The beginning of a safetensors file, as long for any counts: it is written before they are known."""
+
+    def content(shard: Shard) -> bytes:
+        size = np.dtype(identity["dtype"]).itemsize * shard.tokens
+        kind = {"uint16": "U16", "uint32": "U32"}[identity["dtype"]]
+        metadata = {"identity": json.dumps(identity), "shard": json.dumps(asdict(shard))}
+        tokens = {"dtype": kind, "shape": [shard.tokens], "data_offsets": [0, size]}
+        return json.dumps({"__metadata__": metadata, "tokens": tokens}).encode()
+
+    most = 10**18
+    longest = len(content(Shard(shard.file, shard.source, most, most, most, most)))
+    length = longest + -longest % 8
+    return length.to_bytes(8, "little") + content(shard).ljust(length)  # the format lets headers end with spaces
+
+
+def _read_header(path: Path) -> tuple[dict, Shard]:
+    """The identity and the counts in a finished shard."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["identity"]), Shard(**json.loads(metadata["shard"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no shard of prepared tokens, or damaged ({one_line(error)})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_index(directory: str | Path) -> dict[str, Any]:
+    """The content of a directory's index.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another version of the format.
+    """
+    path = Path(directory) / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index["format_version"]
+        if version == FORMAT_VERSION:
+            shards = [Shard(**shard) for shard in index["shards"]]
+            if not all(isinstance(shard.tokens, int) for shard in shards) or not isinstance(index["tokenizer"], str):
+                raise ValueError("fields of another type")
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{PREPARED}{directory}: has no {INDEX}, expected a directory that recipes/prepare_c4.py has completed"
+        ) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no index of prepared tokens, or damaged ({one_line(error)})") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version={version!r}, expected {FORMAT_VERSION}")
+    return index
+
+
+def shuffled(positions: np.ndarray, count: int, key: str) -> np.ndarray:
+    """Where a permutation of ``range(count)`` that depends on ``key`` takes ``positions``; no table of it is made.
+
+    A Feistel network on pairs of digits to the base ``ceil(sqrt(count))``, which permutes a range that is a little
+    larger; what falls beyond ``count`` is sent through again until it does not. Integers only: the same everywhere.
+
+    Args:
+        positions: int64 ``[n]``, 0 to ``count - 1``.
+        count: at least 1, below 2**62.
+        key: any text.
+
+    Returns:
+        int64 ``[n]``.
+    """
+    side = np.uint64(math.isqrt(count - 1) + 1)
+    keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")  # eight rounds
+
+    def permute(values: np.ndarray) -> np.ndarray:
+        left, right = values // side, values % side
+        for round_key in keys:
+            left, right = right, (left + _mixed(right ^ round_key) % side) % side
+        return left * side + right
+
+    values = permute(positions.astype(np.uint64))
+    while len(beyond := np.flatnonzero(values >= count)):
+        values[beyond] = permute(values[beyond])
+    return values.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: every bit of a value moves every bit of the result."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class PreparedTokens:
+    """Iterable over batches of prepared tokens, for one rank; the counterpart of ``TokenBatches``.
+
+    A batch is a dict of int64 tensors ``[batch_size, sequence_length]``: ``input_ids``, ``attention_mask`` (all 1)
+    and ``labels`` (the ids). Rows cross documents and shards; tokens at the end of the last shard that do not fill a
+    row are left out of every epoch.
+
+    The order of the rows belongs to the run, not to its ranks. With ``world_size`` ranks, the ``k``-th batch of
+    ``rank`` has the rows number ``(k * world_size + rank) * batch_size`` and following of that order. So the rows of
+    an optimizer step are the same for any number of ranks and of batches it takes them in, and the place in the
+    order is one number. Batches cross the ends of epochs; with ``epochs``, the last ones can be shorter and some
+    ranks can have one fewer.
+
+    Every ``iter()`` starts from the beginning, except the first after ``load_state_dict``.
+
+    Args:
+        directory: of the tokens, with its index.
+        tokenizer: the one they were made by.
+        batch_size: rows a batch.
+        sequence_length: tokens a row.
+        shuffle: whether to permute all rows, in each epoch anew.
+        seed: of the shuffling.
+        epochs: passes over the rows; None for no end.
+        rank, world_size: this process among those that share the rows.
+
+    Attributes:
+        rows: number of rows of an epoch.
+        bad_lines: 0; the index counts those that preparing left out.
+
+    Raises:
+        ValueError: an argument has a value that is not accepted.
+        DataError: the index or a shard is missing, damaged or does not fit to the others, the tokens were made by
+            another tokenizer, or there are too few for a row.
+    """
+
+    bad_lines = 0
+
+    def __init__(
+        self,
+        directory: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        check_batches(batch_size, sequence_length, epochs, rank, world_size)
+        directory = Path(directory)
+        index = read_index(directory)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        if index["tokenizer"] != fingerprint:
+            raise DataError(
+                f"{PREPARED}{directory}: was prepared by another tokenizer ({index['tokenizer']}), "
+                f"expected {tokenizer.name_or_path!r} ({fingerprint})"
+            )
+        shards = [Shard(**shard) for shard in index["shards"]]
+        slices = [_open_shard(directory / shard.file, shard) for shard in shards]
+        # Of the shards with tokens: a file can have had blank documents only.
+        self._slices = [tokens for tokens, shard in zip(slices, shards) if shard.tokens]
+        self._ends = np.cumsum([shard.tokens for shard in shards if shard.tokens])
+        tokens = sum(shard.tokens for shard in shards)
+        self.rows = tokens // sequence_length
+        if not self.rows:
+            raise DataError(
+                f"{PREPARED}{directory}: holds {tokens} tokens, too few for a row (sequence_length={sequence_length})"
+            )
+        table = json.dumps([[shard.file, shard.tokens] for shard in shards])
+        self._settings = {
+            "tokens": f"{tokens} ({hashlib.sha256(table.encode()).hexdigest()[:12]})",
+            "tokenizer": fingerprint,
+            "sequence_length": sequence_length,
+            "shuffle": shuffle,
+            "seed": seed,
+        }
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epochs = epochs
+        self.rank = rank
+        self.world_size = world_size
+        self._used = 0  # rows, by all ranks
+        self._resume = False
+
+    @property
+    def epoch(self) -> int:
+        """Passes that all ranks together have finished, as of the latest batch of each."""
+        return self._used // self.rows
+
+    def state_dict(self) -> dict:
+        """The place after the latest batch that was handed out, as plain json; the same on every rank."""
+        return {"settings": dict(self._settings), "rows": self._used}
+
+    def load_state_dict(self, states: Sequence[dict]) -> None:
+        """Makes the next ``iter()`` go on where ``states`` were taken: those of all ranks of that run.
+
+        The number of ranks and the batch size may change, the order of the rows stays.
+
+        Raises:
+            ValueError: the states belong to other tokens or another order, or are no such states.
+        """
+        try:
+            settings = [dict(state["settings"]) for state in states]
+            used = {state["rows"] for state in states}
+            if not all(isinstance(rows, int) and rows >= 0 for rows in used) or not used:
+                raise ValueError(f"rows={sorted(map(str, used))}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"data state: not one that PreparedTokens wrote ({one_line(error)})") from error
+        for found, (key, value) in itertools.product(settings, self._settings.items()):
+            if found.get(key) != value:
+                raise ValueError(f"data state: was saved with {key}={found.get(key)!r}, expected {value!r} to resume")
+        if len(used) > 1:
+            raise ValueError(f"data state: of ranks after {sorted(used)} rows, expected all after as many")
+        (self._used,) = used
+        self._resume = True
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        start = self._used if self._resume else 0
+        self._used, self._resume = start, False
+        end = None if self.epochs is None else self.epochs * self.rows
+        for turn in itertools.count():
+            begin = start + (turn * self.world_size + self.rank) * self.batch_size
+            after = begin + self.batch_size if end is None else min(begin + self.batch_size, end)
+            if after <= begin:
+                self._used = max(start, end)
+                return
+            self._used = start + (turn + 1) * self.world_size * self.batch_size
+            if end is not None:
+                self._used = min(self._used, end)
+            yield self._batch(np.arange(begin, after))
+
+    def _batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        epochs, numbers = positions // self.rows, positions % self.rows
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                numbers[here] = shuffled(numbers[here], self.rows, f"{self.seed}/{epoch}")
+        input_ids = torch.empty(len(numbers), self.sequence_length, dtype=torch.int64)
+        for row, number in zip(input_ids.numpy(), numbers.tolist()):
+            self._read(row, number * self.sequence_length)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+
+    def _read(self, row: np.ndarray, token: int) -> None:
+        """Fills ``row`` with the tokens from number ``token`` on, out of as many shards as they lie in."""
+        shard, filled = int(np.searchsorted(self._ends, token, side="right")), 0
+        while filled < len(row):
+            start, end = (int(self._ends[shard - 1]) if shard else 0), int(self._ends[shard])
+            begin = token + filled
+            stop = min(token + len(row), end)
+            row[filled : filled + stop - begin] = self._slices[shard][begin - start : stop - start]
+            filled, shard = filled + stop - begin, shard + 1
+
+
+def _open_shard(path: Path, shard: Shard):
+    """The tokens of a shard, to be sliced: mapped into memory, which keeps no file open."""
+    if not path.exists():
+        raise DataError(f"{path}: is missing, {INDEX} lists it")
+    try:
+        tokens = safe_open(path, framework="numpy").get_slice("tokens")
+        shape = tokens.get_shape()
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    if shape != [shard.tokens]:
+        raise DataError(f"{path}: holds tokens of shape {shape}, {INDEX} says [{shard.tokens}]")
+    return tokens

@@ -1,0 +1,475 @@
+"""From documents to token batches: rows, and the streams that read them, exact to resume.
+
+The module ``sources`` says what a source of text is and how it becomes files. Each pass over the files (an *epoch*)
+is divided between *streams*, one for each loader worker of each rank, see the module ``shares``: whole files as long
+as every stream gets as many, the documents of the files that remain one after the other. So each document is used
+once an epoch, by exactly one stream. A stream's place is a few integers, which makes stopping and resuming exact,
+and what all streams have left can be dealt anew to another number of them.
+"""
+
+import hashlib
+import itertools
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from .shares import Place, deal_anew, deal_epoch
+from .sources import DataError, Reader, check_source, find_files, one_line, read_texts
+from .tokenizers import check_vocabulary, eos_id, load_tokenizer, tokenize
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ON_BAD_LINE",
+    "PACKINGS",
+    "TOKENIZE_AT_ONCE",
+    "DataConfig",
+    "DataError",
+    "TokenBatches",
+    "check_choice",
+    "check_int",
+    "check_vocabulary",
+    "eos_id",
+    "find_files",
+    "load_tokenizer",
+    "pad_rows",
+    "read_texts",
+    "tokenize",
+]
+
+PACKINGS = ("pack", "pad")
+ON_BAD_LINE = ("error", "skip")
+IGNORE_INDEX = -100
+TOKENIZE_AT_ONCE = 128  # documents; enough to occupy a fast tokenizer's threads, few enough to start quickly
+
+
+@dataclass
+class DataConfig:
+    """What to read and how to make batches of it; ``TokenBatches`` and the module explain the fields.
+
+    Raises:
+        ValueError: a field has a value that is not accepted.
+    """
+
+    train: str | list[str] = "hub:allenai/c4:en:train"
+    validation: str | list[str] = "hub:allenai/c4:en:validation"
+    tokenizer: str = "sample"
+    sequence_length: int = 256
+    packing: str = "pack"
+    shuffle_block: int = 1024
+    order_per_head: bool = False
+    num_workers: int = 0
+    on_bad_line: str = "error"
+    validation_tokens: int | None = field(default=10_000_000, metadata={"help": "at most so many; None for all"})
+    text_field: str = "text"
+
+    def __post_init__(self):
+        for name in ("train", "validation"):
+            check_source(name, getattr(self, name))
+        for name in ("tokenizer", "text_field"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a non-empty string")
+        check_choice("packing", self.packing, PACKINGS)
+        check_choice("on_bad_line", self.on_bad_line, ON_BAD_LINE)
+        check_int("sequence_length", self.sequence_length, 2)  # one token predicts nothing
+        check_int("shuffle_block", self.shuffle_block, 0)
+        check_int("num_workers", self.num_workers, 0)
+        if not isinstance(self.order_per_head, bool) or (self.order_per_head and not self.shuffle_block):
+            raise ValueError(
+                f"order_per_head={self.order_per_head!r}: expected true, with a shuffle_block above 0, or false"
+            )
+        if self.validation_tokens is not None:
+            check_int("validation_tokens", self.validation_tokens, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From texts to batches
+
+
+def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """A batch of rows of ids, padded on the right: int64 ``[rows, length]`` each.
+
+    ``input_ids``; ``attention_mask``, 0 on padding; ``labels``, the ids with -100 on padding.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = eos_id(tokenizer)  # any valid id serves: attention_mask and labels tell padding apart
+    input_ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
+    attention_mask = (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_batches(batch_size: int, sequence_length: int, epochs: int | None, rank: int, world_size: int) -> None:
+    """Raises ValueError unless batches can be so large and so many, and divided so."""
+    check_int("batch_size", batch_size, 1)
+    check_int("sequence_length", sequence_length, 2)
+    check_int("world_size", world_size, 1)
+    if epochs is not None:
+        check_int("epochs", epochs, 1)
+    if rank not in range(world_size):
+        raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
+
+
+class TokenBatches:
+    """Iterable over batches of tokens, for one rank.
+
+    A batch is a dict of int64 tensors ``[batch_size, sequence_length]``: ``input_ids``; ``attention_mask``, 0 on
+    padding; ``labels``, the ids with -100 on padding (not shifted: the model does that). ``</s>``, the tokenizer's
+    end-of-sequence token, follows every document.
+
+    - ``packing="pack"``: the documents of a stream, joined, are cut into rows without losing a token; rows cross
+      document and epoch ends. Only the last row of the last epoch can be padded.
+    - ``packing="pad"``: one document a row, cut to ``sequence_length`` and padded.
+
+    The last batch of a stream can have fewer rows. Ranks may get different numbers of batches when ``epochs`` is
+    finite.
+
+    Shuffling permutes the order of the files and, within each block of ``shuffle_block`` consecutive documents of
+    a share, the documents. Both permutations depend on nothing but the seed, the epoch and the block's place in the
+    files, so that a place in the shuffled stream needs no buffer to be saved and any stream can finish a block.
+
+    Every ``iter()`` starts from the beginning, except the first after ``load_state_dict``.
+
+    Args:
+        source: text source(s), see the module.
+        tokenizer: any tokenizer with an end-of-sequence token; its automatic special tokens are not used.
+        batch_size: rows a batch.
+        sequence_length: tokens a row.
+        packing: ``"pack"`` or ``"pad"``.
+        shuffle_block: documents a block; 0 keeps the order of files and documents.
+        seed: of the shuffling.
+        epochs: passes over the source; None for no end.
+        rank, world_size: this process among those that share the source.
+        num_workers: loader processes for this rank; 0 loads in this process. The batches of one worker follow
+            those of the next in turn, so their order is fixed but depends on this number.
+        on_bad_line: ``"error"`` or ``"skip"`` (counted in ``bad_lines`` and logged).
+        text_field: name of the field that holds the text.
+
+    Attributes:
+        files: the files or URLs read, in order.
+
+    Raises:
+        ValueError: an argument has a value that is not accepted.
+        DataError: (also while iterating) a file cannot be found or read, or the source has no documents.
+    """
+
+    def __init__(
+        self,
+        source: str | Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        packing: str = "pack",
+        shuffle_block: int = 0,
+        seed: int = 0,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        on_bad_line: str = "error",
+        text_field: str = "text",
+    ):
+        check_choice("packing", packing, PACKINGS)
+        check_choice("on_bad_line", on_bad_line, ON_BAD_LINE)
+        check_int("shuffle_block", shuffle_block, 0)
+        check_int("num_workers", num_workers, 0)
+        check_batches(batch_size, sequence_length, epochs, rank, world_size)
+        self.eos_id = eos_id(tokenizer)
+        self.source = source
+        self.files = find_files(source)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.shuffle_block = shuffle_block
+        self.seed = seed
+        self.epochs = epochs
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.on_bad_line = on_bad_line
+        self.text_field = text_field
+        self._workers = max(1, num_workers)
+        self._resume = False
+        self._start()
+
+    def _start(self) -> None:
+        self._places = [Place() for _ in range(self._workers)]
+        self._next_worker = 0
+
+    @property
+    def epoch(self) -> int:
+        """Passes that all of this rank's workers have finished, as of the latest batch."""
+        return min(place.epochs_done for place in self._places)
+
+    @property
+    def documents(self) -> int:
+        """Documents this rank has used up over all epochs, as of the latest batch."""
+        return sum(place.documents for place in self._places)
+
+    @property
+    def bad_lines(self) -> int:
+        """Bad lines this rank has skipped over all epochs, as of the latest batch."""
+        return sum(place.bad_lines for place in self._places)
+
+    def state_dict(self) -> dict:
+        """The place after the latest batch that was handed out, as plain json. Every rank has its own."""
+        return {
+            "settings": self._settings(),
+            "rank": self.rank,
+            "next_worker": self._next_worker,
+            "workers": [place.to_json() for place in self._places],
+        }
+
+    def load_state_dict(self, states: Sequence[dict]) -> None:
+        """Makes the next ``iter()`` go on where ``states`` were taken: those of all ranks of that run, in their order.
+
+        With as many ranks and workers as then, each goes on exactly where it was. With others, what was left of the
+        epochs that had been begun is dealt anew: every document, and with ``packing="pack"`` every token, is used as
+        often as without the change. ``documents`` and ``bad_lines`` keep their sums over all ranks. The batch size
+        may change as well.
+
+        Raises:
+            ValueError: the states belong to other files, packing, shuffling or seed, are not those of all ranks, or
+                are no such states.
+        """
+        try:
+            settings = [dict(state["settings"]) for state in states]
+            ranks = [state["rank"] for state in states]
+            places = [[Place.from_json(place) for place in state["workers"]] for state in states]
+            next_workers = [int(state["next_worker"]) for state in states]
+            world_size, workers = settings[0]["world_size"], max(1, settings[0]["num_workers"])
+            if any(len(found) != workers for found in places):
+                raise ValueError(f"expected {workers} worker(s) a rank")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"data state: not one that TokenBatches wrote ({one_line(error)})") from error
+        if ranks != list(range(world_size)):
+            raise ValueError(
+                f"data state: of ranks {', '.join(map(str, ranks))}, expected those of all {world_size} in their order"
+            )
+        for key, value in self._settings().items():
+            for found in settings:
+                # Ranks differ in nothing; a run may differ in how many share the work.
+                wanted = settings[0].get(key) if key in ("world_size", "num_workers") else value
+                if found.get(key) != wanted:
+                    raise ValueError(
+                        f"data state: was saved with {key}={found.get(key)!r}, expected {wanted!r} to resume"
+                    )
+        if (world_size, workers) == (self.world_size, self._workers):
+            self._places, self._next_worker = places[self.rank], next_workers[self.rank]
+        else:
+            # A stream's number is its rank's times the workers plus its worker's, as in `_documents`.
+            dealt = deal_anew(list(itertools.chain(*places)), len(self.files), self.world_size * self._workers)
+            self._places = dealt[self.rank * self._workers : (self.rank + 1) * self._workers]
+            self._next_worker = 0
+        self._resume = True
+
+    def _settings(self) -> dict:
+        # Names without folders and revisions: data may move between a run's two halves, but not change.
+        names = "\n".join(os.path.basename(file) for file in self.files)
+        return {
+            "files": f"{len(self.files)} ({hashlib.sha256(names.encode()).hexdigest()[:12]})",
+            "packing": self.packing,
+            "shuffle_block": self.shuffle_block,
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "num_workers": self.num_workers,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if not self._resume:
+            self._start()
+        self._resume = False
+        for worker, batch, place in self._loaded():
+            if isinstance(place, DataError):
+                raise place
+            self._places[worker] = place
+            self._next_worker = (worker + 1) % self._workers
+            if batch is not None:
+                yield batch
+        if self.world_size == 1 and not self.documents:
+            raise DataError(f"{self.source}: holds no documents")
+
+    def _loaded(self) -> Iterable[tuple]:
+        streams = _Streams(self, [replace(place) for place in self._places], self._next_worker)
+        if not self.num_workers:
+            return streams
+        return DataLoader(
+            streams,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # else it draws from the global one, and loading would change training
+        )
+
+    def _stream(self, worker: int, place: Place) -> Iterator[tuple[dict[str, torch.Tensor] | None, Place]]:
+        """The batches of one worker, each with the place after it; last a None with the final place."""
+        rows, row = [], []
+        for ids in self._documents(worker, place):
+            begin = place.offset
+            while begin < len(ids):
+                end = min(begin + self.sequence_length - len(row), len(ids))
+                row += ids[begin:end]
+                begin = place.offset = end
+                if end == len(ids):
+                    place.taken, place.offset, place.documents = place.taken + 1, 0, place.documents + 1
+                if len(row) == self.sequence_length or self.packing == "pad":
+                    rows.append(row)
+                    row = []
+                if len(rows) == self.batch_size:
+                    yield pad_rows(rows, self.sequence_length, self.tokenizer), replace(place)
+                    rows = []
+        if row:
+            rows.append(row)
+        yield pad_rows(rows, self.sequence_length, self.tokenizer) if rows else None, replace(place)
+
+    def _documents(self, worker: int, place: Place) -> Iterator[list[int]]:
+        """The ids of each document of a worker's stream, ``</s>`` included; moves ``place`` along.
+
+        The consumer counts ``place.taken`` and ``place.offset``; the rest of ``place`` stays at the beginning of
+        the current block, from where a resumed stream reads again.
+        """
+        stream, streams = self.rank * self._workers + worker, self.world_size * self._workers
+        shuffle = self.shuffle_block > 0
+        size = self.shuffle_block or TOKENIZE_AT_ONCE
+        reader = Reader(self.files, self.text_field, self.on_bad_line, self.seed if shuffle else None)
+        reader.bad_lines = place.bad_lines
+        while self.epochs is None or place.epoch < self.epochs:
+            any_document = place.begun  # or nobody knows
+            shares = place.shares
+            if shares is None:
+                shares = deal_epoch(place.epoch, len(self.files), stream, streams)
+            while place.share < len(shares):
+                share = shares[place.share]
+                if not (place.record or place.taken or place.offset):
+                    place.taken, place.offset = share.taken, share.offset
+                counted = place.taken > 0 or place.offset > 0  # the bad lines of the block to be read again
+                start = max(place.record, share.record)
+                texts = reader.texts(share._replace(record=start))
+                while block := list(itertools.islice(texts, size)):
+                    if counted:
+                        reader.bad_lines, counted = place.bad_lines, False
+                    place.bad_lines = reader.bad_lines
+                    # A short block is the last one: the share was read to its end, bad lines there included.
+                    record = block[-1][0]
+                    place.record, place.end = start, record if len(block) == size else share.end
+                    if shuffle:
+                        key = f"{self.seed}/{share.epoch}/{share.file}/{share.first}/{share.step}/{start}"
+                        random.Random(key).shuffle(block)
+                    for begin in range(place.taken, len(block), TOKENIZE_AT_ONCE):
+                        yield from self._tokenize([text for _, text in block[begin : begin + TOKENIZE_AT_ONCE]])
+                    place.record, place.taken = record, 0
+                    start, any_document = record, True
+                place.bad_lines = reader.bad_lines
+                place.share, place.record, place.taken, place.offset = place.share + 1, 0, 0, 0
+            if not any_document and self.epochs is None:
+                raise DataError(
+                    f"{self.source}: no document for stream {stream} of {streams} in a whole pass, "
+                    "expected more documents or fewer processes and loader workers"
+                )
+            place.next_epoch()
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        ids = tokenize(texts, self.tokenizer)
+        if self.packing == "pack":
+            return [[*document, self.eos_id] for document in ids]
+        return [[*document[: self.sequence_length - 1], self.eos_id] for document in ids]
+
+
+class HeadBatches:
+    """Iterable over a batch for each head, from a stream of each head's own.
+
+    As [`TokenBatches`] and ``PreparedTokens``, with tensors ``[heads, batch_size, sequence_length]``. Streams that
+    differ in their seed alone show every head the same rows in an epoch, each in another order.
+
+    Args:
+        streams: one for each head.
+    """
+
+    def __init__(self, streams: Sequence[TokenBatches]):
+        self.streams = list(streams)
+
+    @property
+    def epoch(self) -> int:
+        """Passes that every head has finished."""
+        return min(stream.epoch for stream in self.streams)
+
+    @property
+    def bad_lines(self) -> int:
+        """Bad lines skipped by the head that has skipped most: all heads meet the same ones."""
+        return max(stream.bad_lines for stream in self.streams)
+
+    def state_dict(self) -> dict:
+        """The places of all heads, as plain json."""
+        return {"heads": [stream.state_dict() for stream in self.streams]}
+
+    def load_state_dict(self, states: Sequence[dict]) -> None:
+        """As of the streams.
+
+        Raises:
+            ValueError: the states are not of as many heads, or a stream refuses its own.
+        """
+        heads = len(self.streams)
+        if not all(isinstance(state.get("heads"), list) and len(state["heads"]) == heads for state in states):
+            raise ValueError(f"data state: not that of {heads} heads with an order of their own each")
+        for head, stream in enumerate(self.streams):
+            stream.load_state_dict([state["heads"][head] for state in states])
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batches in zip(*self.streams):
+            yield {key: torch.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
+class _Streams(IterableDataset):
+    """The streams of one rank for a DataLoader, whose workers it lets take turns from ``first`` on."""
+
+    def __init__(self, batches: TokenBatches, places: list[Place], first: int):
+        self.batches, self.places, self.first = batches, places, first
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, Place | DataError]]:
+        info = get_worker_info()
+        if info:  # one core a worker: DataLoader stops torch's threads in it, this the tokenizer's
+            # Whatever the user set: where workers are forked, the tokenizer's threads are not, and it waits for them.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        worker = (self.first + (info.id if info else 0)) % len(self.places)
+        try:
+            for batch, place in self.batches._stream(worker, self.places[worker]):
+                yield worker, batch, place
+        except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
+            yield worker, None, error
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Lets a loader worker live on when a launcher or ``timeout`` sends a signal to all processes of a run.
+
+    The main process needs batches until it has saved, and ends its workers itself, by SIGTERM as well.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def check_choice(name: str, value, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
+
+
+def check_int(name: str, value, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -1,0 +1,1 @@
+"""Multi-head models with sparse masks: what a checkpoint carries."""

@@ -1,0 +1,1 @@
+"""Dynamic sparse training of any PyTorch module."""

@@ -1,0 +1,319 @@
+"""The masks that a run begins with: random ones, those that a batch finds salient, or a checkpoint's."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from weakref import WeakSet
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..models.masks import (
+    attach_masks,
+    canonical_name,
+    check_structure,
+    dense_parameters,
+    group_count,
+    is_transposed,
+    maskable_modules,
+    masked_modules,
+    matches,
+    packed_shape,
+    parse_structure,
+    set_mask,
+    unpack_mask,
+)
+from .config import SparsityConfig
+from .topology import active_counts, best_scores, random_mask, structured_counts
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[], torch.Tensor]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# The models whose dense parameters were spoken of.
+_TOLD: WeakSet[nn.Module] = WeakSet()
+
+
+def target_counts(
+    model: nn.Module, config: SparsityConfig, density: float | None = None, uses: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Number of active weights that ``config`` gives each masked tensor of ``model``, by weight name.
+
+    Args:
+        model: with masks, whatever they hold.
+        config: density, distribution, structure.
+        density: instead of ``config.density``, one on the way from ``config.density_start``.
+        uses: for the "flops" distribution, see [`weight_uses`].
+
+    Raises:
+        ValueError: a glob of ``densities`` fits no masked weight, they leave an impossible remainder, or the structure
+            cannot have the density.
+    """
+    return _counts(masked_modules(model), config, config.density if density is None else density, uses)
+
+
+def _counts(
+    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None
+) -> dict[str, int]:
+    shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+    groups = {
+        name: group_count(module.weight.shape, config.structure, is_transposed(module))
+        for name, module in modules.items()
+    }
+    if sizes := parse_structure(config.structure):
+        each, of = sizes
+        if config.densities or abs(config.density - each / of) > 0.005:
+            raise ValueError(
+                f"structure {config.structure} has density {each / of:.4g} in every tensor; density is "
+                f"{config.density:g} and densities {config.densities}; accepted: density {each / of:.4g} and no "
+                "densities; exclude what is to stay dense"
+            )
+        each = each if density == config.density else max(each, round(density * of))
+        return {name: count * each for name, count in groups.items()}
+    fixed = {}
+    for pattern, value in config.densities.items():
+        value = max(value, density) if density > config.density else value
+        fixed |= dict.fromkeys(_fitting("densities", pattern, shapes), value)
+    convolutions = [name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS)]
+    if config.distribution == "flops" and uses is None:
+        if convolutions:
+            raise ValueError(
+                f"distribution flops needs to know how often {convolutions[0]} is used; accepted: "
+                "draw_masks(model, config, loss=...) without density_start, so that a batch tells"
+            )
+        uses = {name: 0 if isinstance(module, nn.Embedding) else 1 for name, module in modules.items()}
+    counts = active_counts(shapes, density, config.distribution, fixed, uses)
+    if config.structure != "unstructured":
+        counts = structured_counts(counts, shapes, groups)
+    if density > config.density:  # a tensor only loses weights on the way, also where groups have other densities
+        counts = {
+            name: max(counts[name], count) for name, count in _counts(modules, config, config.density, uses).items()
+        }
+    return counts
+
+
+def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if fitting := [name for name in names if fnmatchcase(name, pattern)]:
+        return fitting
+    raise ValueError(
+        f"{field}: the pattern {pattern!r} fits none of the {len(names)} weights that can carry a mask; "
+        f"accepted: globs of names such as {', '.join(names[:3]) or 'none'}"
+    )
+
+
+def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = None) -> None:
+    """Gives a fresh model its first masks, at the densities of ``config``, and zeros what they exclude.
+
+    A model that already carries masks, such as one whose config lists ``masked_modules``, keeps the choice of masked
+    weights; any other gets masks on every linear, embedding and convolution weight. ``config.exclude`` is taken off
+    in both cases, and the result is noted in ``model.config.masked_modules`` and ``mask_structure`` where there are
+    such fields, so that a checkpoint declares its masks. Call it before the optimizer is built. A dense ``config``
+    attaches nothing. A warning names the parameters of two or more dimensions that cannot carry a mask.
+
+    Args:
+        model: any module.
+        config: what is sparse and how sparse.
+        loss: returns the scalar loss of one batch, such as ``lambda: model(**batch).loss``, the same on all processes.
+            Saliency (``config.initial_masks`` "snip", "grasp") and the "flops" distribution of convolutions need it.
+
+    Raises:
+        ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the
+            structure cannot have the density, a loss is needed, or the checkpoint's masks do not fit.
+    """
+    if not config.is_sparse and not masked_modules(model):
+        return
+    if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:
+        raise ValueError(f"{sharded[0]} is sharded; accepted: a whole model, which is sharded when its masks are drawn")
+    # Shared weights by all of their names: excluding one by another than its owner's is no mistake. Neither is
+    # excluding what cannot carry a mask; but no checkpoint needs to declare that.
+    names = {canonical_name(name) for name, x in model.named_parameters(remove_duplicate=False) if x.dim() > 1}
+    for pattern in config.exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _fitting("exclude", pattern, maskable_modules(model))
+    names -= set(dense_parameters(model))
+    exclude = [glob for glob in config.exclude if any(fnmatchcase(name, glob) for name in names)]
+    declared = getattr(getattr(model, "config", None), "masked_modules", None)
+    patterns = [*(declared or masked_modules(model) or ["*"]), *(f"!{pattern}" for pattern in exclude)]
+    warn_of_dense(model, config.exclude, patterns)
+    before = masked_modules(model)
+    attach_masks(model, patterns)
+    modules = {name: module for name, module in masked_modules(model).items() if matches(name, patterns)}
+    # The batch is to leave no trace, in the statistics of batch norms for example.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if loss is not None else []
+    try:
+        masks = _first_masks(modules, config, loss)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    except BaseException:
+        for name in modules.keys() - before.keys():
+            del modules[name].weight_mask
+        raise
+    for name in before.keys() - modules.keys():
+        del before[name].weight_mask
+    if declared is not None:
+        model.config.masked_modules = list(dict.fromkeys(patterns))
+    if hasattr(getattr(model, "config", None), "mask_structure"):
+        model.config.mask_structure = config.structure
+    for name, mask in masks.items():
+        set_mask(modules[name], mask)
+
+
+def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str] = ("*",)) -> None:
+    """Warns, once for each model, of parameters that were to be sparse and cannot carry a mask.
+
+    Args:
+        model: any module.
+        exclude: globs of those that are to be dense.
+        chosen: globs of those that are to be sparse, see [`matches`].
+    """
+    if not any(module in _TOLD for module in model.modules()):  # nor the same one wrapped
+        _TOLD.add(model)
+        dense = [n for n in dense_parameters(model) if matches(n, [*chosen, *(f"!{glob}" for glob in exclude)])]
+        if dense:
+            logger.warning(
+                "these parameters stay dense, for only linear, embedding and convolution modules carry masks: %s",
+                ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in dense)),
+            )
+
+
+def _first_masks(
+    modules: Mapping[str, nn.Module], config: SparsityConfig, loss: Loss | None
+) -> dict[str, torch.Tensor]:
+    """The bool masks of all masked modules."""
+    if config.initial_masks not in ("random", *SALIENCY):
+        return _masks_of_checkpoint(Path(config.initial_masks), modules, config.structure)
+    if loss is None and config.initial_masks in SALIENCY:
+        raise ValueError(f"initial_masks={config.initial_masks!r} needs draw_masks(model, config, loss=...)")
+    uses = weight_uses(modules, loss) if loss is not None and config.distribution == "flops" else None
+    start = config.density if config.density_start is None else config.density_start
+    counts = _counts(modules, config, start, uses)
+    if config.initial_masks == "random":
+        return {
+            name: random_mask(
+                module.weight.shape,
+                counts[name],
+                seed=config.seed,
+                name=name,
+                device=module.weight.device,
+                structure=config.structure,
+                transposed=is_transposed(module),
+            )
+            for name, module in modules.items()
+        }
+    weights = {name: module.weight for name, module in modules.items()}
+    scores = SALIENCY[config.initial_masks](weights, loss)
+    # All tensors compete, but those of a density of their own, or of a structure, which compete among themselves.
+    alone = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in config.densities)]
+    alone = alone if config.structure == "unstructured" else list(modules)
+    together = [name for name in modules if name not in alone]
+    masks = {}
+    for names in [[name] for name in alone] + [together] * bool(together):
+        masks |= best_scores(
+            {name: scores[name] for name in names},
+            sum(counts[name] for name in names),
+            seed=config.seed,
+            structure=config.structure,
+            transposed=is_transposed(modules[names[0]]),
+        )
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        logger.warning("%s leaves no active weight in %s", config.initial_masks, ", ".join(empty))
+    return masks
+
+
+def _masks_of_checkpoint(path: Path, modules: Mapping[str, nn.Module], structure: str) -> dict[str, torch.Tensor]:
+    """The masks that a checkpoint's safetensors files hold for these modules."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    packed = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                keys = [key for key in tensors.keys() if key.endswith("weight_mask")]  # noqa: SIM118, no mapping
+                packed |= {canonical_name(key).removesuffix("_mask"): tensors.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"initial_masks: {file} is no safetensors file: {error}") from None
+    masks = {}
+    for name, module in modules.items():
+        shape, wanted = tuple(module.weight.shape), packed_shape(module.weight.shape)
+        if name not in packed or tuple(packed[name].shape) != wanted:
+            found = f"has the packed shape {list(packed[name].shape)}" if name in packed else "is missing"
+            raise ValueError(f"initial_masks: the mask of {name} {found} in {path}; accepted: one of {list(wanted)}")
+        masks[name] = unpack_mask(packed[name].to(module.weight.device), shape)
+        try:
+            check_structure(masks[name], structure, is_transposed(module))
+        except ValueError as error:
+            raise ValueError(f"initial_masks: {name} in {path}: {error}") from None
+    return masks
+
+
+# ----------------------------------------------------------------------------------------------------- saliency
+
+
+def snip(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
+    """How much the loss feels each weight, ``|w * g|`` (SNIP, Lee et al. 2019)."""
+    grads = _gradients(loss(), weights)
+    return {name: (weight.detach() * grads[name]).abs() for name, weight in weights.items()}
+
+
+def grasp(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
+    """How much each weight helps the flow of gradients, ``w * (H g)`` (GraSP, Wang et al. 2020).
+
+    A weight whose removal would weaken the gradient scores high: the paper removes the largest ``-w * (H g)``. Its
+    temperature of the logits is the loss's business. The loss must have second derivatives; those of PyTorch's
+    ``linear_cross_entropy`` are wrong without a word (a NeuroTrails Llama does without it here).
+    """
+    with sdpa_kernel(SDPBackend.MATH):  # of attention only the plain one has second derivatives
+        grads = _gradients(loss(), weights, create_graph=True)
+        norm = sum((grad * grad.detach()).sum() for grad in grads.values())
+        products = _gradients(norm, weights)
+    return {name: weight.detach() * products[name] for name, weight in weights.items()}
+
+
+Saliency = Callable[[Mapping[str, nn.Parameter], Loss], dict[str, torch.Tensor]]
+SALIENCY: dict[str, Saliency] = {"snip": snip, "grasp": grasp}
+
+
+def _gradients(
+    value: torch.Tensor, weights: Mapping[str, nn.Parameter], create_graph: bool = False
+) -> dict[str, torch.Tensor]:
+    grads = torch.autograd.grad(
+        value, list(weights.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    for name, grad in zip(weights, grads):
+        if not grad.isfinite().all():
+            raise ValueError(f"the saliency of {name} is not finite on this batch; accepted: a batch of finite loss")
+    return dict(zip(weights, grads))
+
+
+@torch.no_grad()
+def weight_uses(modules: Mapping[str, nn.Module], loss: Loss) -> dict[str, int]:
+    """How often a forward pass multiplies by each weight of a module; 0 of an embedding, which only looks up.
+
+    Args:
+        modules: linear, embedding and convolution modules by weight name.
+        loss: runs the forward pass.
+    """
+    uses = dict.fromkeys(modules, 0)
+
+    def count(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+        if isinstance(module, _CONVOLUTIONS):
+            uses[name] += output.numel() // module.out_channels
+        elif not isinstance(module, nn.Embedding):
+            uses[name] += inputs[0].numel() // inputs[0].shape[-1]
+
+    hooks = [
+        module.register_forward_hook(lambda *args, name=name: count(name, *args)) for name, module in modules.items()
+    ]
+    try:
+        loss()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses

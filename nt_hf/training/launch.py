@@ -1,0 +1,111 @@
+"""The processes of a run: what the launcher asked for, checked against what there is."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+)
+
+from ..config import TrainConfig
+from ..files import LockedError, WriteError, only_writer
+
+
+def start_processes(
+    train: TrainConfig, run_dir: Path, log_with: str
+) -> tuple[Accelerator, FullyShardedDataParallelPlugin | None]:
+    """The accelerator of this process, and the settings of FSDP2 where several processes are to share the weights.
+
+    Raises:
+        ValueError: the launcher asked for something that the recipe has not, or started other processes than it was
+            asked for; the tracker ``log_with`` is not installed.
+    """
+    sharding = sharding_asked_for()
+    if log_with != "none" and importlib.util.find_spec(log_with) is None:
+        raise ValueError(f"--log_with {log_with}: it is not installed; pip install 'nt_hf[track]' brings it")
+    asked = os.environ.get("WORLD_SIZE")
+    if asked is None and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; accepted is "
+            "torchrun --nproc_per_node N recipes/pretrain_c4.py …, or --num_processes 1"
+        )
+    device = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = Accelerator(
+        # Told so, or each of several processes without a GPU would believe to be alone. Apple GPUs lack the float64
+        # that evaluation sums in.
+        cpu=device is None or device.type in ("cpu", "mps"),
+        mixed_precision="bf16" if wants_bf16(train) else "no",
+        log_with=None if log_with == "none" else log_with,
+        project_dir=run_dir,
+        # Masks are equal on all ranks by construction; broadcasting buffers would hide it if they were not.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    accelerator.gradient_accumulation_steps = 1  # the loop normalises by itself, whatever the launcher was told
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in plain:
+        raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process, DDP and FSDP2")
+    if accelerator.num_processes < int(asked or 1):
+        raise ValueError(f"WORLD_SIZE={asked}: the launcher started {accelerator.num_processes} process(es)")
+    return accelerator, sharding if accelerator.num_processes > 1 else None
+
+
+def wants_bf16(train: TrainConfig) -> bool:
+    """Whether forward passes run in bf16, here."""
+    return train.precision == "bf16" or (
+        train.precision == "auto"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+
+
+@contextlib.contextmanager
+def only_run(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps a run's directory for this run, see [`only_writer`]: the main process holds it for all.
+
+    Raises:
+        LockedError: another run has it.
+        WriteError: it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(only_writer(run_dir))
+            except (LockedError, WriteError) as error:
+                problem = error
+        (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise problem
+        yield
+
+
+def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP2 where the launcher asked for it.
+
+    Raises:
+        ValueError: the launcher asked for DeepSpeed, FSDP1, weights on the host, or fp16.
+    """
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed: accepted are DDP and FSDP2 (see recipes/accelerate)")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise ValueError("--mixed_precision fp16: accepted are bf16 and no, where gradients need no scaling")
+    if not asked("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP1: accepted are DDP and FSDP2 (fsdp_version: 2, see recipes/accelerate/fsdp2.yaml)")
+    if asked("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params: accepted is false")
+    return plugin

@@ -1,0 +1,169 @@
+"""Tables, plots and model cards from what a run wrote.
+
+python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RunConfig
+from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..text import pyplot
+from .loop import read_metrics
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+
+#: What tables and plots need of the records of an event.
+NEEDED = {
+    "train": ("loss",),
+    "eval": (
+        "loss", "head_losses", "head_perplexities", "ensemble_mode", "ensemble_perplexities", "disagreement", "density",
+    ),
+    "update": ("density", "density_by_group", "ever_active", "head_overlap", "grown", "active"),
+}  # fmt: skip
+
+
+def results_table(records: Sequence[Record]) -> str:
+    """A Markdown table of the last evaluation and of the sparsity at that time."""
+    evaluation = _last(records, "eval")
+    if evaluation is None:
+        return "no evaluation yet"
+    rows = [(f"perplexity of head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
+    for mode, value in evaluation["ensemble_perplexities"].items():
+        default = ", the default" if mode == evaluation["ensemble_mode"] else ""
+        rows.append((f"perplexity of the ensemble ({mode}{default})", f"{value:.2f}"))
+    rows.append(("disagreement between heads", f"{evaluation['disagreement']:.3f}"))
+    rows.append(("density of the masked weights", f"{evaluation['density']:.3f}"))
+    if update := _last(records, "update"):
+        rows += [(f"density of {group}", f"{value:.3f}") for group, value in update["density_by_group"].items()]
+        rows.append(("share of masked weights ever active", f"{update['ever_active']:.3f}"))
+        if update["head_overlap"] is not None:
+            rows.append(("overlap (Jaccard) of two heads' masks", f"{update['head_overlap']:.3f}"))
+        rows.append(("topology updates", str(sum(record["event"] == "update" for record in records))))
+    width = max(len(name) for name, _ in rows)
+    title = f"validation, step {evaluation['step']}".ljust(width)
+    lines = [f"| {title} |    value |", f"|{'-' * (width + 2)}|---------:|"]
+    return "\n".join([*lines, *(f"| {name:<{width}} | {value:>8} |" for name, value in rows)])
+
+
+def write_report(run_dir: Path) -> tuple[str, list[Path]]:
+    """Writes ``report/`` of a run: the table, and plots where matplotlib is installed.
+
+    Returns:
+        The table, and the files written.
+
+    Raises:
+        ValueError: a line of ``metrics.jsonl`` is not what a run writes; the message names it.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics)
+    for number, record in enumerate(records, 1):
+        if lacking := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(lacking)}")
+    report = run_dir / "report"
+    report.mkdir(exist_ok=True)
+    table, files = results_table(records), [report / "results.md"]
+    files[0].write_text(table + "\n")
+    if plt := pyplot():
+        files.append(report / "training.png")
+        _plot(plt, records, files[-1])
+    return table, files
+
+
+def _plot(plt: Any, records: Sequence[Record], path: Path) -> None:
+    train = [r for r in records if r["event"] == "train"]
+    evals = [r for r in records if r["event"] == "eval"]
+    updates = [r for r in records if r["event"] == "update"]
+    figure, axes = plt.subplots(1, 2 if updates else 1, figsize=(12 if updates else 7, 5.2), squeeze=False)
+    axis = axes[0, 0]
+    axis.plot([r["step"] for r in train], [r["loss"] for r in train], color="0.75", label="training, mean of heads")
+    steps = [r["step"] for r in evals]
+    for head in range(len(evals[-1]["head_losses"]) if evals else 0):
+        axis.plot(steps, [r["head_losses"][head] for r in evals], marker=".", label=f"validation, head {head}")
+    if evals:
+        axis.plot(steps, [r["loss"] for r in evals], color="black", marker=".", label="validation, ensemble")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    _legend_below(axis, axis.get_lines())
+    if updates:
+        axis = axes[0, 1]
+        steps = [r["step"] for r in updates]
+        axis.plot(steps, [r["density"] for r in updates], color="black", label="density")
+        axis.plot(steps, [r["ever_active"] for r in updates], color="tab:blue", label="ever active")
+        for group in updates[-1]["density_by_group"]:
+            values = [r["density_by_group"][group] for r in updates]
+            axis.plot(steps, values, linestyle=":", label=f"density of {group}")
+        axis.set(xlabel="step", ylabel="share of the masked weights", title="Topology", ylim=(0, 1.02))
+        churn = axis.twinx()
+        churn.plot(steps, [r["grown"] / r["active"] for r in updates], color="tab:red", marker=".", label="moved")
+        churn.set(ylabel="share of the active weights moved by the update")
+        churn.set_ylim(bottom=0)
+        lines = [line for a in (axis, churn) for line in a.get_lines()]
+        _legend_below(axis, lines)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
+    names = [line.get_label() for line in lines]
+    axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+
+
+def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
+    """The README of a checkpoint: what it is, how to load it, what was measured."""
+    front = yaml.safe_dump(
+        {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
+    )
+    sparsity = "No weight carries a mask."
+    if model.masked_modules:
+        sparsity = (
+            f"Density of the masked weights: {config.sparsity.density}. The masks lie in `model.safetensors`\n"
+            "beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and are\n"
+            "computed like any other."
+        )
+    return f"""---
+{front}---
+# NeuroTrails Llama
+
+A multi-head Llama (NeuroTrails, arXiv 2505.17909) after {step} of {config.train.max_steps} training steps on
+`{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of {model.blocks_in_head} blocks on a backbone of
+{model.num_backbone_layers}. {sparsity}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+```
+
+Validation on `{json.dumps(config.data.validation)}`:
+
+{results_table(records)}
+
+The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`.
+"""
+
+
+def _last(records: Sequence[Record], event: str) -> Record | None:
+    return next((record for record in reversed(records) if record["event"] == event), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nt_hf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the directory of a run of recipes/pretrain_c4.py")
+    run_dir = parser.parse_args().run
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
+    table, files = write_report(run_dir)
+    sys.stdout.write(f"{table}\n\nwritten: {', '.join(map(str, files))}\n")

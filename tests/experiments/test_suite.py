@@ -1,0 +1,437 @@
+"""Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, script
+from recipe_runs import call, start
+
+from experiments.suite import (
+    budget,
+    load_suite,
+    main_runs,
+    matching,
+    place,
+    read_result,
+    run_config,
+    run_tree,
+    tuned,
+    tuning_runs,
+)
+from experiments.suite_report import (
+    density_series,
+    effects_table,
+    finished,
+    paired_ratios,
+    perplexity_on,
+    refreshed,
+    report_text,
+)
+from nt_hf.config import load_run_config
+from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+
+compare = script("recipes/compare.py")
+SUITES = sorted((ROOT / "recipes" / "suites").glob("*.yaml"))
+RESULTS = sorted((ROOT / "docs" / "results").glob("*/report.md"))
+
+TINY = """
+preparation: {text: ["{data_root}"], vocab_size: 320}
+config:
+  model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+          num_ensemble_heads: 2, blocks_in_head: 1}
+  data: {train: "prepared:{runs}/tokens", validation: "{data_root}", tokenizer: "{runs}/tokenizer",
+         sequence_length: 32, validation_tokens: 300}
+  sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
+  train: {max_steps: 8, batch_size: 4, log_steps: 2, eval_steps: 4, save_steps: 4, keep: 1}
+tuning: {learning_rates: [0.001, 0.01], share: 0.5}
+seeds: [0, 1]
+baseline: single
+rival: neurotrails
+evaluation: {texts: {text: "{data_root}"}, max_tokens: 400}
+arms:
+  single: {label: single, config: {model: {num_ensemble_heads: 1}, sparsity: {density: 1.0}}}
+  neurotrails: {label: NeuroTrails}
+  longer: {label: longer, seeds: 1, learning_rate_of: neurotrails, longer: true}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def edited(path: Path, **changes) -> Path:
+    """The suite with some of its keys set anew."""
+    content = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- planning
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_every_suite_of_the_repository_is_valid_and_fair(path):
+    suite = load_suite(path)
+    runs = main_runs(suite, dict.fromkeys(suite.arms, 1e-3))
+    for seed in suite.seeds:
+        trees = [run_tree(suite, run) for run in runs if run.seed == seed]
+        data = [{key: value for key, value in tree["data"].items() if key != "order_per_head"} for tree in trees]
+        assert len({(json.dumps(each), tree["train"]["batch_size"]) for each, tree in zip(data, trees)}) == 1
+        assert {tree["train"]["seed"] for tree in trees} == {seed}
+    steps = {run.arm.name: run_tree(suite, run)["train"]["max_steps"] for run in runs}
+    assert len({count for name, count in steps.items() if not suite.arms[name].longer}) == 1
+    names = [run.name for run in [*tuning_runs(suite), *runs]]
+    assert len(names) == len(set(names))
+    assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {suite.config["data"]["validation"]}
+
+
+@pytest.mark.parametrize("name", ["cpu-mini", "gpu-60m"])
+def test_the_blocks_of_every_arm_learn_at_the_rate_that_suits_their_width_and_density(name):
+    suite = load_suite(next(path for path in SUITES if path.stem == name))
+    for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3)):
+        config = run_config(suite, run)
+        sparsity, width = config.sparsity, config.model["hidden_size"]
+        density = 1.0 if sparsity.distribution == "erk" else sparsity.density  # ERK leaves these blocks dense
+        assert config.train.learning_rate_factors["*.layers.*"] == pytest.approx(9.6 / (width * density), rel=1e-3)
+
+
+def test_all_arms_have_a_seed_before_any_has_the_next(tiny):
+    suite = load_suite(tiny)
+    runs = main_runs(suite, {"single": 0.1, "neurotrails": 0.2})
+    assert [(run.arm.name, run.seed, run.learning_rate) for run in runs] == [
+        ("single", 0, 0.1), ("neurotrails", 0, 0.2), ("longer", 0, 0.2), ("single", 1, 0.1), ("neurotrails", 1, 0.2),
+    ]  # fmt: skip
+    assert [run.arm.name for run in main_runs(suite, {"single": 0.1})] == ["single", "single"]
+
+
+def test_a_change_of_a_change_takes_the_rate_of_the_first(tiny):
+    arms = yaml.safe_load(tiny.read_text())["arms"] | {"last": {"label": "last", "learning_rate_of": "longer"}}
+    runs = main_runs(load_suite(edited(tiny, arms=arms)), {"neurotrails": 0.2})
+    assert {(run.arm.name, run.learning_rate) for run in runs} == {(name, 0.2) for name in [*arms][1:]}
+
+
+def test_tuning_tries_the_same_grid_for_every_arm_with_a_seed_of_its_own(tiny):
+    suite = load_suite(tiny)
+    runs = tuning_runs(suite)
+    assert Counter((run.arm.name, run.learning_rate) for run in runs) == Counter(
+        (arm, rate) for arm in ("single", "neurotrails") for rate in (0.001, 0.01)
+    )
+    assert {run.seed for run in runs} == {1000} and 1000 not in suite.seeds
+    train = run_config(suite, runs[0]).train
+    assert (train.max_steps, train.eval_steps, train.learning_rate) == (4, 4, 0.001)
+
+
+def test_longer_training_is_one_over_density_and_the_budget_says_so(tiny):
+    suite = load_suite(tiny)
+    single, trails, longer = (budget(suite, run) for run in main_runs(suite, {"single": 0.1, "neurotrails": 0.1})[:3])
+    assert (trails.steps, longer.steps) == (8, 16)
+    assert trails.tokens == single.tokens == 8 * 4 * 32 and longer.tokens == 2 * trails.tokens
+    assert longer.flops == 2 * trails.flops and longer.sparse_flops == 2 * trails.sparse_flops
+    assert trails.sparse_flops < trails.flops and single.sparse_flops == single.flops
+    assert single.active == single.stored < trails.stored and trails.active < trails.stored
+
+
+def test_globs_choose_runs(tiny):
+    runs = main_runs(load_suite(tiny), {"single": 0.1, "neurotrails": 0.1})
+    assert [run.name for run in matching(runs, ["runs/*/seed-1"])] == ["runs/single/seed-1", "runs/neurotrails/seed-1"]
+    assert matching(runs, []) == runs
+
+
+def test_places_are_filled_wherever_they_stand():
+    found = place({"a": ["{runs}/x", 1], "b": "prepared:{runs}/{data_root}"}, runs="R", data_root="D")
+    assert found == {"a": ["R/x", 1], "b": "prepared:R/D"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "accepted are the keys"),
+        ({"baseline": "nobody"}, "baseline='nobody': accepted are single, neurotrails, longer"),
+        ({"tuning": {"rates": [1]}}, r"tuning: \['rates'\]: accepted are the keys learning_rates"),
+        ({"tuning": {"share": 0.5}}, "tuning: lacks learning_rates"),
+        ({"tuning": {"learning_rates": []}}, r"tuning.learning_rates=\[\]: accepted is a list of numbers above 0"),
+        ({"tuning": {"learning_rates": [1.0], "share": 2}}, r"tuning.share=2: accepted is a number in \(0, 1\]"),
+        ({"seeds": 3}, "seeds=3: accepted is a list of whole numbers"),
+        ({"arms": {}}, "arms={}: accepted is a mapping of names to arms"),
+        ({"arms": {"single": {}}}, "arms.single: lacks label"),
+        ({"arms": {"single": {"label": "x", "colour": 1}}}, r"arms.single: \['colour'\]"),
+        ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is 1 to 2"),
+        ({"arms": {"single": {"label": "x", "learning_rate_of": "y"}}}, "learning_rate_of='y': accepted are"),
+        (
+            {"arms": {"single": {"label": "x", "learning_rate_of": "neurotrails"}, "neurotrails": {"label": "y"}}},
+            "learning_rate_of='neurotrails': accepted are arms above it: ",
+        ),
+        ({"arms": {"single": {"label": "x", "config": {"model": {"heads": 1}}}}}, "unknown key model.heads"),
+        ({"arms": {"single": {"label": "x", "config": {"nothing": {}}}}}, "arms.single: section nothing: accepted are"),
+        (
+            {"arms": {"single": {"label": "x", "config": {"data": {"sequence_length": 64}}}}},
+            "data.sequence_length: it is the same for all arms",
+        ),
+        (
+            {"arms": {"single": {"label": "x", "config": {"train": {"learning_rate": 0.1}}}}},
+            "train.learning_rate: it is the same for all arms, or tuned",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_suite_is_refused_with_what_is_accepted(tiny, changes, message):
+    changes = {"rival": "single"} | changes if "arms" in changes else changes
+    with pytest.raises(ValueError, match=message):
+        load_suite(edited(tiny, **changes))
+
+
+def test_a_suite_can_take_the_arms_of_another(tiny):
+    other = tiny.with_name("other.yaml")
+    other.write_text(tiny.read_text())
+    assert load_suite(edited(other, arms="tiny.yaml")).arms == load_suite(tiny).arms
+    with pytest.raises(ValueError, match="arms=None: accepted is a mapping of names to arms, or a suite's file"):
+        load_suite(edited(other, arms=str(ROOT / "recipes" / "configs" / "demo.yaml")))
+
+
+# -------------------------------------------------------------------------------------------------------- running
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A directory with a suite, and all its runs made."""
+    directory = tmp_path_factory.mktemp("suite")
+    (directory / "tiny.yaml").write_text(TINY)
+    run(directory)
+    return directory
+
+
+def run(directory: Path, *arguments: str) -> list[str]:
+    """Runs a suite without starting an interpreter for each program. Returns the programs that were called."""
+    called = []
+
+    class Quick(compare.Programs):
+        def __post_init__(self):
+            pass
+
+        def call(self, program, *arguments, threads=None, log=None):
+            called.append(program)
+            if program == "recipes/pretrain_c4.py":  # signals need a main thread of its own
+                [process] = start(1, *arguments)
+                process.join()
+                if process.exitcode:
+                    raise ValueError(f"exit code {process.exitcode}")
+            elif program == "recipes/compare.py":
+                call(compare.main, *arguments)
+            else:
+                script(program).main(list(arguments))
+
+    before, compare.Programs = compare.Programs, Quick
+    try:
+        call(
+            compare.main, "--suite", directory / "tiny.yaml", "--data_root", "sample:validation",
+            "--runs", directory / "runs", "--results", directory / "results", *arguments,
+        )  # fmt: skip
+    finally:
+        compare.Programs = before
+    return called
+
+
+def test_a_suite_trains_evaluates_and_reports_every_run(world):
+    suite, results = load_suite(world / "tiny.yaml"), world / "results"
+    runs = [*tuning_runs(suite), *main_runs(suite, tuned(results, suite))]
+    found = [read_result(results, suite, each) for each in runs]
+    assert len(found) == 4 + 5 and all(found)
+    for each, result in zip(runs, found):
+        assert result["budget"]["steps"] == result["validation"]["step"]
+        assert (results / each.name / "metrics.jsonl").read_text() == (
+            world / "runs" / each.name / "metrics.jsonl"
+        ).read_text()
+        assert ("texts" in result) == (not each.tuning) and str(world) not in json.dumps(result)
+    trained = load_run_config([world / "runs" / "runs" / "single" / "seed-1" / "run.yaml"])
+    assert trained.train.learning_rate == tuned(results, suite)["single"] and trained.train.seed == 1
+    assert {path.name for path in results.iterdir()} == {
+        "report.md", "curves.png", "quality.png", "diversity.png", "runs", "tuning",
+    }  # fmt: skip
+
+
+def test_finished_runs_are_skipped_and_one_that_lost_its_result_is_only_evaluated_again(world):
+    assert run(world) == ["recipes/prepare_c4.py"]
+    before = (world / "results/runs/single/seed-0/result.json").read_bytes()
+    metrics = (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes()
+    (world / "results/runs/single/seed-0/result.json").unlink()
+    assert run(world)[1:] == ["recipes/pretrain_c4.py", "recipes/compare.py"]
+    after = json.loads((world / "results/runs/single/seed-0/result.json").read_text())
+    assert after["texts"] == json.loads(before)["texts"]
+    assert (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes() == metrics
+
+
+def test_only_makes_the_runs_it_names(world, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run(tmp_path, "--only", "tuning/single/*")
+    assert sorted(path.parent.name for path in tmp_path.glob("results/*/*/*/result.json")) == ["lr-0.001", "lr-0.01"]
+    assert not (tmp_path / "results" / "runs").exists()
+
+
+def test_results_of_another_configuration_are_refused_not_overwritten(world):
+    suite = load_suite(edited(world / "tiny.yaml", arms=yaml.safe_load(TINY)["arms"] | {"single": {"label": "other"}}))
+    each = main_runs(suite, {"single": 0.01})[0]
+    with pytest.raises(ValueError, match=r"result.json is of another configuration than the suite asks for; delete"):
+        read_result(world / "results", suite, each)
+    (world / "tiny.yaml").write_text(TINY)
+
+
+def test_list_and_report_train_nothing(world, capsys):
+    (world / "results" / "report.md").unlink()
+    assert run(world, "--list") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and all(line.endswith("done") for line in lines)
+    assert not (world / "results" / "report.md").exists()
+    assert run(world, "--report") == []
+    assert "5 of 5 runs are finished" in (world / "results" / "report.md").read_text()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_finished(world, tmp_path):
+    content = yaml.safe_load(TINY)
+    content["arms"]["neurotrails"]["config"] = {"train": {"micro_batch_size": 3}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ValueError, match=r"2 of 4 runs failed, for example tuning/neurotrails/lr-0\.001"):
+        run(tmp_path, "--only", "tuning/*")
+    assert len(list(tmp_path.glob("results/tuning/single/*/result.json"))) == 2
+
+
+def test_a_run_that_is_not_there_is_named(world):
+    with pytest.raises(ValueError, match="--evaluate runs/x/seed-0: accepted are the runs that --list shows"):
+        run(world, "--evaluate", "runs/x/seed-0")
+    with pytest.raises(ValueError, match="--parallel 0: accepted is a number from 1"):
+        run(world, "--parallel", "0")
+
+
+def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    programs = compare.Programs()
+    running = type("Running", (), {"send_signal": lambda self, number: sent.append(number)})()
+    sent = []
+    programs.running.add(running)
+    programs._stop()
+    assert sent == [compare.signal.SIGTERM]
+    with pytest.raises(compare.Stopped):
+        programs.call("recipes/prepare_c4.py")
+    monkeypatch.setattr(compare, "Programs", lambda: programs)
+    with pytest.raises(SystemExit) as left:
+        call(
+            compare.main, "--suite", tmp_path / "tiny.yaml", "--data_root", "sample:validation",
+            "--runs", tmp_path / "runs", "--results", tmp_path / "r",
+        )  # fmt: skip
+    assert left.value.code == EXIT_PREEMPTED
+
+
+def test_two_comparisons_do_not_work_in_one_directory(world):
+    with (
+        compare.locked(world / "runs"),
+        pytest.raises(ValueError, match=r"another recipes/compare\.py is at work there"),
+    ):
+        run(world)
+    run(world, "--only", "runs/single/*")
+
+
+def test_the_last_line_of_a_program_that_fails_is_the_error(tmp_path):
+    with pytest.raises(ValueError, match=r"recipes/prepare_c4.py: .*nowhere"):
+        compare.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- reports
+
+
+def test_ratios_are_of_paired_seeds(world):
+    arms = finished(load_suite(world / "tiny.yaml"), world / "results")
+    read = perplexity_on("text")
+    single, trails = arms["single"].by_seed, arms["neurotrails"].by_seed
+    assert paired_ratios(arms["neurotrails"], arms["single"], read) == [
+        read(trails[seed]) / read(single[seed]) for seed in (0, 1)
+    ]
+    assert len(paired_ratios(arms["longer"], arms["single"], read)) == 1
+    text = report_text(load_suite(world / "tiny.yaml"), world / "results")
+    values = [result["texts"]["text"]["ensemble_perplexities"]["logits"] for result in trails.values()]
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in text
+    ratio = read(arms["longer"].by_seed[0]) / read(trails[0])
+    assert re.search(rf"\| longer +\| NeuroTrails +\| 1 +\| {ratio:.3f} ", text)  # one change
+    values = [result["texts"]["text"]["ensemble_perplexities"]["probs"] for result in trails.values()]
+    assert re.search(rf"\| NeuroTrails .*\| {statistics.fmean(values):.2f} ± [\d.]+ +\|\n", text)  # averaging
+
+
+def test_an_arm_of_one_head_has_no_gain_to_compare(world):
+    suite = load_suite(world / "tiny.yaml")
+    single = finished(suite, world / "results")["single"]
+    other = replace(single, arm=replace(single.arm, name="other", label="other", learning_rate_of="single"))
+    last = effects_table(suite, {"single": single, "other": other}).splitlines()[-1]
+    assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
+
+
+def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
+    suite = load_suite(ROOT / "recipes" / "suites" / "cpu-mini.yaml")
+    arms = finished(suite, ROOT / "docs" / "results" / "cpu-mini")
+    assert density_series({name: each for name, each in arms.items() if not each.arm.longer}) == [
+        ["neurotrails-0.3", "neurotrails-0.5", "neurotrails-0.7", "neurotrails-0.9", "treenet"],
+        ["neurotrails-4", "treenet-4"],
+    ]
+
+
+@pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_those_of_the_committed_files(report):
+    suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+    assert report.read_text(encoding="utf-8") == report_text(suite, report.parent)
+
+
+def test_every_table_of_the_document_is_made_of_the_committed_files():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for report in RESULTS:
+        suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+        assert f"<!-- {suite.name}: Quality -->" in document
+        assert refreshed(document, suite, report.parent) == document
+    assert not re.search(r"^\|", re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", document, flags=re.DOTALL), re.MULTILINE)
+
+
+def test_every_figure_of_the_text_is_in_a_table_or_a_result():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = document[document.index("## cpu-mini") : document.index("### Before")]
+    prose = re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", text, flags=re.DOTALL)
+    figures = set(re.findall(r"(?<![\d.])\d+\.\d{2,3}(?![\d.])", prose))
+    results = ROOT / "docs" / "results"
+    pages = (results / "cpu-mini" / "report.md", results / "demo" / "explain.md")
+    known = {number for page in pages for number in re.findall(r"\d+\.\d+", page.read_text(encoding="utf-8"))}
+    for path in (results / "demo").glob("*.jsonl"):
+        known |= {f"{record['perplexity']:.2f}" for record in read_metrics(path) if record["event"] == "eval"}
+    for path in results.glob("cpu-mini*/**/*.json"):
+        found = json.loads(path.read_text())
+        found = found["texts"]["wikipedia"] if "texts" in found else found
+        known |= {f"{value:.2f}" for value in found.get("ensemble_perplexities", {}).values()}
+    assert len(figures) > 20 and figures - known <= {"0.95", "1.00", "0.91", "0.97"}  # goals, and the paper's
+
+
+def test_a_document_gets_the_tables_it_asks_for(world):
+    page = world / "page.md"
+    page.write_text(
+        "# Page\n\n<!-- tiny: Quality -->\nold\n<!-- end -->\n\n<!-- other: Quality -->\nkept\n<!-- end -->\n"
+    )
+    run(world, "--report", "--document", str(page))
+    text = page.read_text()
+    assert "| NeuroTrails | 2 " in text and "old" not in text and "kept" in text and text.startswith("# Page")
+    assert refreshed(text, load_suite(world / "tiny.yaml"), world / "results") == text
+    page.write_text("<!-- tiny: Speed -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="<!-- tiny: Speed -->: accepted are the titles Quality, Budgets"):
+        run(world, "--report", "--document", str(page))
+
+
+def test_every_trial_that_the_document_quotes_is_what_its_file_says():
+    directory = ROOT / "docs" / "results" / "trials"
+    document = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    quoted = re.findall(r"`([\w.]+-?[\w.]*/[\w.-]+)` (\d+\.\d)", document)
+    named = {line.split("|")[0] for line in (directory / "overrides.txt").read_text().splitlines()[1:]}
+    assert len(quoted) > 10
+    for name, value in quoted:
+        last = [record for record in read_metrics(directory / f"{name}.jsonl") if record["event"] == "eval"][-1]
+        assert f"{last['perplexity']:.1f}" == value and name in named, name

@@ -1,0 +1,600 @@
+"""The sparsifier on small stock modules: what holds at every step of a training run."""
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules, set_mask
+from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, group_of, move_state, target_counts
+
+VOCABULARY = 40
+
+
+class Net(nn.Module):
+    """An embedding, a tower of numbered layers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.layers = nn.ModuleList([nn.Linear(64, 48), nn.Linear(48, 24)])
+        self.head = nn.Linear(24, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.embed(ids).flatten(1)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.first, self.second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 5, 3)
+        self.third, self.norm, self.head = nn.Conv1d(5, 4, 2), nn.BatchNorm1d(4), nn.Linear(4, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.second(self.first(self.embed(ids).unsqueeze(1)).relu()).relu()
+        return self.head(self.norm(self.third(x.mean(-1))).mean(-1))
+
+
+class Drifting(torch.optim.Optimizer):
+    """Moves every weight, gradient or not; without state."""
+
+    def __init__(self, parameters, lr=0.01):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(group["lr"])
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "drifting": Drifting,
+}
+
+
+def sparse(config=None, optimizer="adamw", model=Net, total_steps=100, **fields):
+    torch.manual_seed(0)
+    net = model()
+    config = config or SparsityConfig(**{"density": 0.4, "update_interval": 5} | fields)
+    draw_masks(net, config)
+    optimizer = OPTIMIZERS[optimizer](net.parameters())
+    return net, optimizer, Sparsifier(net, optimizer, config, total_steps)
+
+
+def backward(net, step):
+    ids = torch.randint(0, VOCABULARY, (16, 4), generator=torch.Generator().manual_seed(step))
+    loss = nn.functional.cross_entropy(net(ids), ids[:, 0])
+    loss.backward()
+    return loss.item()
+
+
+def train(net, optimizer, sparsifier, first=0, last=100):
+    """Yields what a step did while its gradients are alive, and takes the optimizer's step."""
+    for step in range(first, last):
+        loss = backward(net, step)
+        yield sparsifier.step(), loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def masks_of(net):
+    return {name: get_mask(module) for name, module in masked_modules(net).items()}
+
+
+def moments(optimizer, parameter):
+    state = optimizer.state[parameter]
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", [Net, Conv])
+def test_what_holds_at_every_step(optimizer, model):
+    net, optimizer, sparsifier = sparse(optimizer=optimizer, model=model)
+    targets = target_counts(net, sparsifier.config)
+    updates = 0
+    for update, _ in train(net, optimizer, sparsifier):
+        updates += update is not None
+        for name, module in masked_modules(net).items():
+            mask = get_mask(module)
+            assert mask.sum() == targets[name]
+            assert not module.weight[~mask].any()
+            assert not module.weight.grad[~mask].any()
+            if type(optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+                assert not any(state[~mask].any() for state in moments(optimizer, module.weight).values())
+    assert check_masks(net) == []
+    assert updates == 19
+    assert sparsifier.steps == 100
+
+
+def test_training_learns():
+    net, optimizer, sparsifier = sparse()
+    losses = [loss for _, loss in train(net, optimizer, sparsifier)]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_keeps_dead_weights_at_zero():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 10, bias=False))
+    config = SparsityConfig(density=0.3, update_interval=3)
+    draw_masks(net, config)
+    optimizer = torch.optim.Muon(net.parameters(), lr=0.02, weight_decay=0.1)
+    sparsifier = Sparsifier(net, optimizer, config, 20)
+    for _ in range(20):
+        net(torch.randn(8, 20)).square().mean().backward()
+        sparsifier.step()
+        optimizer.step()
+        assert check_masks(net) == []
+
+
+def test_update_reports_what_moved():
+    net, optimizer, sparsifier = sparse(density=0.5)
+    before, ever = masks_of(net), masks_of(net)
+    for update, _ in train(net, optimizer, sparsifier, last=99):
+        after = masks_of(net)
+        if update is None:
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            continue
+        ever = {name: ever[name] | after[name] for name in ever}
+        size = sum(mask.numel() for mask in after.values())
+        assert update.step == sparsifier.steps
+        assert update.dropped == sum(int((before[name] & ~after[name]).sum()) for name in before) > 0
+        assert update.grown == sum(int((after[name] & ~before[name]).sum()) for name in before) == update.dropped
+        assert update.requested >= update.dropped
+        assert update.density == pytest.approx(0.5, abs=1e-4)
+        assert update.ever_active == sum(int(mask.sum()) for mask in ever.values()) / size
+        assert list(update.density_by_group) == ["embed", "layers", "head"]
+        before = after
+    assert update is None
+    assert 0.5 < sparsifier.ever_active() < 1
+
+
+@pytest.mark.parametrize("density", [0.4, 0.9])
+def test_forbidding_regrowth_caps_what_moves(density, caplog):
+    caplog.set_level(logging.INFO)
+    net, optimizer, sparsifier = sparse(density=density, regrow="forbid", drop_fraction=0.5, drop_schedule="constant")
+    update = next(update for update, _ in train(net, optimizer, sparsifier) if update)
+    moved = sum(min(round(0.5 * int(mask.sum())), int((~mask).sum())) for mask in masks_of(net).values())
+    assert update.dropped == update.grown == moved
+    assert ("for want of inactive ones" in caplog.text) == (update.dropped < update.requested)
+
+
+def test_grown_weights_had_the_largest_gradients():
+    net, optimizer, sparsifier = sparse(update_interval=3, regrow="forbid", drop_fraction=0.2)
+    for step in range(3):
+        backward(net, step)
+        dense = {name: module.weight.grad.abs().clone() for name, module in masked_modules(net).items()}
+        before = masks_of(net)
+        update = sparsifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert update.grown
+    for name, after in masks_of(net).items():
+        grown, passed_over = dense[name][after & ~before[name]], dense[name][~after & ~before[name]]
+        assert grown.min() >= passed_over.max()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_optimizer_state_of_moved_weights(optimizer):
+    net, optimizer, sparsifier = sparse(optimizer=optimizer, update_interval=10)
+    for _ in train(net, optimizer, sparsifier, last=9):
+        pass
+    backward(net, 9)
+    before, layers = masks_of(net), masked_modules(net)
+    dense = {name: module.weight.grad.clone() for name, module in layers.items()}
+    weights = {name: module.weight.detach().clone() for name, module in layers.items()}
+    states = {name: copy.deepcopy(moments(optimizer, module.weight)) for name, module in layers.items()}
+    assert sparsifier.step().dropped
+    for name, module in layers.items():
+        after = get_mask(module)
+        dropped, grown, stayed = before[name] & ~after, after & ~before[name], before[name] & after
+        assert not module.weight[dropped | grown].any()
+        assert torch.equal(module.weight[stayed], weights[name][stayed])
+        assert torch.equal(module.weight.grad[after], dense[name][after])
+        assert moments(optimizer, module.weight)
+        for key, state in moments(optimizer, module.weight).items():
+            assert torch.equal(state[stayed], states[name][key][stayed])  # those dropped and regrown among them
+            assert not state[dropped].any()
+            second = key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+            assert torch.equal(state[grown], dense[name][grown].square() if second else torch.zeros_like(state[grown]))
+
+
+def test_state_of_another_shape_is_named_once(caplog):
+    net, _, _ = sparse()
+    optimizer = torch.optim.Adafactor(net.parameters())
+    sparsifier = Sparsifier(net, optimizer, SparsityConfig(density=0.4, update_interval=2), 20)
+    for _ in train(net, optimizer, sparsifier, last=10):
+        assert check_masks(net) == []
+    assert caplog.text.count("Adafactor keeps row_var, col_var of embed.weight in another shape") == 1
+
+
+def test_move_state_leaves_counters_alone():
+    state = {"step": torch.tensor(7.0), "exp_avg": torch.ones(1), "note": "text"}
+    yes = torch.ones(1, dtype=torch.bool)
+    assert move_state(state, torch.full((1,), 3.0), ~yes, yes) == []
+    assert (state["step"], state["exp_avg"]) == (7, 0)
+    state = {"step": torch.ones(1), "exp_avg_sq": torch.ones(2, 2), "row": torch.ones(2)}
+    mask = torch.tensor([[True, False], [False, False]])
+    assert move_state(state, torch.full((2, 2), 3.0), mask.flip(0), mask) == ["row"]
+    assert state["exp_avg_sq"].tolist() == [[9, 1], [0, 1]]
+    assert state["step"] == 1
+
+
+def test_moments_of_dead_weights_are_cleared_when_a_used_optimizer_is_bound():
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    backward(net, 0)
+    optimizer.step()
+    config = SparsityConfig(density=0.4, update_interval=0)
+    draw_masks(net, config)
+    sparsifier = Sparsifier(net, optimizer, config, 10)
+    for _ in train(net, optimizer, sparsifier, last=3):
+        assert check_masks(net) == []
+    assert check_masks(net) == []
+
+
+@pytest.mark.parametrize("fields", [{"update_interval": 0}, {"update_start": 0.99}, {"update_end": 0.04}])
+def test_static_masks(fields):
+    net, optimizer, sparsifier = sparse(**fields)
+    before = masks_of(net)
+    assert not any(update for update, _ in train(net, optimizer, sparsifier))
+    assert all(torch.equal(mask, before[name]) for name, mask in masks_of(net).items())
+    assert sparsifier.ever_active() == pytest.approx(0.4, abs=1e-3)
+
+
+def test_updates_keep_to_their_window():
+    net, optimizer, sparsifier = sparse(update_start=0.2, update_end=0.5)
+    updates = [update for update, _ in train(net, optimizer, sparsifier) if update]
+    assert [update.step for update in updates] == [20, 25, 30, 35, 40, 45]
+    assert updates[0].drop_fraction == 0.5
+    assert updates[-1].drop_fraction < 0.05
+
+
+def test_a_frozen_weight_keeps_its_mask():
+    net, optimizer, sparsifier = sparse()
+    net.layers[0].weight.requires_grad_(False)
+    before = masks_of(net)
+    assert any(update for update, _ in train(net, optimizer, sparsifier, last=20))
+    changed = [name for name, mask in masks_of(net).items() if not torch.equal(mask, before[name])]
+    assert changed == ["embed.weight", "layers.1.weight", "head.weight"]
+
+
+def test_clipping_sees_active_weights_only():
+    net, _, sparsifier = sparse(update_interval=0)
+    backward(net, 0)
+    expected = torch.stack([p.grad[p != 0].norm() if p.dim() == 2 else p.grad.norm() for p in net.parameters()]).norm()
+    assert nn.utils.clip_grad_norm_(net.parameters(), 1e9) > expected
+    sparsifier.step()
+    assert nn.utils.clip_grad_norm_(net.parameters(), 1e9) == pytest.approx(expected.item())
+
+
+def test_a_dense_model_needs_no_masks():
+    net, optimizer, sparsifier = sparse(density=1.0)
+    assert not any(update for update, _ in train(net, optimizer, sparsifier, last=20))
+    assert masked_modules(net) == {}
+    assert sparsifier.ever_active() == 1.0
+    assert sparsifier.report().overall.density == 1.0
+
+
+def test_dense_tensors_stay_dense_beside_sparse_ones():
+    net, optimizer, sparsifier = sparse(density=0.5, densities={"embed.*": 1.0})
+    for _ in train(net, optimizer, sparsifier, last=20):
+        assert get_mask(net.embed).all()
+
+
+def test_an_error_at_an_update_leaves_all_masks():
+    net, _, sparsifier = sparse(update_interval=1)
+    before = copy.deepcopy(net.state_dict())
+    backward(net, 0)
+    net.head.weight.grad[3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"the gradient of head\.weight has values that are not finite"):
+        sparsifier.step()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_wrapped_models_and_optimizers_get_the_same_masks():
+    net, optimizer, sparsifier = sparse(optimizer="drifting")
+    list(train(net, optimizer, sparsifier, last=21))
+
+    class Wrapper(nn.Module):  # names as DistributedDataParallel and torch.compile give them
+        def __init__(self, inner):
+            super().__init__()
+            self.module = nn.Module()
+            self.module._orig_mod = inner
+
+        def forward(self, *inputs):
+            return self.module._orig_mod(*inputs)
+
+    class WrappedOptimizer(torch.optim.Optimizer):  # as Accelerate does
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["optimizer"], name)
+
+    torch.manual_seed(0)
+    other = Net()
+    config = SparsityConfig(density=0.4, update_interval=5)
+    draw_masks(other, config)
+    plain = Drifting(reversed(list(other.parameters())))
+    wrapped = Wrapper(other)
+    list(train(wrapped, plain, Sparsifier(wrapped, WrappedOptimizer(plain), config, 100), last=21))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------- the first masks
+
+
+def test_draw_masks_meets_the_targets_and_zeros_the_rest():
+    net, _, sparsifier = sparse(density=0.3)
+    report = sparsifier.report()
+    assert report.overall.active == round(0.3 * report.overall.size)
+    assert all(row.active == row.target for row in report.tensors)
+    assert [row.name for row in report.tensors] == ["embed.weight", "layers.0.weight", "layers.1.weight", "head.weight"]
+    assert [row.name for row in report.groups] == ["embed", "layers", "head"]
+    assert report.groups[1].active == report.tensors[1].active + report.tensors[2].active
+    assert report.tensors[0].shape == (VOCABULARY, 16)
+    assert check_masks(net) == []
+
+
+def test_masks_follow_from_seed_and_name():
+    first, again, other = (masks_of(sparse(seed=seed)[0]) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_excluded_weights_carry_no_mask():
+    net, _, sparsifier = sparse(exclude=["embed.*", "head.*"])
+    assert list(masked_modules(net)) == ["layers.0.weight", "layers.1.weight"]
+    assert sparsifier.report().overall.density == pytest.approx(0.4, abs=1e-3)
+
+
+def test_group_densities():
+    _, _, sparsifier = sparse(density=0.3, densities={"layers.*": 0.2, "layers.1.*": 0.25, "embed.*": 1.0})
+    report = sparsifier.report()
+    densities = [row.density for row in report.tensors]
+    assert densities[:3] == pytest.approx([1.0, 0.2, 0.25], abs=1e-3)
+    assert report.overall.active == round(0.3 * report.overall.size)
+
+
+def test_declared_masks_are_kept_and_noted():
+    net = Net()
+    net.config = SimpleNamespace(masked_modules=["layers.*", "head.*"])
+    attach_masks(net, net.config.masked_modules)
+    draw_masks(net, SparsityConfig(density=0.5, exclude=["layers.1.*"]))
+    assert list(masked_modules(net)) == ["layers.0.weight", "head.weight"]
+    assert net.config.masked_modules == ["layers.*", "head.*", "!layers.1.*"]
+    fresh = Net()
+    assert attach_masks(fresh, net.config.masked_modules) == list(masked_modules(net))
+
+
+def test_undeclared_masks_are_noted():
+    net = Net()
+    net.config = SimpleNamespace(masked_modules=[])
+    draw_masks(net, SparsityConfig(density=0.5, exclude=["embed.*"]))
+    assert net.config.masked_modules == ["*", "!embed.*"]
+
+
+def test_a_dense_config_declares_nothing():
+    net = Net()
+    net.config = SimpleNamespace(masked_modules=[])
+    draw_masks(net, SparsityConfig())
+    assert net.config.masked_modules == []
+    assert masked_modules(net) == {}
+
+
+def test_tied_weights_have_one_mask():
+    net = Net()
+    net.head = nn.Linear(16, VOCABULARY, bias=False)
+    net.head.weight = net.embed.weight
+    draw_masks(net, SparsityConfig(density=0.5))
+    assert list(masked_modules(net)) == ["embed.weight", "layers.0.weight", "layers.1.weight"]
+    assert check_masks(net) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "model.layers"),
+        ("model.heads.0.layers.1.self_attn.q_proj.weight", "model.heads"),
+        ("lm_heads.0.weight", "lm_heads"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("0.weight", "0.weight"),
+        ("weight", "weight"),
+    ],
+)
+def test_groups(name, group):
+    assert group_of(name) == group
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rprop"])
+@pytest.mark.parametrize("stop", [12, 15])  # between updates and at one
+def test_a_resumed_run_is_the_uninterrupted_one(optimizer, stop):
+    net, whole, sparsifier = sparse(optimizer=optimizer)
+    expected = list(train(net, whole, sparsifier, last=40))
+
+    first, before, first_sparsifier = sparse(optimizer=optimizer)
+    done = list(train(first, before, first_sparsifier, last=stop))
+    saved = copy.deepcopy((first.state_dict(), before.state_dict(), first_sparsifier.state_dict()))
+
+    torch.manual_seed(99)
+    second = Net()
+    attach_masks(second, ["*"])
+    second.load_state_dict(saved[0])
+    after = OPTIMIZERS[optimizer](second.parameters())
+    after.load_state_dict(saved[1])
+    resumed = Sparsifier(second, after, sparsifier.config, 100)
+    resumed.load_state_dict(saved[2])
+    done += train(second, after, resumed, first=stop, last=40)
+
+    assert done == expected
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in net.state_dict().items())
+    final = sparsifier.state_dict()
+    assert all(torch.equal(value, final[name]) for name, value in resumed.state_dict().items())
+
+
+def test_state_is_loaded_after_the_model_even_when_the_sparsifier_came_first():
+    net, optimizer, sparsifier = sparse()
+    list(train(net, optimizer, sparsifier, last=12))
+    other, fresh, late = sparse(seed=5)
+    other.load_state_dict(net.state_dict())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    late.load_state_dict(sparsifier.state_dict())
+    late.config = sparsifier.config
+    assert list(train(other, fresh, late, 12, 30)) == list(train(net, optimizer, sparsifier, 12, 30))
+
+
+def test_state_holds_tensors_only():
+    state = sparse()[2].state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert state["ever_active.embed.weight"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.pop("target.head.weight"), r"target\.head\.weight is missing"),
+        (lambda state: state.update(other=torch.zeros(1)), r"other is unknown"),
+        (lambda state: state["target.head.weight"].add_(1), r"does not fit the mask of head\.weight"),
+        (
+            lambda state: state.update({"ever_active.head.weight": torch.zeros(1)}),
+            r"does not fit the mask of head\.weight",
+        ),
+    ],
+)
+def test_a_foreign_state_is_refused(spoil, message):
+    _, _, sparsifier = sparse()
+    state = sparsifier.state_dict()
+    spoil(state)
+    with pytest.raises(ValueError, match=message):
+        sparsifier.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("density", 0, r"density is 0; accepted: a number in \(0, 1\]"),
+        ("density", 1.01, r"density is 1\.01"),
+        ("density", True, r"density is True"),
+        ("density", "0.5", r"density is '0\.5'"),
+        ("density", float("nan"), r"density is nan"),
+        ("distribution", "erg", r"distribution is 'erg'; accepted: er, erk, flops, uniform \(did you mean"),
+        ("densities", {"a": 0.0}, r"densities is \{'a': 0\.0\}; accepted: a mapping from globs"),
+        ("densities", ["a"], r"densities is \['a'\]"),
+        ("exclude", "embed.*", r"exclude is 'embed\.\*'; accepted: a list of globs"),
+        ("drop", "soft", r"drop is 'soft'; accepted: global_magnitude, magnitude, mest, set, soft_magnitude, taylor"),
+        (
+            "grow",
+            "gradients",
+            r"grow is 'gradients'; accepted: gradient, gradient_random, momentum, random \(did you mean 'gradient'\?\)",
+        ),
+        ("grow", None, r"grow is None; accepted: gradient, gradient_random, momentum, random"),
+        ("regrow", True, r"regrow is True; accepted: allow, forbid"),
+        ("drop_exponent", 0, r"drop_exponent is 0; accepted: a number above 0"),
+        ("drop_fraction", 1.1, r"drop_fraction is 1\.1; accepted: a number in \[0, 1\]"),
+        ("drop_fraction_end", -0.1, r"drop_fraction_end is -0\.1"),
+        (
+            "drop_schedule",
+            "cosin",
+            r"drop_schedule is 'cosin'; accepted: constant, cosine, cubic, linear \(did you mean 'cosine'",
+        ),
+        ("update_interval", -1, r"update_interval is -1; accepted: an integer from 0"),
+        ("update_interval", 2.5, r"update_interval is 2\.5"),
+        ("update_start", 1, r"update_start is 1; accepted: a share of the run in \[0, 1\)"),
+        ("update_end", 0, r"update_end is 0; accepted: a share of the run above update_start \(0\.0\), up to 1"),
+        ("update_end", 75, r"update_end is 75"),
+        ("seed", "x", r"seed is 'x'; accepted: an integer"),
+    ],
+)
+def test_bad_config(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exclude": ["decoder.*"]}, r"exclude: the pattern 'decoder\.\*' fits none of the 4 weights"),
+        ({"densities": {"heads.*": 0.5}}, r"densities: the pattern 'heads\.\*' fits none of the 4 weights"),
+        ({"densities": {"layers.*": 1.0}, "density": 0.4}, r"densities: the fixed groups take 4224 of the 2330 active"),
+        ({"densities": {"*": 0.5}, "density": 0.4}, r"densities: the groups cover every weight and give density 0\.5"),
+    ],
+)
+def test_impossible_groups(fields, message):
+    with pytest.raises(ValueError, match=message):
+        sparse(**fields)
+
+
+def test_a_sparse_config_needs_masks():
+    net = Net()
+    with pytest.raises(ValueError, match=r"density is 0\.4 and the model carries no masks; accepted: .* draw_masks"):
+        Sparsifier(net, torch.optim.SGD(net.parameters()), SparsityConfig(density=0.4), 10)
+
+
+def test_weights_outside_their_mask_are_refused():
+    net, optimizer, sparsifier = sparse()
+    with torch.no_grad():
+        net.head.weight.fill_(1.0)
+    with pytest.raises(ValueError, match=r"weights outside their mask are not 0 in head\.weight"):
+        Sparsifier(net, optimizer, sparsifier.config, 10)
+
+
+def test_the_optimizer_must_own_the_weights():
+    net, _, sparsifier = sparse()
+    with pytest.raises(ValueError, match=r"the optimizer does not own the masked weights embed\.weight; accepted"):
+        Sparsifier(net, torch.optim.SGD([*net.layers.parameters(), *net.head.parameters()]), sparsifier.config, 10)
+
+
+def test_sparse_gradients_are_refused():
+    net = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+    draw_masks(net, SparsityConfig(density=0.5))
+    with pytest.raises(ValueError, match=r"0\.weight has sparse gradients; accepted: an embedding with sparse=False"):
+        Sparsifier(net, torch.optim.SGD(net.parameters()), SparsityConfig(density=0.5), 10)
+
+
+@pytest.mark.parametrize("total_steps", [0, -1, 2.5, None])
+def test_bad_total_steps(total_steps):
+    with pytest.raises(ValueError, match=r"total_steps is .*; accepted: an integer from 1"):
+        sparse(total_steps=total_steps)
+
+
+def test_masks_of_another_density_stand(caplog):
+    net, optimizer, _ = sparse()
+    before = masks_of(net)
+    sparsifier = Sparsifier(net, optimizer, SparsityConfig(density=0.7, update_interval=5), 100)
+    assert "density 0.4" in caplog.text
+    list(train(net, optimizer, sparsifier, last=11))
+    assert all(mask.sum() == before[name].sum() for name, mask in masks_of(net).items())
+
+
+def test_changing_a_mask_by_hand_is_noticed_on_load():
+    net, _, sparsifier = sparse()
+    state = sparsifier.state_dict()
+    set_mask(net.head, torch.ones_like(net.head.weight, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"does not fit the mask of head\.weight"):
+        sparsifier.load_state_dict(state)
