@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .data.streams import DataConfig
+from .data.config import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .sparsity.sparsifier import SparsityConfig
 

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from conftest import script
 from processes import SERVER, free_port
 
+from nt_hf.cli import tokenizer as train_tokenizer
 from nt_hf.training import loop as training
 
 CONFIG = """
@@ -27,7 +28,7 @@ pretrain = script("recipes/pretrain_c4.py")
 def write_config(directory: Path) -> Path:
     """A configuration file with a tokenizer of 320 pieces."""
     command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
+    call(train_tokenizer.main, *command)
     path = directory / "tiny.yaml"
     path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
     return path

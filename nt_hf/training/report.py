@@ -1,12 +1,10 @@
 """Tables, plots and model cards from what a run wrote.
 
-python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
+nt-hf report runs/demo    # writes its report/ again, also while the run is training
 """
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,15 +153,3 @@ The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`
 
 def _last(records: Sequence[Record], event: str) -> Record | None:
     return next((record for record in reversed(records) if record["event"] == event), None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nt_hf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="the directory of a run of recipes/pretrain_c4.py")
-    run_dir = parser.parse_args().run
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
-    table, files = write_report(run_dir)
-    sys.stdout.write(f"{table}\n\nwritten: {', '.join(map(str, files))}\n")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
 from processes import SERVER, finish, wait_for
 from recipe_runs import call, of, pretrain, start, train
 from safetensors import SafetensorError
 
 from experiments.suite import load_suite
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import prepare, tokenizer
 from nt_hf.cli.program import run as run_program
 from nt_hf.config import TrainConfig, load_run_config, parse_overrides, read_yaml
 from nt_hf.files import LockedError, only_writer, write_whole
@@ -263,7 +263,7 @@ def training_killer(_: int) -> None:
 
 FORKED = """
 import sys
-from nt_hf.data import TokenBatches, load_tokenizer, read_texts, tokenize
+from nt_hf.data.streams import TokenBatches, load_tokenizer, read_texts, tokenize
 tokenizer = load_tokenizer(sys.argv[1])
 tokenize(list(read_texts("sample:train"))[:200], tokenizer)
 batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
@@ -363,10 +363,8 @@ def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
 
 def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
     """C7"""
-    prepare = script("recipes/prepare_c4.py").main
-    trained = script("recipes/train_tokenizer.py").main
     with only_writer(tmp_path / "there"):
-        for main in (prepare, trained):
+        for main in (prepare.main, tokenizer.main):
             with pytest.raises(LockedError, match="there: another process writes there"):
                 call(main, "--data", "sample:validation", "--output", tmp_path / "there")
 
