@@ -1,6 +1,8 @@
-"""Writes the table and the plot of a run into its folder report/, also while the run is still training.
+"""Writes the table and the plot of a run, also while the run is still training.
 
-nt-hf report runs/demo
+    nt-hf report runs/demo
+
+They are in the run's folder report/; the table is printed, too.
 """
 
 import argparse

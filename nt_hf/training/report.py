@@ -1,7 +1,4 @@
-"""Tables, plots and model cards from what a run wrote.
-
-nt-hf report runs/demo    # writes its report/ again, also while the run is training
-"""
+"""Tables, plots and model cards from what a run wrote."""
 
 import json
 import logging
