@@ -112,6 +112,21 @@ class TrainConfig:
         _require(self.weight_decay == 0 or (self.optimizer == "adamw" and self.weight_decay > 0), "weight_decay",
                  self.weight_decay, "0, or a positive number with optimizer=adamw")  # fmt: skip
 
+    def accumulation_steps(self, processes: int) -> tuple[int, int]:
+        """Splits ``batch_size`` into (sequences of one forward pass, forward passes of one step) of each process.
+
+        Raises:
+            ValueError: the batch does not divide evenly.
+        """
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        passes, remainder = divmod(self.batch_size, micro * processes)
+        if remainder or not passes:
+            raise ValueError(
+                f"train.batch_size={self.batch_size}: accepted is a multiple of micro_batch_size * processes = "
+                f"{micro} * {processes}"
+            )
+        return micro, passes
+
 
 @dataclasses.dataclass
 class RunConfig:
@@ -200,44 +215,6 @@ def _check_rope(model: Mapping[str, Any]) -> None:
             ROPE_INIT_FUNCTIONS[kind](NeuroTrailsLlamaConfig(**copy.deepcopy(model)), None)
         except KeyError as error:
             raise ValueError(f"model.rope_parameters={rope}: lacks {error.args[0]}, expected with {kind}") from error
-
-
-# What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.
-FIXED = {
-    "data": {"sequence_length", "text_field", "order_per_head"},
-    "sparsity": {
-        "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
-    },
-    "train": {"optimizer", "seed"},
-}  # fmt: skip
-FREE = {
-    # The tokenizer is compared by its content, once it is loaded.
-    "data": {"validation", "validation_tokens", "tokenizer"},
-    "train": {
-        "micro_batch_size", "gradient_checkpointing", "compile", "peak_tflops", "log_steps", "eval_steps", "save_steps",
-        "keep", "save_dtype", "check_interval",
-    },
-}  # fmt: skip
-
-
-def changed_keys(wanted: RunConfig, found: RunConfig, path: Path) -> str:
-    """What differs between a run's configuration and that of ``path``, which it is to continue; empty if nothing does.
-
-    Raises:
-        ValueError: keys differ that a run must keep.
-    """
-    ours, theirs = wanted.to_dict(), found.to_dict()
-    changed = [
-        (section, key, ours[section].get(key), theirs[section].get(key))
-        for section in ours
-        for key in sorted(ours[section].keys() | theirs[section].keys())
-        if ours[section].get(key) != theirs[section].get(key) and key not in FREE.get(section, ())
-    ]
-    fixed = [change for change in changed if change[0] == "model" or change[1] in FIXED[change[0]]]
-    listed = ", ".join(f"{section}.{key}={new!r} (was {old!r})" for section, key, new, old in fixed or changed)
-    if fixed:
-        raise ValueError(f"{listed}: {path} cannot continue so; set it as it was, or take another --output_dir")
-    return listed
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -19,9 +19,7 @@ import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
 # Packages only: the server does not know this folder.
-SERVER.set_forkserver_preload(
-    ["nt_hf.cli.program", "nt_hf.evaluation.perplexity", "nt_hf.training.checkpoint", "pytest"]
-)
+SERVER.set_forkserver_preload(["nt_hf.cli.train", "pytest"])
 
 
 def free_port() -> str:

@@ -16,7 +16,7 @@ import yaml
 from ..config import RunConfig
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..text import pyplot
-from .loop import read_metrics
+from .metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from nt_hf.plan.planner import (
     report,
     step_memory,
 )
-from nt_hf.training.loop import make_optimizer
+from nt_hf.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"

@@ -16,8 +16,8 @@ from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data.prepared import prepare
 from nt_hf.data.streams import load_tokenizer
 from nt_hf.models.masks import check_masks, count_active
-from nt_hf.training import loop as training
-from nt_hf.training.checkpoint import find_checkpoints, find_damage
+from nt_hf.training.manifest import find_checkpoints, find_damage
+from nt_hf.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -35,7 +35,7 @@ def train_on(processes: int, config: Path, run_dir: Path, *overrides: object, **
     """Runs the recipe on some processes; returns its metrics."""
     codes = finish(start(processes, "--config", config, "--output_dir", run_dir, *overrides, **environment))
     assert codes == [0] * processes
-    return training.read_metrics(run_dir / "metrics.jsonl")
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def masks_of(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def single(config, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("processes", "environment"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)])
 def test_several_processes_train_as_one(config, single, tmp_path, processes, environment):
-    one = training.read_metrics(single / "metrics.jsonl")
+    one = read_metrics(single / "metrics.jsonl")
     many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
     for key in ("head_losses", "grad_norm"):
         pairs = list(zip(of(one, "train", key), of(many, "train", key)))

@@ -17,20 +17,12 @@ from nt_hf.data.streams import load_tokenizer, pad_rows
 from nt_hf.models.masks import masked_modules
 from nt_hf.plan.planner import forward_flops_per_token, peak_tflops, training_flops_per_token
 from nt_hf.sparsity.sparsifier import target_counts
-from nt_hf.training.checkpoint import find_checkpoints, find_resume
-from nt_hf.training.loop import (
-    HostCopy,
-    Metrics,
-    accumulation_steps,
-    compile_blocks,
-    count_targets,
-    grouped,
-    learning_rate,
-    limited,
-    make_optimizer,
-    read_metrics,
-    to_device,
-)
+from nt_hf.training.batches import count_targets, grouped, limited, to_device
+from nt_hf.training.device import HostCopy, compile_blocks
+from nt_hf.training.manifest import find_checkpoints
+from nt_hf.training.metrics import Metrics, read_metrics
+from nt_hf.training.optimizer import learning_rate, make_optimizer
+from nt_hf.training.resume import find_resume
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 SHAPE = {
@@ -203,13 +195,13 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor():
     [(8, None, 1, (8, 1)), (8, None, 4, (2, 1)), (8, 2, 1, (2, 4)), (8, 2, 2, (2, 2)), (512, 64, 8, (64, 1))],
 )
 def test_a_batch_is_split_into_passes(batch, micro, processes, expected):
-    assert accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes) == expected
+    assert TrainConfig(batch_size=batch, micro_batch_size=micro).accumulation_steps(processes) == expected
 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(8, 3, 1), (8, 8, 2), (8, None, 3)])
 def test_a_batch_that_does_not_divide_is_refused(batch, micro, processes):
-    with pytest.raises(ValueError, match=f"batch_size={batch}: accepted are multiples"):
-        accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes)
+    with pytest.raises(ValueError, match=f"batch_size={batch}: accepted is a multiple"):
+        TrainConfig(batch_size=batch, micro_batch_size=micro).accumulation_steps(processes)
 
 
 def test_groups_and_targets():
@@ -247,7 +239,7 @@ def test_checkpoints_are_found_and_chosen(tmp_path):
         find_resume(str(tmp_path / "checkpoint-5"), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         find_resume("never", tmp_path)
-    with pytest.raises(ValueError, match="accepted are auto, never, or a checkpoint"):
+    with pytest.raises(ValueError, match="accepted is auto, never, or a checkpoint"):
         find_resume(str(tmp_path / "model"), tmp_path)
 
 
