@@ -19,7 +19,9 @@ class Rule(NamedTuple):
 def check(name: str, value: Any, rule: Rule) -> None:
     """Raises ValueError unless the setting ``name`` may have this value."""
     if not rule.valid(value):
-        raise ValueError(f"{name}={value!r}: accepted is {rule.accepted}{nearest(value, rule.names)}")
+        similar = nearest(value, rule.names)
+        hint = f" (did you mean {similar}?)" if similar else ""
+        raise ValueError(f"{name}={value!r}: accepted is {rule.accepted}{hint}")
 
 
 def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
@@ -38,19 +40,20 @@ def look_up(choices: Mapping[str, Any], name: str, value: Any) -> Any:
     return choices[value]
 
 
-def nearest(word: Any, names: Iterable[str]) -> str:
-    """The text " (did you mean …?)" with the name that is most like ``word``; empty if none is like it."""
+def nearest(word: Any, names: Iterable[str]) -> str | None:
+    """The name that is most like ``word``; ``None`` if no name is like it."""
     similar = difflib.get_close_matches(str(word), list(names), n=1, cutoff=0.5)
-    return f" (did you mean {similar[0]}?)" if similar else ""
+    return similar[0] if similar else None
 
 
-def choice(names: Iterable[str], *others: str) -> Rule:
-    """One of some names. ``others`` describes values that are accepted elsewhere."""
+def choice(names: Iterable[str], when: str = "") -> Rule:
+    """One of some names; ``when`` says in words under which condition only these are accepted."""
     names = tuple(names)
-    return Rule(lambda value: isinstance(value, str) and value in names, ", ".join([*names, *others]), names)
+    accepted = ", ".join(names) + (when and f" {when}")
+    return Rule(lambda value: isinstance(value, str) and value in names, accepted, names)
 
 
-def whole(least: int | None = None, most: int | None = None) -> Rule:
+def integer(least: int | None = None, most: int | None = None) -> Rule:
     """A whole number, from ``least`` to ``most`` where they are given; not a truth value."""
 
     def valid(value: Any) -> bool:
@@ -86,9 +89,15 @@ def optional(rule: Rule) -> Rule:
     return Rule(lambda value: value is None or rule.valid(value), f"{rule.accepted}, or null", rule.names)
 
 
-def list_of(rule: Rule, accepted: str) -> Rule:
-    """A list of such values, ``accepted`` in words."""
-    return Rule(lambda value: isinstance(value, list | tuple) and all(map(rule.valid, value)), accepted)
+def list_of(rule: Rule, accepted: str, length: int | None = None) -> Rule:
+    """A list of such values, ``accepted`` in words, of a certain length if one is given."""
+
+    def valid(value: Any) -> bool:
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            return False
+        return all(map(rule.valid, value))
+
+    return Rule(valid, accepted)
 
 
 def mapping_to(rule: Rule, accepted: str) -> Rule:

@@ -14,7 +14,7 @@ def compile_blocks(model: NeuroTrailsLlamaForCausalLM) -> None:
 
     All blocks share one graph. Masks are no part of it, so topology updates do not compile anything again.
     """
-    for block in [*model.model.layers, *(block for head in model.model.heads for block in head.layers)]:
+    for block in model.blocks():
         block.compile()
 
 

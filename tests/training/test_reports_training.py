@@ -107,7 +107,7 @@ def test_numbers_count_wherever_one_is_expected():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.seed": "-1"}, "train.seed=-1: accepted is 0 to 4294967295"),
+        ({"train.seed": "-1"}, "train.seed=-1: accepted is a whole number from 0 to 4294967295"),
         ({"train.seed": "abc"}, "train.seed='abc': accepted is a whole number"),
         ({"train.betas": "[0.9, x]"}, "train.betas[1]='x': accepted is a finite number"),
     ],
