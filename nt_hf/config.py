@@ -6,14 +6,27 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .checks import SWITCH, Rule, check, check_fields, choice, integer, list_of, mapping_to, nearest, number, optional
+from .checks import (
+    SWITCH,
+    TEXT,
+    Rule,
+    check,
+    check_fields,
+    choice,
+    integer,
+    list_of,
+    mapping_to,
+    nearest,
+    number,
+    optional,
+)
 from .data.streams import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .sparsity.sparsifier import SparsityConfig
@@ -147,32 +160,31 @@ class RunConfig:
 
 
 SECTIONS = {"model": NeuroTrailsLlamaConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
-# Set by the recipe from other keys, so that they cannot contradict them.
+CONFIGS = Path(__file__).parent / "configs"
+# Set by training from other keys, so that they cannot contradict them.
 DERIVED_MODEL_KEYS = {"masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def load_run_config(
     sources: Sequence[str | Path | Mapping[str, Any]], overrides: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Reads YAML files, each overriding the ones before, then dotted ``overrides`` (``{"max_steps": "40"}``).
+    """Reads configurations, each overriding the ones before, then dotted ``overrides`` (``{"train.max_steps": "40"}``).
 
-    What a file would hold may also be given itself, as a mapping of sections.
+    Args:
+        sources: YAML files, names of those that come with the package, or mappings of sections as a file would hold
+            them. A file may name a ``base``, another file that it overrides.
+        overrides: values by dotted key, as YAML text.
 
     Raises:
-        ValueError: an unknown section or key (the nearest valid name is given), a value of the wrong type or
+        ValueError: an unknown file, section or key (the nearest valid name is given), a value of the wrong type or
             outside its range.
         OSError: a file cannot be read.
     """
     tree: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     texts: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}  # of the same scalars, as they were written
-    for source in sources:
-        in_memory = isinstance(source, Mapping)
-        where = "" if in_memory else f"{source}: "
-        content, written = (source, {}) if in_memory else _read(source)
+    for where, content, written in (layer for source in sources for layer in _layers(source)):
         for section, values in content.items():
             _known(section, SECTIONS, f"{where}section ")
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
             for key, value in values.items():
                 tree[section][_known(key, _fields(section), f"{where}{section}.")] = value
                 texts[section][key] = written.get(section, {}).get(key)
@@ -204,6 +216,61 @@ def load_run_config(
     if built["model"].get("rope_parameters"):
         _check_rope(built["model"])
     return RunConfig(**built)
+
+
+def find_config(name: str | Path, folder: Path | None = None) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: its path, or the name of one that comes with the package, such as ``"60m"``.
+        folder: that a relative path starts from; ``None``: the working directory.
+
+    Raises:
+        ValueError: it is neither; the message lists the known names.
+    """
+    path = (folder or Path()) / name
+    if path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    named = known.get(str(name).removesuffix(".yaml"))
+    if named is None:
+        raise ValueError(f"configuration {name}: accepted is a YAML file, or one of the names {', '.join(known)}")
+    return named
+
+
+def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration file, laid over its base; unchecked but for being mappings.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping of sections, or its base cannot be found.
+        OSError: it cannot be read.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for _, content, _ in _layers(path):
+        for section, values in content.items():
+            tree[section] = tree.get(section, {}) | values
+    return tree
+
+
+def _layers(
+    source: str | Path | Mapping[str, Any], folder: Path | None = None, above: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The layers of a configuration, its base first: where each is from, what it holds, and its scalars as written."""
+    if isinstance(source, Mapping):
+        where, content, written = "", source, {}
+    else:
+        path = find_config(source, folder)
+        where, (content, written) = f"{path}: ", _read(path)
+        if "base" in content:
+            base = content.pop("base")
+            check(f"{where}base", base, TEXT)
+            if path.resolve() in above:
+                raise ValueError(f"{where}base={base!r}: accepted is a file that does not lie over this one")
+            yield from _layers(base, path.parent, (*above, path.resolve()))
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
+    yield where, content, written
 
 
 def _check_rope(model: Mapping[str, Any]) -> None:

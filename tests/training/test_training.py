@@ -163,6 +163,66 @@ def test_the_papers_sizes_and_larger_ones(name, hidden, inner, attention, depth,
     )
 
 
+SMALL = {"sequence_length": 256, "batch_size": 512, "gradient_checkpointing": False, "max_grad_norm": None}
+LARGE = {"gradient_checkpointing": True, "max_grad_norm": 1.0}
+SETTINGS = {
+    "9m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.003},
+    "20m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.003},
+    "60m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.002},
+    "130m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.0015},
+    "350m": SMALL | {"max_steps": 22223, "micro_batch_size": 64, "learning_rate": 0.001},
+    "1b": LARGE | {"sequence_length": 1024, "batch_size": 512, "max_steps": 56000, "micro_batch_size": 4,
+                   "learning_rate": 0.0005},
+    "7b": LARGE | {"sequence_length": 2048, "batch_size": 1024, "max_steps": 71112, "micro_batch_size": 2,
+                   "learning_rate": 0.0003},
+}  # fmt: skip
+
+
+def test_the_sizes_differ_in_these_settings_and_in_no_others():
+    base = load_run_config([CONFIGS / "paper.yaml"])
+    assert dataclasses.replace(base.sparsity, density=1.0) == SparsityConfig(density=1.0)  # the library's defaults
+    assert base.sparsity.density == 0.9
+    for name, settings in SETTINGS.items():
+        config = load_run_config([name])
+        expected = copy.deepcopy(base)
+        for key, value in settings.items():
+            setattr(expected.data if hasattr(expected.data, key) else expected.train, key, value)
+        assert (config.data, config.sparsity, config.train) == (expected.data, expected.sparsity, expected.train), name
+
+
+def test_a_configuration_is_found_by_its_name_or_path(tmp_path, monkeypatch):
+    assert load_run_config(["demo"]) == load_run_config([CONFIGS / "demo.yaml"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a directory of this name is not meant
+    assert load_run_config(["demo", "treenet"]).sparsity.density == 1.0
+    (tmp_path / "own.yaml").write_text("train: {max_steps: 7}")
+    assert load_run_config(["own.yaml"]).train.max_steps == 7
+    with pytest.raises(
+        ValueError, match=r"^configuration demmo: accepted is a YAML file, or one of the names 130m, 1b"
+    ):
+        load_run_config(["demmo"])
+
+
+def test_a_file_lies_over_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text("train: {max_steps: 7, seed: 1}\nmodel: {hidden_size: 32}")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "above.yaml"
+    path.write_text("base: ../below.yaml\ntrain: {max_steps: 8}")
+    config = load_run_config([path], {"train.log_steps": "3"})
+    assert (config.train.max_steps, config.train.seed, config.train.log_steps) == (8, 1, 3)
+    assert config.model == {"hidden_size": 32} and "base" not in config.to_dict()
+    path.write_text("base: 60m\ntrain: {max_steps: 8}")  # by its name
+    assert load_run_config([path]).model == load_run_config(["60m"]).model
+    for text, message in (
+        ("base: nothing", "configuration nothing: accepted is a YAML file, or one of the names"),
+        ("base: [a]", r"above.yaml: base=\['a'\]: accepted is a text"),
+        ("base: above.yaml", r"above.yaml: base='above.yaml': accepted is a file that does not lie over this one"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_run_config([path])
+
+
 @pytest.mark.parametrize("name", ["dense", "treenet", "full_ensemble"])
 def test_the_baselines_are_laid_over_any_size(name):
     config = load_run_config([CONFIGS / "60m.yaml", CONFIGS / f"{name}.yaml"])
