@@ -447,12 +447,12 @@ class TrainingRun:
     def describe(self) -> None:
         """Says in one line what is about to run."""
         config, processes = self.model.config, self.accelerator.num_processes
-        kind = "" if processes == 1 else " (FSDP2)" if self.sharding else " (DDP)"
+        method = "" if processes == 1 else " (FSDP2)" if self.sharding else " (DDP)"
         progress = self.state.progress
         logger.info(
             "%s: %.1fM parameters, %d heads of %d blocks on a backbone of %d, density %.3f of the masked weights, %s",
             f"resuming {self.last_saved} at step {progress.step}" if self.last_saved else "new run",
             sum(parameter.numel() for parameter in self.model.parameters()) / 1e6,
             config.num_ensemble_heads, config.blocks_in_head, config.num_backbone_layers,
-            self.state.sparsifier.report().overall.density, f"{processes} processes{kind}",
+            self.state.sparsifier.report().overall.density, f"{processes} processes{method}",
         )  # fmt: skip

@@ -368,12 +368,12 @@ def test_compiled_blocks_share_one_graph_that_outlives_topology_updates():
     compile_blocks(compiled)
     batch = token_ids()[:160].view(4, 40)
     losses = {}
-    for name, each in {"eager": eager, "compiled": compiled}.items():
-        optimizer = torch.optim.Adam(each.parameters(), lr=1e-3)
-        sparsifier = Sparsifier(each, optimizer, SparsityConfig(density=0.5, update_interval=2), total_steps=100)
+    for name, variant in {"eager": eager, "compiled": compiled}.items():
+        optimizer = torch.optim.Adam(variant.parameters(), lr=1e-3)
+        sparsifier = Sparsifier(variant, optimizer, SparsityConfig(density=0.5, update_interval=2), total_steps=100)
         losses[name] = []
         for _ in range(5):
-            output = each(batch, labels=batch, use_cache=False)
+            output = variant(batch, labels=batch, use_cache=False)
             output.loss.backward()
             assert (sparsifier.step() is not None) == (sparsifier.steps % 2 == 0)
             optimizer.step()
@@ -397,9 +397,11 @@ def test_learning_rate_factors_make_groups_and_the_last_fitting_glob_decides():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     factors = {"*.layers.*": 0.25, "model.layers.*": 0.5}
     optimizer = make_optimizer(model, TrainConfig(learning_rate_factors=factors))
-    found = {names[id(p)]: group["learning_rate_factor"] for group in optimizer.param_groups for p in group["params"]}
-    assert found.keys() == set(names.values())
-    for name, factor in found.items():
+    factor_of = {
+        names[id(p)]: group["learning_rate_factor"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert factor_of.keys() == set(names.values())
+    for name, factor in factor_of.items():
         assert factor == (0.5 if name.startswith("model.layers.") else 0.25 if ".layers." in name else 1.0), name
     with pytest.raises(ValueError, match=r"'model\.blocks\.\*' fits no parameter; accepted are globs of names such as"):
         make_optimizer(model, TrainConfig(learning_rate_factors={"model.blocks.*": 0.5}))
