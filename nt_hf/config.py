@@ -452,9 +452,9 @@ def _number(value: Any, kind: type) -> Any:
     if kind is int and isinstance(value, int):
         return value
     try:
-        number = float(value)
+        converted = float(value)
     except (ValueError, OverflowError):
         return _NO_SUCH
-    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+    if not math.isfinite(converted) or (kind is int and not converted.is_integer()):
         return _NO_SUCH
-    return kind(number)
+    return kind(converted)
