@@ -53,7 +53,8 @@ from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
 from nt_hf.files import only_writer, write_json, write_whole
-from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 logger = logging.getLogger("nt_hf.experiments")
 

@@ -19,7 +19,7 @@ from ..evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_ta
 from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
 from ..files import write_json
 from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
-from ..training.loop import peak_memory
+from ..training.device import peak_memory
 from .program import check_output, provenance
 
 logger = logging.getLogger("nt_hf.zero_shot")

@@ -1,7 +1,6 @@
 """Tables, plots and model cards from what a run wrote."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import yaml
 from ..config import RunConfig
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..text import pyplot
-from .loop import read_metrics
-
-logger = logging.getLogger(__name__)
+from .metrics import read_metrics
 
 Record = Mapping[str, Any]
 
-#: What tables and plots need of the records of an event.
+#: The keys that tables and plots need in the records of an event.
 NEEDED = {
     "train": ("loss",),
     "eval": (
@@ -62,8 +59,8 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics)
     for number, record in enumerate(records, 1):
-        if lacking := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
-            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(lacking)}")
+        if missing := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(missing)}")
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
     table, files = results_table(records), [report / "results.md"]
@@ -122,7 +119,7 @@ def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, reco
     if model.masked_modules:
         sparsity = (
             f"Density of the masked weights: {config.sparsity.density}. The masks lie in `model.safetensors`\n"
-            "beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and are\n"
+            "beside the weights (`weight_mask`, one bit per weight); weights outside them are exact zeros and are\n"
             "computed like any other."
         )
     return f"""---

@@ -36,7 +36,8 @@ from experiments.suite_report import (
 from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, only_writer
-from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 runner = script("experiments/run.py")
 SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
