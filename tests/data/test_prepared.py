@@ -305,7 +305,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_prepared import Characters
-from nt_hf import prepared
+from nt_hf.data import prepared
 writes = iter(range({writes}))
 replace = os.replace
 def killed(*names):
@@ -321,7 +321,7 @@ prepared.prepare({source!r}, Characters(), {output!r})
 def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
     """Killed with so many files complete and the next one written, but not named; the last is the index."""
     output = tmp_path / "killed"
-    code = KILLED.format(tests=str(ROOT / "tests"), source=source, output=str(output), writes=writes)
+    code = KILLED.format(tests=str(ROOT / "tests" / "data"), source=source, output=str(output), writes=writes)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 9, done.stderr
@@ -336,8 +336,8 @@ def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
 
 ORPHANED = """
 import os
-from nt_hf.data import load_tokenizer
-from nt_hf.prepared import prepare
+from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.prepared import prepare
 if __name__ == "__main__":
     prepare({source!r}, load_tokenizer("sample"), {output!r}, processes=2, progress=lambda *_: os._exit(9))
 """

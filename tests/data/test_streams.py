@@ -238,7 +238,7 @@ def test_blank_documents_and_lines_are_skipped(tokenizer, tmp_path):
 def test_local_training_imports_no_datasets_and_warns_of_no_fork(tmp_path):
     code = f"""
 import sys
-from nt_hf.data import TokenBatches, load_tokenizer
+from nt_hf.data.streams import TokenBatches, load_tokenizer
 options = dict(batch_size=4, sequence_length=16, epochs=1)
 for workers in (0, 2):  # first in this process, so that the tokenizer's threads run when it forks
     list(TokenBatches({save(tmp_path, [texts(300)])!r}, load_tokenizer("sample"), num_workers=workers, **options))
@@ -261,7 +261,7 @@ def test_hub_data_set_is_streamed(tokenizer, tmp_path):
     files["README.md"] = f"---\n{card}---\n".encode()
     code = """
 import json
-from nt_hf.data import TokenBatches, find_files, load_tokenizer, read_texts
+from nt_hf.data.streams import TokenBatches, find_files, load_tokenizer, read_texts
 tokenizer = load_tokenizer("sample")
 found = {}
 for source in ("hub:allenai/c4:en", "hub:allenai/c4@main:en:validation", "hf://datasets/allenai/c4/en/c4-train.*"):
@@ -477,7 +477,7 @@ def test_hub_failures_are_ridden_out(tmp_path):
 import logging, time
 logging.basicConfig(format="%(name)s %(message)s")
 time.sleep = lambda seconds: None
-from nt_hf.data import read_texts
+from nt_hf.data.streams import read_texts
 print(list(read_texts("hub:a/b:en:train")))
 """
     with hub_server.serve("a/b", files, fail) as (endpoint, _):
@@ -485,7 +485,7 @@ print(list(read_texts("hub:a/b:en:train")))
     assert done.returncode == 0, done.stderr
     assert ast.literal_eval(done.stdout) == documents
     assert set(left.values()) == {0}
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("nt_hf.sources")]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("nt_hf.data.sources")]
     assert len(warnings) >= 2 and all("attempt 1 of 7" in line for line in warnings)
 
 

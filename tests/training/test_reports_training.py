@@ -263,7 +263,7 @@ def training_killer(_: int) -> None:
 
 FORKED = """
 import sys
-from nt_hf.data import TokenBatches, load_tokenizer, read_texts, tokenize
+from nt_hf.data.streams import TokenBatches, load_tokenizer, read_texts, tokenize
 tokenizer = load_tokenizer(sys.argv[1])
 tokenize(list(read_texts("sample:train"))[:200], tokenizer)
 batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
@@ -298,7 +298,7 @@ def full_text(*_, **__):
 @pytest.mark.parametrize(
     ("where", "error", "name"),
     [
-        ("nt_hf.training_checkpoint.save_file", full, r"training_state/state-00001-of-00001.safetensors"),
+        ("nt_hf.training.checkpoint.save_file", full, r"training_state/state-00001-of-00001.safetensors"),
         ("transformers.modeling_utils.safe_save_file", full, r"model.safetensors"),
         ("pathlib.Path.write_text", full_text, r"config.json"),
     ],
