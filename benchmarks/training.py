@@ -45,7 +45,8 @@ from nt_hf.config import RunConfig, load_run_config
 from nt_hf.models.lm_heads import by_head
 from nt_hf.plan.planner import peak_tflops, training_flops_per_token
 from nt_hf.sparsity.sparsifier import Sparsifier, draw_masks
-from nt_hf.training.loop import compile_blocks, make_optimizer
+from nt_hf.training.device import compile_blocks
+from nt_hf.training.optimizer import make_optimizer
 
 LENGTH = 256
 GPU = DEVICE.type == "cuda"

@@ -17,7 +17,7 @@ from nt_hf.evaluation.perplexity import load_config, load_for_evaluation
 from nt_hf.evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
 from nt_hf.evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
 from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
-from nt_hf.training.loop import peak_memory
+from nt_hf.training.device import peak_memory
 
 logger = logging.getLogger("nt_hf.zero_shot")
 

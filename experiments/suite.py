@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_yaml
+from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections, read_yaml
 from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from nt_hf.plan.planner import count_flops, count_parameters
 from nt_hf.text import strict_json
@@ -147,7 +147,7 @@ def load_suite(path: str | Path) -> Suite:
     if content.keys() - {"base"} != names:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     if base := content.pop("base", None):
-        content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
+        content["config"] = _laid_over(read_sections(path.parent / base), content["config"])
     if isinstance(content["arms"], str):
         content["arms"] = read_yaml(path.parent / content["arms"]).get("arms")
     if not isinstance(content["arms"], dict) or not content["arms"]:

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from nt_hf.text import markdown_table, pyplot, score_text
-from nt_hf.training.loop import read_metrics
+from nt_hf.training.metrics import read_metrics
 
 Result = Mapping[str, Any]
 

@@ -52,7 +52,8 @@ from nt_hf.cli.program import check_output, provenance, run, write_json, write_w
 from nt_hf.data.streams import load_tokenizer, read_texts
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
-from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 logger = logging.getLogger("nt_hf.compare")
 

@@ -21,7 +21,6 @@ from ..models.losses import LOSS_CHUNK, LOSS_CHUNK_DEVICE
 from ..models.masks import attach_masks, masked_modules, packed_shape
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..sparsity.sparsifier import SparsityConfig, target_counts
-from ..training.loop import accumulation_steps
 
 GIB = 2**30
 # What is kept free of a GPU's memory: the CUDA context, NCCL's buffers, the allocator's fragmentation. An assumption.
@@ -685,7 +684,7 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu:g}: accepted is a number in (0, 1]")
     config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=run.data.sequence_length)
-    rows, passes = accumulation_steps(run.train, gpus)
+    rows, passes = run.train.accumulation_steps(gpus)
     parameters = count_parameters(config, run.sparsity)
     flops = count_flops(run, config, parameters)
     bf16 = run.train.precision != "fp32"

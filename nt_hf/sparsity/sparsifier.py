@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import check, integer
 from ..models.masks import (
     check_masks,
     check_structure,
@@ -38,7 +39,7 @@ from ..models.masks import (
     pack_mask,
     set_mask,
 )
-from .config import SparsityConfig, is_integer
+from .config import SparsityConfig
 from .density_report import DensityReport, DensityRow, group_of, total_row
 from .first_masks import draw_masks, target_counts, warn_of_dense
 from .schedules import last_update, linear, scheduled, update_due
@@ -205,8 +206,7 @@ class Sparsifier:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SparsityConfig, total_steps: int
     ) -> None:
-        if not is_integer(total_steps) or total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps!r}; accepted: an integer from 1")
+        check("total_steps", total_steps, integer(1))
         # Accelerate's wrapper has no hooks of its own.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner

@@ -21,7 +21,7 @@ from experiments.suite import load_suite, main_runs, read_result, tuning_runs
 from nt_hf.evaluation.comparison import read_columns
 from nt_hf.evaluation.zero_shot_tasks import Tasks
 from nt_hf.training import report as run_report
-from nt_hf.training.loop import Metrics, read_metrics
+from nt_hf.training.metrics import Metrics, read_metrics
 
 compare = script("recipes/compare.py")
 

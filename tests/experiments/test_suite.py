@@ -34,7 +34,8 @@ from experiments.suite_report import (
     report_text,
 )
 from nt_hf.config import load_run_config
-from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 compare = script("recipes/compare.py")
 SUITES = sorted((ROOT / "recipes" / "suites").glob("*.yaml"))

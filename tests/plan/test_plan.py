@@ -34,7 +34,7 @@ from nt_hf.plan.planner import (
     report,
     step_memory,
 )
-from nt_hf.training.loop import make_optimizer
+from nt_hf.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -457,7 +457,7 @@ def test_what_does_not_fit_is_told_with_what_would():
     [
         ("--gpus 0", "--gpus 0, --gpus_per_node 8: accepted are whole numbers from 1"),
         ("--gpus 12", "--gpus 12: accepted are up to 8, a node's, and multiples of it"),
-        ("--gpus 64", "train.batch_size=512: accepted are multiples of micro_batch_size * processes = 64 * 64"),
+        ("--gpus 64", "train.batch_size=512: accepted is a multiple of micro_batch_size * processes = 64 * 64"),
         ("--gpu v100", "--gpu v100: accepted are b200, h200"),
         ("--mfu 2", "--mfu 2: accepted is a number in (0, 1]"),
         ("--model.hidden_sise 8", "unknown key --model.hidden_sise: did you mean hidden_size?"),

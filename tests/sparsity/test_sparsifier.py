@@ -498,37 +498,37 @@ def test_a_foreign_state_is_refused(spoil, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("density", 0, r"density is 0; accepted: a number in \(0, 1\]"),
-        ("density", 1.01, r"density is 1\.01"),
-        ("density", True, r"density is True"),
-        ("density", "0.5", r"density is '0\.5'"),
-        ("density", float("nan"), r"density is nan"),
-        ("distribution", "erg", r"distribution is 'erg'; accepted: er, erk, flops, uniform \(did you mean"),
-        ("densities", {"a": 0.0}, r"densities is \{'a': 0\.0\}; accepted: a mapping from globs"),
-        ("densities", ["a"], r"densities is \['a'\]"),
-        ("exclude", "embed.*", r"exclude is 'embed\.\*'; accepted: a list of globs"),
-        ("drop", "soft", r"drop is 'soft'; accepted: global_magnitude, magnitude, mest, set, soft_magnitude, taylor"),
+        ("density", 0, r"density=0: accepted is a number in \(0, 1\]"),
+        ("density", 1.01, r"density=1\.01"),
+        ("density", True, r"density=True"),
+        ("density", "0.5", r"density='0\.5'"),
+        ("density", float("nan"), r"density=nan"),
+        ("distribution", "erg", r"distribution='erg': accepted is uniform, er, erk, flops \(did you mean"),
+        ("densities", {"a": 0.0}, r"densities=\{'a': 0\.0\}: accepted is a mapping from globs"),
+        ("densities", ["a"], r"densities=\['a'\]"),
+        ("exclude", "embed.*", r"exclude='embed\.\*': accepted is a list of globs"),
+        ("drop", "soft", r"drop='soft': accepted is .*soft_magnitude"),
         (
             "grow",
             "gradients",
-            r"grow is 'gradients'; accepted: gradient, gradient_random, momentum, random \(did you mean 'gradient'\?\)",
+            r"grow='gradients': accepted is gradient, .*random \(did you mean gradient\?\)",
         ),
-        ("grow", None, r"grow is None; accepted: gradient, gradient_random, momentum, random"),
-        ("regrow", True, r"regrow is True; accepted: allow, forbid"),
-        ("drop_exponent", 0, r"drop_exponent is 0; accepted: a number above 0"),
-        ("drop_fraction", 1.1, r"drop_fraction is 1\.1; accepted: a number in \[0, 1\]"),
-        ("drop_fraction_end", -0.1, r"drop_fraction_end is -0\.1"),
+        ("grow", None, r"grow=None: accepted is gradient, .*random"),
+        ("regrow", True, r"regrow=True: accepted is allow, forbid"),
+        ("drop_exponent", 0, r"drop_exponent=0: accepted is a number above 0"),
+        ("drop_fraction", 1.1, r"drop_fraction=1\.1: accepted is a number in \[0, 1\]"),
+        ("drop_fraction_end", -0.1, r"drop_fraction_end=-0\.1"),
         (
             "drop_schedule",
             "cosin",
-            r"drop_schedule is 'cosin'; accepted: constant, cosine, cubic, linear \(did you mean 'cosine'",
+            r"drop_schedule='cosin': accepted is .* \(did you mean cosine",
         ),
-        ("update_interval", -1, r"update_interval is -1; accepted: an integer from 0"),
-        ("update_interval", 2.5, r"update_interval is 2\.5"),
-        ("update_start", 1, r"update_start is 1; accepted: a share of the run in \[0, 1\)"),
-        ("update_end", 0, r"update_end is 0; accepted: a share of the run above update_start \(0\.0\), up to 1"),
-        ("update_end", 75, r"update_end is 75"),
-        ("seed", "x", r"seed is 'x'; accepted: an integer"),
+        ("update_interval", -1, r"update_interval=-1: accepted is a whole number from 0"),
+        ("update_interval", 2.5, r"update_interval=2\.5"),
+        ("update_start", 1, r"update_start=1: accepted is a share of the run in \[0, 1\)"),
+        ("update_end", 0, r"update_end=0: accepted is a share of the run in \(0, 1\]"),
+        ("update_end", 75, r"update_end=75"),
+        ("seed", "x", r"seed='x': accepted is a whole number"),
     ],
 )
 def test_bad_config(field, value, message):
@@ -579,7 +579,7 @@ def test_sparse_gradients_are_refused():
 
 @pytest.mark.parametrize("total_steps", [0, -1, 2.5, None])
 def test_bad_total_steps(total_steps):
-    with pytest.raises(ValueError, match=r"total_steps is .*; accepted: an integer from 1"):
+    with pytest.raises(ValueError, match=r"total_steps=.*: accepted is a whole number from 1"):
         sparse(total_steps=total_steps)
 
 
