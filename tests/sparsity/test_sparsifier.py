@@ -104,8 +104,13 @@ def moments(optimizer, parameter):
 # ----------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", [Net, Conv])
+# Every optimizer moves the same tensors, whatever holds them: on convolutions one of each kind will do.
+RARE = [pytest.param(Conv, name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in ("sgd", "drifting")]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [*((Net, name) for name in OPTIMIZERS), (Conv, "sgd"), (Conv, "drifting"), *RARE]
+)
 def test_what_holds_at_every_step(optimizer, model):
     net, optimizer, sparsifier = sparse(optimizer=optimizer, model=model)
     targets = target_counts(net, sparsifier.config)
@@ -128,21 +133,6 @@ def test_training_learns():
     net, optimizer, sparsifier = sparse()
     losses = [loss for _, loss in train(net, optimizer, sparsifier)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_keeps_dead_weights_at_zero():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 10, bias=False))
-    config = SparsityConfig(density=0.3, update_interval=3)
-    draw_masks(net, config)
-    optimizer = torch.optim.Muon(net.parameters(), lr=0.02, weight_decay=0.1)
-    sparsifier = Sparsifier(net, optimizer, config, 20)
-    for _ in range(20):
-        net(torch.randn(8, 20)).square().mean().backward()
-        sparsifier.step()
-        optimizer.step()
-        assert check_masks(net) == []
 
 
 def test_update_reports_what_moved():
@@ -269,15 +259,6 @@ def test_updates_keep_to_their_window():
     assert updates[-1].drop_fraction < 0.05
 
 
-def test_a_frozen_weight_keeps_its_mask():
-    net, optimizer, sparsifier = sparse()
-    net.layers[0].weight.requires_grad_(False)
-    before = masks_of(net)
-    assert any(update for update, _ in train(net, optimizer, sparsifier, last=20))
-    changed = [name for name, mask in masks_of(net).items() if not torch.equal(mask, before[name])]
-    assert changed == ["embed.weight", "layers.1.weight", "head.weight"]
-
-
 def test_clipping_sees_active_weights_only():
     net, _, sparsifier = sparse(update_interval=0)
     backward(net, 0)
@@ -299,16 +280,6 @@ def test_dense_tensors_stay_dense_beside_sparse_ones():
     net, optimizer, sparsifier = sparse(density=0.5, densities={"embed.*": 1.0})
     for _ in train(net, optimizer, sparsifier, last=20):
         assert get_mask(net.embed).all()
-
-
-def test_an_error_at_an_update_leaves_all_masks():
-    net, _, sparsifier = sparse(update_interval=1)
-    before = copy.deepcopy(net.state_dict())
-    backward(net, 0)
-    net.head.weight.grad[3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"the gradient of head\.weight has values that are not finite"):
-        sparsifier.step()
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_wrapped_models_and_optimizers_get_the_same_masks():
@@ -427,32 +398,6 @@ def test_groups(name, group):
 
 
 # ------------------------------------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rprop"])
-@pytest.mark.parametrize("stop", [12, 15])  # between updates and at one
-def test_a_resumed_run_is_the_uninterrupted_one(optimizer, stop):
-    net, whole, sparsifier = sparse(optimizer=optimizer)
-    expected = list(train(net, whole, sparsifier, last=40))
-
-    first, before, first_sparsifier = sparse(optimizer=optimizer)
-    done = list(train(first, before, first_sparsifier, last=stop))
-    saved = copy.deepcopy((first.state_dict(), before.state_dict(), first_sparsifier.state_dict()))
-
-    torch.manual_seed(99)
-    second = Net()
-    attach_masks(second, ["*"])
-    second.load_state_dict(saved[0])
-    after = OPTIMIZERS[optimizer](second.parameters())
-    after.load_state_dict(saved[1])
-    resumed = Sparsifier(second, after, sparsifier.config, 100)
-    resumed.load_state_dict(saved[2])
-    done += train(second, after, resumed, first=stop, last=40)
-
-    assert done == expected
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in net.state_dict().items())
-    final = sparsifier.state_dict()
-    assert all(torch.equal(value, final[name]) for name, value in resumed.state_dict().items())
 
 
 def test_state_is_loaded_after_the_model_even_when_the_sparsifier_came_first():

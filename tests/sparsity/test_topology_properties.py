@@ -280,18 +280,19 @@ def test_what_holds_of_every_update(structure, data):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_what_holds_of_every_combination(structure):
-    shape, draws, grow = (6, 8, 3), random.Random(structure), itertools.cycle(topology.GROW)
+    shape, draws = (6, 8, 3), random.Random(structure)
     groups = slow_groups(shape, structure)
     least, length = map(int, structure.split(":")) if ":" in structure else (0, len(groups[0]))
     now = (least + length) // 2
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[[i for group in groups for i in draws.sample(group, now)]] = True
-    weight, grad, momentum = (each.view(shape) for each in values_with_ties(draws, mask.numel(), torch.float32))
-    fields = {"mask": mask, "weight": weight * mask, "grad": grad, "momentum": momentum, "structure": structure}
-    fields["transposed"] = False
     goals = sorted({now, max(least, now // 2), min(length, now + 1), length})
-    for goal, regrow, drop in itertools.product(goals, topology.REGROW, topology.DROP):
-        assert_holds(Case(fields, goal * len(groups), shape, groups, 0), drop, next(grow), regrow, 0.4)
+    for drop, grow, regrow in itertools.product(topology.DROP, topology.GROW, topology.REGROW):
+        dtype = draws.choice((torch.float32, torch.bfloat16))
+        weight, grad, momentum = (values.view(shape) for values in values_with_ties(draws, mask.numel(), dtype))
+        fields = {"mask": mask, "weight": weight * mask, "grad": grad, "momentum": momentum, "structure": structure}
+        case = Case(fields | {"transposed": False}, draws.choice(goals) * len(groups), shape, groups, 0)
+        assert_holds(case, drop, grow, regrow, 0.4)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -975,12 +976,15 @@ def test_redistribution_by_hand():
         *(({kind: torch.full((6, 12), bad)}, rf"the {word} of a\.weight has values that are not finite; accepted: fin")
           for bad in (nan, inf, -inf)
           for kind, word in (("weight", "weight"), ("grad", "gradient"), ("momentum", "momentum"))),
+        ({"mask": torch.ones(6, 12)}, r"the mask of a\.weight is torch\.float32 .*; accepted: torch\.bool \[6, 12\]"),
+        ({"grad": torch.zeros(2, 2)}, r"the gradient of a\.weight is \[2, 2\]; accepted: \[6, 12\]"),
         ({"momentum": torch.zeros(6, 11)}, r"the momentum of a\.weight is \[6, 11\]; accepted: \[6, 12\]"),
         ({"grad": None}, r"needs the gradient of a\.weight; it has none"),
         ({"grad": None, "drop": "taylor", "grow": "random"}, r"needs the gradient of a\.weight; it has none"),
         ({"grad": None, "drop": "mest", "grow": "random"}, r"needs the gradient of a\.weight; it has none"),
         ({"grad": None, "grow": "gradient_random"}, r"needs the gradient of a\.weight; it has none"),
         ({"momentum": None, "grow": "momentum"}, r"needs the momentum of a\.weight; it has none"),
+        ({"exponent": 0}, r"exponent is 0; accepted: a number above 0"),
         ({"exponent": -1.0}, r"exponent is -1\.0; accepted: a number above 0"),
         ({"mest_lambda": -1.0}, r"mest_lambda is -1\.0; accepted: a number from 0"),
         ({"random_share": 1.5}, r"random_share is 1\.5; accepted: a number in \[0, 1\]"),
