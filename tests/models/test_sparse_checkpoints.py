@@ -18,7 +18,8 @@ from nt_hf import (
 )
 from nt_hf.models import sparse_checkpoint
 from nt_hf.models.masks import full_mask, get_mask, masked_modules, pack_mask
-from nt_hf.models.modeling_neurotrails_llama import keep_heads
+from nt_hf.models.modeling_neurotrails_llama import maskable_names
+from nt_hf.models.multi_head import keep_heads
 from nt_hf.models.sparse_checkpoint import compress, expand
 
 MASKED = [name for name, options in VARIANTS.items() if options.get("masked_modules")]
@@ -368,7 +369,7 @@ def test_every_loader_takes_heads(model, prompts, loader, tmp_path):
 )
 def test_globs_that_name_heads_choose_the_same_weights_of_fewer_heads(globs, heads, kept):
     config = NeuroTrailsLlamaConfig(**SIZES, masked_modules=globs)
-    assert keep_heads(config, heads).masked_modules == kept
+    assert keep_heads(config, heads, maskable_names).masked_modules == kept
     assert config.masked_modules == globs and config.num_ensemble_heads == 3
     part = NeuroTrailsLlamaForCausalLM(config, heads=heads)
     whole = masked_modules(NeuroTrailsLlamaForCausalLM(config))
