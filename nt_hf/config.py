@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .data.streams import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from .sparsity.sparsifier import SparsityConfig
+from .sparsity.config import SparsityConfig
 
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")

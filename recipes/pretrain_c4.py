@@ -39,9 +39,11 @@ from nt_hf.data.prepared import PreparedTokens, token_batches, tokenizer_fingerp
 from nt_hf.data.streams import HeadBatches, TokenBatches, check_vocabulary, load_tokenizer
 from nt_hf.evaluation.perplexity import evaluate, perplexity
 from nt_hf.files import write_whole
-from nt_hf.plan.planner import peak_tflops, training_flops_per_token
+from nt_hf.plan.flops import training_flops_per_token
+from nt_hf.plan.hardware import peak_tflops
+from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sharding import require_equal_replicas, shard_model
-from nt_hf.sparsity.sparsifier import Sparsifier, draw_masks
+from nt_hf.sparsity.sparsifier import Sparsifier
 from nt_hf.training.checkpoint import (
     Progress,
     cannot_continue,

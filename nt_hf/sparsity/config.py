@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..models.masks import parse_structure
+from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
+from .densities import DISTRIBUTIONS, look_up
+from .saliency import SALIENCY
 from .schedules import SCHEDULES
-from .topology import DISTRIBUTIONS, DROP, GROW, REDISTRIBUTE, REGROW, look_up
-
-SALIENCY = ("snip", "grasp")
 
 
 @dataclass

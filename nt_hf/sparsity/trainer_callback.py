@@ -29,7 +29,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .sparsifier import Sparsifier, SparsityConfig, TopologyUpdate
+from .config import SparsityConfig
+from .measures import TopologyUpdate
+from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.safetensors"
 

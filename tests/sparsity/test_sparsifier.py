@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules, set_mask
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, group_of, move_state, target_counts
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
+from nt_hf.sparsity.measures import group_of
+from nt_hf.sparsity.optimizer_state import move_state
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 VOCABULARY = 40
 

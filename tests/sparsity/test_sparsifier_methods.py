@@ -23,11 +23,14 @@ from nt_hf.models.masks import (
     pack_mask,
     set_mask,
 )
+from nt_hf.sparsity import criteria, optimizer_state
 from nt_hf.sparsity import sparsifier as sparsifier_module
-from nt_hf.sparsity import topology
-from nt_hf.sparsity.first_masks import grasp, snip, weight_uses
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts, weight_uses
+from nt_hf.sparsity.measures import head_overlap
+from nt_hf.sparsity.saliency import grasp, snip
 from nt_hf.sparsity.schedules import SCHEDULES
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, head_overlap, target_counts
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 WORDS, LENGTH = 24, 8
 STRUCTURES = ["unstructured", "constant_fan_in", "2:4"]
@@ -133,12 +136,12 @@ def methods():
     One update in every combination is looked at in test_topology_properties.
     """
     structures = [*STRUCTURES, "redistributed"]
-    for d, drop in enumerate(topology.DROP):
-        for g, grow in enumerate(topology.GROW):
+    for d, drop in enumerate(criteria.DROP):
+        for g, grow in enumerate(criteria.GROW):
             for s, structure in enumerate(structures):
-                regrow, redistribute = topology.REGROW[(d // 2 + g) % 2], "none"
+                regrow, redistribute = criteria.REGROW[(d // 2 + g) % 2], "none"
                 if structure == "redistributed":
-                    structure, redistribute = "unstructured", topology.REDISTRIBUTE[1 + d % 2]
+                    structure, redistribute = "unstructured", criteria.REDISTRIBUTE[1 + d % 2]
                 marks = [] if s == (d + g) % len(structures) else pytest.mark.slow
                 yield pytest.param(drop, grow, structure, redistribute, regrow, marks=marks)
 
@@ -165,7 +168,7 @@ def test_what_holds_at_every_step_of_every_method(drop, grow, structure, redistr
 
 
 @pytest.mark.parametrize("redistribute", ["gradient", "momentum"])
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 @pytest.mark.parametrize("drop", ["soft_magnitude", "global_magnitude"])
 def test_redistribution_moves_counts_but_not_the_total(redistribute, regrow, drop):
     net, optimizer, sparsifier = sparse(redistribute=redistribute, regrow=regrow, drop=drop)
@@ -336,12 +339,12 @@ def test_dense_and_fixed_groups_under_a_falling_density():
 def test_the_exponent_goes_in_a_line_over_the_window(end, monkeypatch):
     seen = {}
 
-    class Spy(topology.SparseWeight):
+    class Spy(criteria.MaskedWeight):
         def __init__(self, *args, **fields):
             super().__init__(*args, **fields)
             seen.setdefault(fields["step"], set()).add(fields["exponent"])
 
-    monkeypatch.setattr(sparsifier_module, "SparseWeight", Spy)
+    monkeypatch.setattr(sparsifier_module, "MaskedWeight", Spy)
     net, optimizer, sparsifier = sparse(drop_exponent_end=end, update_start=0.2, update_end=0.8, total_steps=50)
     list(train(net, optimizer, sparsifier, last=45))
     expected = {step: 3.0 + ((end or 3.0) - 3.0) * (step - 10) / 30 for step in range(10, 40, 5)}
@@ -447,7 +450,7 @@ def units(name, mask):
     return outputs, inputs
 
 
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 def test_measures_equal_slow_ones(regrow):
     net, optimizer, sparsifier = sparse(density=0.12, distribution="uniform", regrow=regrow, drop_fraction=0.3)
     net.first.weight.requires_grad_(False)
@@ -889,7 +892,7 @@ def test_dead_weights_stay_at_zero(name, grow):
 
 def distances(second_moments, monkeypatch):
     """How far grown weights and old active ones move in 50 Adam steps under gradients that are noise."""
-    monkeypatch.setattr(sparsifier_module, "_SECOND_MOMENTS", second_moments)
+    monkeypatch.setattr(optimizer_state, "_SECOND_MOMENTS", second_moments)
     net = nn.Linear(120, 100, bias=False)
     config = SparsityConfig(
         density=0.5, drop="magnitude", regrow="forbid", drop_schedule="constant", update_interval=600
@@ -912,7 +915,7 @@ def distances(second_moments, monkeypatch):
 
 
 def test_noise_does_not_move_grown_weights_much_further(monkeypatch):
-    assert distances(sparsifier_module._SECOND_MOMENTS, monkeypatch) < 1.5
+    assert distances(optimizer_state._SECOND_MOMENTS, monkeypatch) < 1.5
     assert distances((), monkeypatch) > 1.5  # what it is for: with a second moment of 0
 
 

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, target_counts
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 STEPS, KINDS = 50, 4
 

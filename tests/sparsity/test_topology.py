@@ -5,8 +5,9 @@ from math import prod
 import pytest
 import torch
 
-from nt_hf.sparsity import topology
-from nt_hf.sparsity.topology import active_counts, move_counts, random_mask, update_mask
+from nt_hf.sparsity import criteria, selection, update
+from nt_hf.sparsity.densities import active_counts
+from nt_hf.sparsity.update import move_counts, random_mask, update_mask
 
 SHAPES = {"embed": (50, 16), "up": (48, 16), "down": (16, 48), "conv": (8, 4, 3, 3), "tiny": (2, 2), "row": (1, 7)}
 
@@ -176,7 +177,7 @@ def test_move_counts(arguments, expected):
 
 
 @pytest.mark.parametrize("target", [0, 100, 600, 700, 1200])
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 def test_a_moving_target_is_met_exactly(target, regrow):
     mask, weight, grad = tensors()
     new = update_mask(mask, weight, grad, drop_fraction=0.3, seed=0, regrow=regrow, target=target)
@@ -241,10 +242,10 @@ def test_a_new_criterion_is_one_function_and_one_line(monkeypatch):
     def gradient_only(at):
         return at.grad.abs_()
 
-    monkeypatch.setitem(topology.DROP, "gradient_only", topology.Drop(gradient_only))
+    monkeypatch.setitem(criteria.DROP, "gradient_only", criteria.Drop(gradient_only))
     mask, weight, grad = tensors()
-    state = topology.SparseWeight(mask, weight, grad)
-    (kept,) = topology.keep_weights([state], [600], drop_fraction=0.5, drop="gradient_only")
+    state = criteria.MaskedWeight(mask, weight, grad)
+    (kept,) = update.keep_weights([state], [600], drop_fraction=0.5, drop="gradient_only")
     assert grad[kept].abs().min() >= grad[mask & ~kept].abs().max()
 
 
@@ -253,12 +254,12 @@ def test_fused_scores_choose_the_same():
     # As on a GPU; here it needs a C++ compiler. Rounding may move a weight at the boundary.
     mask, weight, grad = tensors((300, 1000), 0.9)
     for step in (1, 2):
-        state = topology.SparseWeight(mask, weight, grad, name="a", step=step)
-        for criterion in (topology.soft_magnitude, topology.gradient):
-            eager = topology._score(state, criterion, mask.flatten(), "drop")
-            key = topology.noise_key(0, step, "a", "drop")
+        state = criteria.MaskedWeight(mask, weight, grad, name="a", step=step)
+        for criterion in (criteria.soft_magnitude, criteria.gradient):
+            eager = update._score(state, criterion, mask.flatten(), "drop")
+            key = selection.noise_key(0, step, "a", "drop")
             flat = {"weight": weight.flatten(), "grad": grad.flatten()}
-            fused = topology._fused_keys(criterion, state, flat, key, 0, mask.numel(), mask.flatten())
-            chosen = [topology.select_top([topology.Part(k, (1, 2))], 200_000)[0] for k in (eager.keys, fused)]
+            fused = update._fused_keys(criterion, state, flat, key, 0, mask.numel(), mask.flatten())
+            chosen = [selection.select_top([selection.Scores(k, (1, 2))], 200_000)[0] for k in (eager.keys, fused)]
             assert (chosen[0] != chosen[1]).sum() <= 2
-    assert topology._warn_once.cache_info().currsize == 0
+    assert update._warn_once.cache_info().currsize == 0

@@ -14,20 +14,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nt_hf.models.masks import check_structure, group_count
-from nt_hf.sparsity import selection, topology
-from nt_hf.sparsity.topology import (
-    SparseWeight,
-    active_counts,
-    allocate,
-    best_scores,
-    falling_counts,
-    grow_weights,
-    keep_weights,
-    random_mask,
-    redistribute,
-    structured_counts,
-    update_mask,
-)
+from nt_hf.sparsity import criteria, densities, selection, update
+from nt_hf.sparsity.criteria import MaskedWeight
+from nt_hf.sparsity.densities import active_counts, allocate, falling_counts, redistribute, structured_counts
+from nt_hf.sparsity.update import best_scores, grow_weights, keep_weights, random_mask, update_mask
 
 SHAPES = [
     (1, 1),
@@ -52,9 +42,9 @@ def quickly(examples):
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Stretches and samples so small that small tensors have many."""
+    """Chunks and samples so small that small tensors have many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(selection._STRETCH, "cpu", 100)
+        patch.setitem(selection._CHUNK, "cpu", 100)
         patch.setattr(selection, "_SAMPLE", 64)
         yield
 
@@ -158,7 +148,7 @@ class Case:
 
     @property
     def state(self):
-        return SparseWeight(**self.fields)
+        return MaskedWeight(**self.fields)
 
     def slow(self):
         values = {name: self.fields[name].flatten().tolist() for name in ("weight", "grad", "momentum")}
@@ -237,7 +227,7 @@ def cases(draw, structures=STRUCTURES, values=values_with_ties, dtypes=(torch.fl
 
 
 fractions = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
-regrows = st.sampled_from(topology.REGROW)
+regrows = st.sampled_from(criteria.REGROW)
 
 
 # ------------------------------------------------------------------------------------------- what always holds
@@ -274,7 +264,7 @@ def assert_holds(case, drop, grow, regrow, fraction):
 @quickly(60)
 @given(data=st.data())
 def test_what_holds_of_every_update(structure, data):
-    drop, grow = data.draw(st.sampled_from(list(topology.DROP))), data.draw(st.sampled_from(list(topology.GROW)))
+    drop, grow = data.draw(st.sampled_from(list(criteria.DROP))), data.draw(st.sampled_from(list(criteria.GROW)))
     assert_holds(data.draw(cases([structure])), drop, grow, data.draw(regrows), data.draw(fractions))
 
 
@@ -287,7 +277,7 @@ def test_what_holds_of_every_combination(structure):
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[[i for group in groups for i in draws.sample(group, now)]] = True
     goals = sorted({now, max(least, now // 2), min(length, now + 1), length})
-    for drop, grow, regrow in itertools.product(topology.DROP, topology.GROW, topology.REGROW):
+    for drop, grow, regrow in itertools.product(criteria.DROP, criteria.GROW, criteria.REGROW):
         dtype = draws.choice((torch.float32, torch.bfloat16))
         weight, grad, momentum = (values.view(shape) for values in values_with_ties(draws, mask.numel(), dtype))
         fields = {"mask": mask, "weight": weight * mask, "grad": grad, "momentum": momentum, "structure": structure}
@@ -299,11 +289,11 @@ def test_what_holds_of_every_combination(structure):
 def test_a_dense_tensor_stays_dense(structure):
     shape = (5, 8, 3)
     dense = torch.ones(shape, dtype=torch.bool)
-    state = SparseWeight(dense, torch.ones(shape), torch.ones(shape), torch.ones(shape), structure=structure)
-    for drop, fraction, regrow in itertools.product(topology.DROP, (0.3, 1), topology.REGROW):
+    state = MaskedWeight(dense, torch.ones(shape), torch.ones(shape), torch.ones(shape), structure=structure)
+    for drop, fraction, regrow in itertools.product(criteria.DROP, (0.3, 1), criteria.REGROW):
         (kept,) = keep_weights([state], [dense.numel()], drop_fraction=fraction, drop=drop, regrow=regrow)
         assert kept.all()
-    for grow, regrow in itertools.product(topology.GROW, topology.REGROW):
+    for grow, regrow in itertools.product(criteria.GROW, criteria.REGROW):
         assert grow_weights(state, dense, dense.numel(), grow=grow, regrow=regrow).all()
 
 
@@ -317,13 +307,13 @@ def test_other_steps_draw_differently(structure, drop, grow):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
 
-@pytest.mark.parametrize("drop", topology.DROP)
+@pytest.mark.parametrize("drop", criteria.DROP)
 @quickly(20)
 @given(data=st.data())
 def test_the_order_of_the_tensors_does_not_matter(drop, data):
     regrow, fraction = data.draw(regrows), data.draw(fractions)
     several = [data.draw(cases()) for _ in range(data.draw(st.integers(2, 4)))]
-    states = [SparseWeight(**case.fields | {"name": f"{i}.weight"}) for i, case in enumerate(several)]
+    states = [MaskedWeight(**case.fields | {"name": f"{i}.weight"}) for i, case in enumerate(several)]
     targets = [case.target for case in several]
     order = data.draw(st.permutations(range(len(several))))
     how = {"drop_fraction": fraction, "drop": drop, "regrow": regrow}
@@ -352,10 +342,10 @@ def test_a_random_mask_of_every_structure(case):
 
 def test_long_groups_get_exactly_what_they_miss(monkeypatch):
     # Beside a count of thousands fp32 has no room for noise close to 1.
-    monkeypatch.setattr(topology, "to_uniform", lambda bits: torch.full(bits.shape, 1 - 2**-24))
+    monkeypatch.setattr(update, "to_uniform", lambda bits: torch.full(bits.shape, 1 - 2**-24))
     mask = torch.zeros(3, 5000, dtype=torch.bool)
-    state = SparseWeight(mask, mask.float(), torch.rand(3, 5000), random_share=0.5, structure="constant_fan_in")
-    for grow in topology.GROW:
+    state = MaskedWeight(mask, mask.float(), torch.rand(3, 5000), random_share=0.5, structure="constant_fan_in")
+    for grow in criteria.GROW:
         assert grow == "momentum" or grow_weights(state, mask, 3 * 3000, grow=grow).sum(1).tolist() == [3000] * 3
 
 
@@ -410,11 +400,11 @@ def sharded(case, cuts, change=None, **how):
 LONG = [(12, 16), (16, 12), (19, 1), (40, 4), (7, 8, 3), (4, 8, 2, 3)]
 
 
-@pytest.mark.parametrize("drop", topology.DROP)
+@pytest.mark.parametrize("drop", criteria.DROP)
 @quickly(25)
 @given(data=st.data())
 def test_shards_find_the_mask_of_the_whole_tensor(drop, data):
-    case, grow = data.draw(cases(shapes=LONG)), data.draw(st.sampled_from(list(topology.GROW)))
+    case, grow = data.draw(cases(shapes=LONG)), data.draw(st.sampled_from(list(criteria.GROW)))
     # Split along the first dimension a transposed weight's groups are cut, unless they lie along it.
     whole_groups = int(case.fields["structure"].split(":")[1]) if ":" in case.fields["structure"] else None
     step = 1 if not case.fields["transposed"] or case.fields["structure"] == "unstructured" else whole_groups
@@ -429,7 +419,7 @@ def test_shards_find_the_mask_of_the_whole_tensor(drop, data):
 @pytest.mark.parametrize("drop", ["set", "global_magnitude", "soft_magnitude"])
 @pytest.mark.parametrize("structure", ["unstructured", "constant_fan_in", "2:4"])
 def test_shards_of_a_large_tensor(drop, structure, monkeypatch):
-    monkeypatch.setitem(selection._STRETCH, "cpu", 2**12)
+    monkeypatch.setitem(selection._CHUNK, "cpu", 2**12)
     shape = (400, 64)
     mask = random_mask(shape, 400 * 32, seed=1, structure=structure)
     generator = torch.Generator().manual_seed(0)
@@ -443,7 +433,7 @@ def test_shards_of_a_large_tensor(drop, structure, monkeypatch):
 
 
 def assert_equals_slow(several, drop, grow, regrow, fraction, **fields):
-    states = [SparseWeight(**case.fields | {"name": f"{i}"} | fields) for i, case in enumerate(several)]
+    states = [MaskedWeight(**case.fields | {"name": f"{i}"} | fields) for i, case in enumerate(several)]
     slow = [case.slow() for case in several]
     for at in slow:
         at.mest_lambda = fields.get("mest_lambda", 1.0)
@@ -507,7 +497,7 @@ def slow_gradient(x, y, weight):
 
 
 @pytest.mark.parametrize(("drop", "grow"), [("magnitude", "gradient"), ("set", "random"), ("taylor", "gradient")])
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 def test_a_training_run_equals_the_slow_one_step_by_step(drop, grow, regrow):
     x, y, slow, old = regression(7)
     xs, ys = torch.tensor(x), torch.tensor(y)
@@ -522,7 +512,7 @@ def test_a_training_run_equals_the_slow_one_step_by_step(drop, grow, regrow):
             target = 20 - step // 20
             at = Slow(old, slow, slow_grad, [], [list(range(INPUTS * OUTPUTS))])
             (kept,) = slow_keep([at], [target], fraction, drop, regrow)
-            state = SparseWeight(mask, weight, grad, step=step)
+            state = MaskedWeight(mask, weight, grad, step=step)
             (ours,) = keep_weights([state], [target], drop_fraction=fraction, drop=drop, regrow=regrow)
             assert places(ours) == kept
             mask = grow_weights(state, ours, target, grow=grow, regrow=regrow)
@@ -652,7 +642,7 @@ def test_set_by_hand_is_random_in_what_grows():
     ],
 )
 def test_global_magnitude_by_hand(weights, masks, fraction, regrow, targets, expected):
-    states = [SparseWeight(bits(mask), rows_of(weight), name=mask) for mask, weight in zip(masks, weights)]
+    states = [MaskedWeight(bits(mask), rows_of(weight), name=mask) for mask, weight in zip(masks, weights)]
     targets = targets or [state.active for state in states]
     how = {"drop_fraction": fraction, "drop": "global_magnitude", "regrow": regrow}
     assert [as_text(mask) for mask in keep_weights(states, targets, **how)] == expected
@@ -668,7 +658,7 @@ def test_gradient_random_takes_its_share_of_the_largest(share, data):
     case = data.draw(cases(["unstructured"], distinct_values, [torch.float32]))
     regrow, fraction = data.draw(regrows), data.draw(fractions)
     how = {"drop_fraction": fraction, "drop": "magnitude", "regrow": regrow}
-    state = SparseWeight(**case.fields, random_share=share)
+    state = MaskedWeight(**case.fields, random_share=share)
     (kept,) = keep_weights([state], [case.target], **how)
     new = places(grow_weights(state, kept, case.target, grow="gradient_random", regrow=regrow))
     missing, grad = case.target - int(kept.sum()), state.grad.abs().flatten().tolist()
@@ -696,11 +686,11 @@ def test_groups_share_in_the_random_growth():
     # 1000 groups miss one weight each: 3 in 10 draw it, the others take the largest gradient.
     mask = torch.zeros(1000, 8, dtype=torch.bool)
     grad = torch.arange(8.0).repeat(1000, 1)
-    state = SparseWeight(mask, torch.zeros(1000, 8), grad, random_share=0.3, structure="constant_fan_in")
+    state = MaskedWeight(mask, torch.zeros(1000, 8), grad, random_share=0.3, structure="constant_fan_in")
     grown = grow_weights(state, mask, 1000, grow="gradient_random")
     assert (grown.sum(1) == 1).all()
     assert abs(int(grown[:, 7].sum()) - 1000 * (0.7 + 0.3 / 8)) < 60
-    state = SparseWeight(mask, torch.zeros(1000, 8), grad, random_share=0.5, structure="constant_fan_in")
+    state = MaskedWeight(mask, torch.zeros(1000, 8), grad, random_share=0.5, structure="constant_fan_in")
     grown = grow_weights(state, mask, 6000, grow="gradient_random")
     assert grown[:, 5:].all()
     assert ((grown[:, :5].float().mean(0) - 0.6).abs() < 0.07).all()
@@ -712,11 +702,11 @@ def test_random_growth_is_uniform(grow):
     # 12 places of 16 are free and 4 of them grow: by one draw of 400 tensors, or of 4000 rows at a time.
     free, share = torch.arange(16) % 4 != 0, 4 / 12
     tall = torch.arange(16.0).repeat(4000, 1)
-    rows = SparseWeight(~free.repeat(4000, 1), tall, grad=tall, random_share=1.0, step=5, structure="constant_fan_in")
+    rows = MaskedWeight(~free.repeat(4000, 1), tall, grad=tall, random_share=1.0, step=5, structure="constant_fan_in")
     in_rows = grow_weights(rows, rows.mask, 4000 * 8, grow=grow, regrow="forbid").sum(0)
     in_tensors = torch.zeros(16)
     for step in range(400):
-        state = SparseWeight(rows.mask[:1], tall[:1], tall[:1], random_share=1.0, step=step)
+        state = MaskedWeight(rows.mask[:1], tall[:1], tall[:1], random_share=1.0, step=step)
         in_tensors += grow_weights(state, state.mask, 8, grow=grow, regrow="forbid")[0]
     for seen, draws in ((in_rows[free], 4000), (in_tensors[free], 400)):
         assert seen.sum() == 4 * draws
@@ -739,7 +729,7 @@ def test_soft_magnitude_includes_each_set_as_often_as_successive_draws(exponent,
     assert sum(expected.values()) == pytest.approx(1)
     draws, seen = 600, Counter()
     for step in range(draws):
-        state = SparseWeight(mask, weight, exponent=exponent, seed=1, step=step)
+        state = MaskedWeight(mask, weight, exponent=exponent, seed=1, step=step)
         (kept,) = keep_weights([state], [6], drop_fraction=1 - keep / 6, drop="soft_magnitude")
         seen[frozenset(places(kept))] += 1
     # Rare sets together, so that each class expects at least five.
@@ -764,7 +754,7 @@ shapes_of_tensors = st.dictionaries(
 )
 
 
-@pytest.mark.parametrize("distribution", topology.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", densities.DISTRIBUTIONS)
 @quickly(100)
 @given(shapes=shapes_of_tensors, density=st.floats(0.02, 1))
 def test_counts_are_exact_and_fit(distribution, shapes, density):
