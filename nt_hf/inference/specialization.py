@@ -117,13 +117,13 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
         weight = module.weight
         density = weight.count_nonzero().item() / max(1, weight.numel())
         builders = usable_kernels(weight)
-        kind = (type(module), weight.shape, weight.dtype, weight.device, module.bias is None, round(20 * density))
-        kind = (*kind, *builders)
+        key = (type(module), weight.shape, weight.dtype, weight.device, module.bias is None, round(20 * density))
+        key = (*key, *builders)
         built: dict[str, Kernel] = {}
-        if kind not in timed:
+        if key not in timed:
             built = {kernel: build(weight, module.bias) for kernel, build in builders.items()}
-            timed[kind] = {count: _time(module, built, count) for count in rows}
-        chosen = {count: min(times, key=times.__getitem__) for count, times in timed[kind].items()}
+            timed[key] = {count: _time(module, built, count) for count in rows}
+        chosen = {count: min(times, key=times.__getitem__) for count, times in timed[key].items()}
         kernels = {
             kernel: built.get(kernel) or builders[kernel](weight, module.bias)
             for kernel in sorted(set(chosen.values()) - {"dense"})
@@ -131,7 +131,7 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
         if kernels:
             module.forward = _SparseForward(module, kernels, chosen)
         extra += sum(kernel.nbytes for kernel in kernels.values())
-        reports.append(LayerReport(name, tuple(weight.shape), density, chosen, timed[kind]))
+        reports.append(LayerReport(name, tuple(weight.shape), density, chosen, timed[key]))
     return Report(reports, extra, time.perf_counter() - start)
 
 

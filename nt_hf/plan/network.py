@@ -56,11 +56,11 @@ def communication(
     the two are added up, latencies are left out.
     """
     gpus = settings.ranks
-    nodes, local = -(-gpus // per_node), min(gpus, per_node)
+    nodes, node_gpus = -(-gpus // per_node), min(gpus, per_node)
 
     def seconds(size: float) -> float:
-        within = (local - 1) / local * size / (gpu.node_gb_s * 1e9)
-        return within + (nodes - 1) / nodes * size / local / (gpu.network_gb_s * 1e9)
+        within = (node_gpus - 1) / node_gpus * size / (gpu.node_gb_s * 1e9)
+        return within + (nodes - 1) / nodes * size / node_gpus / (gpu.network_gb_s * 1e9)
 
     gradients = FP32 * weights
     if settings.strategy == "FSDP2":
