@@ -48,7 +48,7 @@ def size(path) -> int:
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bits are copied: of 4 and of 2 bytes
 @pytest.mark.parametrize("shape", [(5, 8), (7, 13), (1, 1), (40, 36), (6, 3, 5), (4, 3, 3, 3)])
 def test_expanding_undoes_compressing_bit_for_bit(shape, dtype, density, monkeypatch):
     monkeypatch.setattr(sparse_checkpoint, "_PIECE", 16)
