@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
-from nt_hf.data.prepared import prepare
+from nt_hf.data.prepare import prepare
 from nt_hf.data.streams import load_tokenizer
 from nt_hf.training.metrics import read_metrics
 

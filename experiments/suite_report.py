@@ -252,9 +252,9 @@ def report_text(suite: Suite, results: Path) -> str:
     done = sum((results / run.name / RESULT).is_file() for run in runs)
     parts = [
         f"# {suite.name}",
-        f"{done} of {len(runs)} runs are finished. `python recipes/compare.py --suite recipes/suites/{suite.name}.yaml "
-        "--report` makes this page from the files beside it. ± is the standard deviation over seeds; ratios are of "
-        "paired seeds.",
+        f"{done} of {len(runs)} runs are finished. `python experiments/run.py --suite "
+        f"experiments/suites/{suite.name}.yaml --report` makes this page from the files beside "
+        "it. ± is the standard deviation over seeds; ratios are of paired seeds.",
     ]
     for title, table in tables(suite, results).items():
         parts += [f"## {title}", table]

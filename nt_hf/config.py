@@ -27,7 +27,7 @@ from .checks import (
     number,
     optional,
 )
-from .data.streams import DataConfig
+from .data.config import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from .sparsity.config import SparsityConfig
 

@@ -6,9 +6,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
-from conftest import script
 from processes import SERVER, free_port
 
+from nt_hf.cli import tokenizer as train_tokenizer
 from nt_hf.cli.train import main
 from nt_hf.training.metrics import read_metrics
 
@@ -26,7 +26,7 @@ train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2
 def write_config(directory: Path) -> Path:
     """A configuration file with a tokenizer of 320 pieces."""
     command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
+    call(train_tokenizer.main, *command)
     path = directory / "tiny.yaml"
     path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
     return path

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
+from ..checks import look_up
+
 
 def uniform(shape: Sequence[int], uses: int) -> int:
     """Share of the active weights in proportion to the tensor's size: the same density everywhere."""

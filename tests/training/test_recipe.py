@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
 from recipe_runs import call, of, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import tokenizer as train_tokenizer
 from nt_hf.data.streams import TokenBatches, load_tokenizer
 from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
 from nt_hf.models.masks import check_masks, count_active, masked_modules, overall_density, unpack_mask
@@ -142,7 +142,7 @@ def exact_masks(checkpoint: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_the_demo_shows_what_it_should(tmp_path):
     command = ["--data", "sample:train", "--vocab_size", "2048", "--output", str(tmp_path / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
+    call(train_tokenizer.main, *command)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     demo = ROOT / "recipes" / "configs" / "demo.yaml"

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
 from processes import SERVER, finish, wait_for
 from recipe_runs import call, of, start, train
 from safetensors import SafetensorError
 
 from experiments.suite import load_suite
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import prepare, tokenizer
 from nt_hf.cli.program import run as run_program
 from nt_hf.cli.train import main
 from nt_hf.config import TrainConfig, load_run_config, parse_overrides, read_yaml
@@ -365,10 +365,8 @@ def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
 
 def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
     """C7"""
-    prepare = script("recipes/prepare_c4.py").main
-    trained = script("recipes/train_tokenizer.py").main
     with only_writer(tmp_path / "there"):
-        for main in (prepare, trained):
+        for main in (prepare.main, tokenizer.main):
             with pytest.raises(LockedError, match="there: another process writes there"):
                 call(main, "--data", "sample:validation", "--output", tmp_path / "there")
 

@@ -1,18 +1,16 @@
-"""Compares methods on the same text: trains every arm of a suite from several seeds, evaluates, and reports.
+"""Runs a suite: trains every arm from several seeds on the same text, evaluates them, and reports.
 
-    python recipes/compare.py --suite recipes/suites/cpu-mini.yaml --data_root data
-    python recipes/compare.py --suite recipes/suites/cpu-mini.yaml --report
+    python experiments/run.py --suite experiments/suites/cpu-mini.yaml --data_root data
+    python experiments/run.py --suite experiments/suites/cpu-mini.yaml --report
 
-The runs are the ordinary recipe's. First every arm's learning rate is chosen from the suite's grid at a share of the
-budget, on a validation text of its own; then the arms are trained, the first seed of all before the second of any.
+The runs are those of the ordinary recipe. First every arm's learning rate is chosen from the suite's grid at a share of
+the budget, on a validation text of its own; then the arms are trained, the first seed of all before the second of any.
 Finished runs are skipped, and killed ones continue from their checkpoints, when the same command is started again.
 Results are small and kept in --results; checkpoints are in --runs and may be deleted once their result is there.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
@@ -22,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,10 @@ from experiments.suite import (
     Run,
     Suite,
     budget,
+    fill,
     load_suite,
     main_runs,
     matching,
-    place,
     read_result,
     result_record,
     run_tree,
@@ -48,21 +46,24 @@ from experiments.suite import (
     tuning_runs,
 )
 from experiments.suite_report import refreshed, report_text, write_report
-from nt_hf.cli.program import check_output, provenance, run, write_json, write_whole
-from nt_hf.data.streams import load_tokenizer, read_texts
+from nt_hf.cli import program
+from nt_hf.cli.program import check_output, provenance
+from nt_hf.data.sources import read_texts
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
+from nt_hf.files import only_writer, write_json, write_whole
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
-logger = logging.getLogger("nt_hf.compare")
+logger = logging.getLogger("nt_hf.experiments")
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where things are: the suite, the data, the runs with their checkpoints, and the results."""
+class Paths:
+    """Where the suite, the data, the runs with their checkpoints, and the results are."""
 
     suite: Path
     data_root: str
@@ -70,7 +71,7 @@ class Places:
     results: Path
 
     def fill(self, value: Any) -> Any:
-        return place(value, data_root=self.data_root, runs=str(self.runs))
+        return fill(value, data_root=self.data_root, runs=str(self.runs))
 
 
 @dataclass
@@ -123,10 +124,10 @@ class Stopped(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", type=Path, required=True, help="a YAML file, see recipes/suites")
+    parser.add_argument("--suite", type=Path, required=True, help="a YAML file, see experiments/suites")
     parser.add_argument("--data_root", default="data", help="what {data_root} in the suite stands for (%(default)s)")
     parser.add_argument("--runs", type=Path, help="directory of the runs; default: runs/<suite>")
-    parser.add_argument("--results", type=Path, help="directory of the results; default: docs/results/<suite>")
+    parser.add_argument("--results", type=Path, help="directory of the results; default: experiments/results/<suite>")
     parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="runs to make, as 'runs/single/*'")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the cores (%(default)s)")
     parser.add_argument("--list", action="store_true", help="show the runs and what they cost, and train nothing")
@@ -138,13 +139,13 @@ def main() -> None:
         raise ValueError(f"--parallel {args.parallel}: accepted is a number from 1")
 
     suite = load_suite(args.suite)
-    runs, results = args.runs or Path("runs") / suite.name, args.results or ROOT / "docs" / "results" / suite.name
-    places = Places(args.suite, args.data_root, runs, results)
-    check_output(places.runs, directory=True, option="--runs")
-    check_output(places.results, directory=True, option="--results")
+    results = args.results or ROOT / "experiments" / "results" / suite.name
+    paths = Paths(args.suite, args.data_root, args.runs or Path("runs") / suite.name, results)
+    check_output(paths.runs, directory=True, option="--runs")
+    check_output(paths.results, directory=True, option="--results")
     if args.document and not args.document.is_file():
         raise ValueError(f"--document {args.document}: accepted is a Markdown file")
-    known = every_run(suite, places.results)
+    known = every_run(suite, paths.results)
     for glob in args.only:
         if not matching(known, [glob]):
             raise ValueError(
@@ -152,38 +153,38 @@ def main() -> None:
                 f"tuning/ARM/* and runs/ARM/*, of the arms {', '.join(suite.arms)}"
             )
     if args.list:
-        print(listing(suite, places.results, matching(known, args.only)))
+        print(listing(suite, paths.results, matching(known, args.only)))
         return
     if args.evaluate:
-        write_result(suite, places, find_run(suite, places.results, args.evaluate))
+        write_result(suite, paths, find_run(suite, paths.results, args.evaluate))
         return
     if not args.report:
-        if any(not each.tuning for each in matching(known, args.only)):
-            check_evaluation(suite, places)
+        if any(not run.tuning for run in matching(known, args.only)):
+            check_evaluation(suite, paths)
         programs = Programs()
         try:
-            with locked(places.runs):
-                prepare(suite, places, programs)
-                train_all(suite, places, matching(tuning_runs(suite), args.only), args.parallel, programs)
-                main = matching(main_runs(suite, tuned(places.results, suite)), args.only)
-                train_all(suite, places, main, args.parallel, programs)
+            with only_writer(paths.runs):
+                prepare(suite, paths, programs)
+                train_all(suite, paths, matching(tuning_runs(suite), args.only), args.parallel, programs)
+                main = matching(main_runs(suite, tuned(paths.results, suite)), args.only)
+                train_all(suite, paths, main, args.parallel, programs)
         except Stopped:
             logger.info("stopped by a signal; the same command continues")
             sys.exit(EXIT_PREEMPTED)
-        names = {each.name for each in main}
-        for each in matching(known, args.only):
-            if not each.tuning and each.name not in names:
-                source = each.arm
+        names = {run.name for run in main}
+        for run in matching(known, args.only):
+            if not run.tuning and run.name not in names:
+                source = run.arm
                 while source.learning_rate_of:
                     source = suite.arms[source.learning_rate_of]
                 raise ValueError(
-                    f"{each.name} has no learning rate yet; accepted first: --only 'tuning/{source.name}/*'"
+                    f"{run.name} has no learning rate yet; accepted first: --only 'tuning/{source.name}/*'"
                 )
-    print(report_text(suite, places.results))
-    write_report(suite, places.results)
+    print(report_text(suite, paths.results))
+    write_report(suite, paths.results)
     if args.document:
         text = args.document.read_text(encoding="utf-8")
-        write_whole(args.document, refreshed(text, suite, places.results))
+        write_whole(args.document, refreshed(text, suite, paths.results))
 
 
 def every_run(suite: Suite, results: Path) -> list[Run]:
@@ -193,88 +194,70 @@ def every_run(suite: Suite, results: Path) -> list[Run]:
 
 
 def find_run(suite: Suite, results: Path, name: str) -> Run:
-    runs = {each.name: each for each in every_run(suite, results)}
+    runs = {run.name: run for run in every_run(suite, results)}
     if name not in runs:
         raise ValueError(f"--evaluate {name}: accepted are the runs that --list shows")
     return runs[name]
 
 
-def check_evaluation(suite: Suite, places: Places) -> None:
+def check_evaluation(suite: Suite, paths: Paths) -> None:
     """Looks for what the runs will be scored on before any is trained.
 
     Raises:
         ValueError: something is not there.
     """
-    for name, source in places.fill(suite.evaluation.texts).items():
+    for name, source in paths.fill(suite.evaluation.texts).items():
         try:
             read_texts([source])
         except ValueError as error:
             raise ValueError(f"evaluation.texts.{name}: {error}") from error
-    if suite.evaluation.zero_shot and not Path(folder := places.fill(suite.evaluation.zero_shot)).is_dir():
+    if suite.evaluation.zero_shot and not Path(folder := paths.fill(suite.evaluation.zero_shot)).is_dir():
         raise ValueError(f"evaluation.zero_shot={folder}: accepted is a directory of json lines")
 
 
 def listing(suite: Suite, results: Path, runs: Sequence[Run]) -> str:
     lines = []
-    for each in runs:
-        cost, done = budget(suite, each), "done" if (results / each.name / RESULT).is_file() else ""
+    for run in runs:
+        cost, done = budget(suite, run), "done" if (results / run.name / RESULT).is_file() else ""
         lines.append(
-            f"{each.name:40} {cost.tokens / 1e6:8.2f}M tokens {cost.flops / 1e15:9.3f} PFLOP, "
+            f"{run.name:40} {cost.tokens / 1e6:8.2f}M tokens {cost.flops / 1e15:9.3f} PFLOP, "
             f"{cost.active / 1e6:.2f}M of {cost.stored / 1e6:.2f}M parameters active  {done}"
         )
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def locked(runs: Path) -> Iterator[None]:
-    """Keeps other programs like this one from a directory, however this one ends.
-
-    Raises:
-        ValueError: another one is at work there.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{runs}: another recipes/compare.py is at work there; accepted are other --runs"
-            ) from None
-        yield
-
-
 # --------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare(suite: Suite, places: Places, programs: Programs) -> None:
+def prepare(suite: Suite, paths: Paths, programs: Programs) -> None:
     """The tokenizer, if the suite trains one, and the tokens; what is there already stays."""
-    wanted = suite.preparation
-    if not wanted.text:
+    preparation = suite.preparation
+    if not preparation.text:
         return
-    text = ["--data", *places.fill(wanted.text)]
-    tokenizer = places.fill(wanted.tokenizer or "{runs}/tokenizer")
-    if not wanted.tokenizer and not Path(tokenizer, "tokenizer.json").is_file():
-        size = str(wanted.vocab_size)
+    text = ["--data", *paths.fill(preparation.text)]
+    tokenizer = paths.fill(preparation.tokenizer or "{runs}/tokenizer")
+    if not preparation.tokenizer and not Path(tokenizer, "tokenizer.json").is_file():
+        size = str(preparation.vocab_size)
         programs.call("recipes/train_tokenizer.py", *text, "--vocab_size", size, "--output", tokenizer)
-    tokens = str(places.runs / "tokens")
+    tokens = str(paths.runs / "tokens")
     programs.call("recipes/prepare_c4.py", *text, "--tokenizer", tokenizer, "--output", tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def train_all(suite: Suite, places: Places, runs: list[Run], parallel: int, programs: Programs) -> None:
+def train_all(suite: Suite, paths: Paths, runs: list[Run], parallel: int, programs: Programs) -> None:
     """Trains and evaluates the runs that have no result yet, ``parallel`` at a time.
 
     Raises:
         Stopped: a signal came.
         ValueError: some failed; the others were finished.
     """
-    todo = [each for each in runs if not read_result(places.results, suite, each)]
+    todo = [run for run in runs if not read_result(paths.results, suite, run)]
     threads = max(1, (os.cpu_count() or 1) // parallel)
     failed = []
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        futures = {pool.submit(train_one, suite, places, each, threads, programs): each for each in todo}
+        futures = {pool.submit(train_one, suite, paths, run, threads, programs): run for run in todo}
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             name = futures[future].name
             try:
@@ -286,42 +269,42 @@ def train_all(suite: Suite, places: Places, runs: list[Run], parallel: int, prog
         raise ValueError(f"{len(failed)} of {len(todo)} runs failed, for example {failed[0]}")
 
 
-def train_one(suite: Suite, places: Places, each: Run, threads: int, programs: Programs) -> float:
+def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Programs) -> float:
     """Trains a run, or continues it, and writes its result; returns its validation perplexity."""
-    run_dir = places.runs / each.name
+    run_dir = paths.runs / run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "config.yaml"
-    write_whole(config, yaml.safe_dump(places.fill(run_tree(suite, each)), sort_keys=False))
+    write_whole(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
     programs.call(
         "recipes/pretrain_c4.py", "--config", str(config), "--output_dir", str(run_dir),
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
     programs.call(
-        "recipes/compare.py", "--suite", str(places.suite), "--data_root", places.data_root, "--runs", str(places.runs),
-        "--results", str(places.results), "--evaluate", each.name,
+        "experiments/run.py", "--suite", str(paths.suite), "--data_root", paths.data_root, "--runs", str(paths.runs),
+        "--results", str(paths.results), "--evaluate", run.name,
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
-    return read_result(places.results, suite, each)["validation"]["perplexity"]
+    return read_result(paths.results, suite, run)["validation"]["perplexity"]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def write_result(suite: Suite, places: Places, each: Run) -> None:
+def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     """Scores a trained run and writes its result and metrics."""
-    run_dir, directory = places.runs / each.name, places.results / each.name
+    run_dir, directory = paths.runs / run.name, paths.results / run.name
     records = read_metrics(run_dir / METRICS)
-    steps = run_tree(suite, each)["train"]["max_steps"]
+    steps = run_tree(suite, run)["train"]["max_steps"]
     last = next((record for record in reversed(records) if record["event"] == "eval"), None)
     if last is None or last["step"] < steps:
         raise ValueError(f"{run_dir} is not trained to its end, step {steps}")
-    found: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records)}
-    if not each.tuning:
-        found |= evaluate_checkpoint(suite, places, each, run_dir / f"checkpoint-{steps}")
-    made = provenance() | {"command": f"python recipes/compare.py --suite recipes/suites/{suite.name}.yaml"}
+    result: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records)}
+    if not run.tuning:
+        result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
+    made = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / METRICS, (run_dir / METRICS).read_text())
-    write_json(directory / RESULT, result_record(suite, each, **found, machine=machine(), **made))
+    write_json(directory / RESULT, result_record(suite, run, **result, machine=machine(), **made))
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
@@ -334,45 +317,39 @@ def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
     return seconds
 
 
-def evaluate_checkpoint(suite: Suite, places: Places, each: Run, checkpoint: Path) -> dict[str, Any]:
+def evaluate_checkpoint(suite: Suite, paths: Paths, run: Run, checkpoint: Path) -> dict[str, Any]:
     """Perplexity on every text, diversity and calibration on the first, zero-shot scores."""
-    wanted = suite.evaluation
+    evaluation = suite.evaluation
+    windows_options = {"batch_size": evaluation.batch_size, "max_tokens": evaluation.max_tokens}
     model = load_for_evaluation(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint))
     length = model.config.max_position_embeddings
-    found: dict[str, Any] = {"texts": {}}
-    for name, source in places.fill(wanted.texts).items():
-        windows = DocumentWindows(
-            read_texts([source]), tokenizer, length=length, batch_size=wanted.batch_size, max_tokens=wanted.max_tokens
-        )
+    result: dict[str, Any] = {"texts": {}}
+    for name, source in paths.fill(evaluation.texts).items():
+        windows = DocumentWindows(read_texts([source]), tokenizer, length=length, **windows_options)
         try:
             scores = evaluate(model, windows)
             scores.bytes = windows.bytes
-            found["texts"][name] = scores.to_dict() | {"documents": windows.documents}
-            if "diversity" not in found:
-                found["diversity"] = measure_diversity(model, windows).to_dict()
+            result["texts"][name] = scores.to_dict() | {"documents": windows.documents}
+            if "diversity" not in result:
+                result["diversity"] = measure_diversity(model, windows).to_dict()
         except FloatingPointError as error:
             raise FloatingPointError(f"{checkpoint}, text {name}: {error}") from error
-    if wanted.zero_shot and each.seed in suite.seeds[: wanted.zero_shot_seeds]:
+    if evaluation.zero_shot and run.seed in suite.seeds[: evaluation.zero_shot_seeds]:
         if importlib.util.find_spec("lm_eval") is None:
             logger.warning("no zero-shot scores: lm_eval is not installed")
-            return found
-        found["zero_shot"] = zero_shot(suite, places, checkpoint)
-    return found
+            return result
+        result["zero_shot"] = zero_shot(suite, paths, checkpoint)
+    return result
 
 
-def zero_shot(suite: Suite, places: Places, checkpoint: Path) -> dict[str, Any]:
-    """The scores of ``eval/zero_shot.py``, without those of single items."""
-    output = checkpoint.parent / "zero_shot.json"
-    limit = suite.evaluation.zero_shot_limit
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "eval" / "zero_shot.py"), "--model", str(checkpoint), "--output", str(output),
-            "--data_root", places.fill(suite.evaluation.zero_shot), *(["--limit", str(limit)] if limit else []),
-        ],
-    )  # fmt: skip
-    if done.returncode:
-        raise ValueError(f"eval/zero_shot.py failed on {checkpoint}; its own last line, above, says why")
+def zero_shot(suite: Suite, paths: Paths, checkpoint: Path) -> dict[str, Any]:
+    """The scores of ``nt-hf evaluate zero-shot``, without those of single items."""
+    from nt_hf.cli.zero_shot import main
+
+    output, limit = checkpoint.parent / "zero_shot.json", suite.evaluation.zero_shot_limit
+    data = ["--data_root", paths.fill(suite.evaluation.zero_shot), *(["--limit", str(limit)] if limit else [])]
+    main(["--model", str(checkpoint), "--output", str(output), *data])
     report = json.loads(output.read_text())
     return {"limit": limit, "results": report["results"], "average": report["average"]}
 
@@ -388,4 +365,4 @@ def machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)
