@@ -20,7 +20,7 @@ from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifie
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
 from nt_hf.data.streams import load_tokenizer
-from nt_hf.sparsity.sparsifier import draw_masks
+from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.training.checkpoint import Progress, TrainingState, load_model, load_training_state, save_checkpoint
 from nt_hf.training.manifest import find_damage
 from nt_hf.training.optimizer import make_optimizer

@@ -29,7 +29,7 @@ from .checks import (
 )
 from .data.config import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from .sparsity.sparsifier import SparsityConfig
+from .sparsity.config import SparsityConfig
 
 TRAIN_RULES = {
     "max_steps": integer(1),

@@ -53,7 +53,8 @@ def imports(path, nodes=ast.walk):
 
 
 def room(path):
-    return path.parts[0].removesuffix(".py")
+    """The room of a file; what ``python -m`` runs is a program."""
+    return "cli" if path.name == "__main__.py" else path.parts[0].removesuffix(".py")
 
 
 def rooms_known(path):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from ..checks import TEXT, Rule, check, check_fields, choice, integer, list_of, mapping_to, number, optional
 from ..models.masks import parse_structure
+from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
+from .densities import DISTRIBUTIONS
+from .saliency import SALIENCY
 from .schedules import SCHEDULES
-from .topology import DISTRIBUTIONS, DROP, GROW, REDISTRIBUTE, REGROW
-
-SALIENCY = ("snip", "grasp")
 
 RULES = {
     "density": number("(0, 1]"),

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ..config import RunConfig
 from ..evaluation.perplexity import perplexity
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..plan.planner import peak_tflops, training_flops_per_token
+from ..plan.flops import training_flops_per_token
+from ..plan.hardware import peak_tflops
 from .checkpoint import Progress
 from .launch import wants_bf16
 from .metrics import Metrics

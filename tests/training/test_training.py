@@ -15,8 +15,9 @@ from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifie
 from nt_hf.config import TrainConfig, load_run_config
 from nt_hf.data.streams import load_tokenizer, pad_rows
 from nt_hf.models.masks import masked_modules
-from nt_hf.plan.planner import forward_flops_per_token, peak_tflops, training_flops_per_token
-from nt_hf.sparsity.sparsifier import target_counts
+from nt_hf.plan.flops import forward_flops_per_token, training_flops_per_token
+from nt_hf.plan.hardware import peak_tflops
+from nt_hf.sparsity.first_masks import target_counts
 from nt_hf.training.batches import count_targets, grouped, limited, to_device
 from nt_hf.training.device import HostCopy, compile_blocks
 from nt_hf.training.manifest import find_checkpoints

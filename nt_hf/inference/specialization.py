@@ -5,45 +5,29 @@ pays; [`restore`] takes it back. The dense weights stay where they are, so that 
 losses and everything else that reads a weight are as before; the sparse copies come on top (on a CPU 6 bytes an active
 weight in fp32, 4 in bf16).
 
-Kernels beside ``dense``, the module's own forward:
-
-- ``compiled``: csrc/sparse_linear.cpp, fp32 and bf16 on a CPU; built by the system's compiler on first use.
-- ``csr``: PyTorch's compressed rows, fp32 on a CPU.
-- ``2:4 cutlass``, ``2:4 cusparselt``: PyTorch's semi-structured kernels, fp16 and bf16 on a CUDA GPU, for weights with
-  at most two of four neighbours active.
+The kernels are in `kernels`; ``dense`` is the module's own forward.
 """
 
 import bisect
 import copy
-import ctypes
-import functools
-import hashlib
 import itertools
 import logging
 import math
-import os
-import platform
-import subprocess
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..models.masks import canonical_name, check_masks, masked_modules
+from .kernels import Kernel, usable_kernels
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "csrc" / "sparse_linear.cpp"
 ROUNDS = 5
 # A model's weights do not fit a cache; those of one layer timed again and again would.
 EVICTED_BYTES = 2**26
-
-Kernel = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -132,14 +116,14 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
     for name, module in layers.items():
         weight = module.weight
         density = weight.count_nonzero().item() / max(1, weight.numel())
-        builders = _builders(weight)
-        kind = (type(module), weight.shape, weight.dtype, weight.device, module.bias is None, round(20 * density))
-        kind = (*kind, *builders)
+        builders = usable_kernels(weight)
+        key = (type(module), weight.shape, weight.dtype, weight.device, module.bias is None, round(20 * density))
+        key = (*key, *builders)
         built: dict[str, Kernel] = {}
-        if kind not in timed:
+        if key not in timed:
             built = {kernel: build(weight, module.bias) for kernel, build in builders.items()}
-            timed[kind] = {count: _time(module, built, count) for count in rows}
-        chosen = {count: min(times, key=times.__getitem__) for count, times in timed[kind].items()}
+            timed[key] = {count: _time(module, built, count) for count in rows}
+        chosen = {count: min(times, key=times.__getitem__) for count, times in timed[key].items()}
         kernels = {
             kernel: built.get(kernel) or builders[kernel](weight, module.bias)
             for kernel in sorted(set(chosen.values()) - {"dense"})
@@ -147,7 +131,7 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
         if kernels:
             module.forward = _SparseForward(module, kernels, chosen)
         extra += sum(kernel.nbytes for kernel in kernels.values())
-        reports.append(LayerReport(name, tuple(weight.shape), density, chosen, timed[kind]))
+        reports.append(LayerReport(name, tuple(weight.shape), density, chosen, timed[key]))
     return Report(reports, extra, time.perf_counter() - start)
 
 
@@ -229,22 +213,22 @@ def _time(module: nn.Linear, kernels: dict[str, Kernel], rows: int) -> dict[str,
     """
     weight = module.weight
     x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    sides = {"dense": module.forward, **kernels}
+    functions = {"dense": module.forward, **kernels}
     expected = module.forward(x).float()
     # A rounding or two of the result, and what fp32 sums of thousands of numbers lose.
     tolerance = (2 * torch.finfo(weight.dtype).eps + 2**-14) * expected.abs().max().item()
     for name, kernel in kernels.items():
         if not (error := (kernel(x).float() - expected).abs().max().item()) <= tolerance:
             logger.warning("the kernel %s is wrong by %g on a weight %s: left out", name, error, list(weight.shape))
-            del sides[name]
+            del functions[name]
     cache = torch.empty(EVICTED_BYTES, dtype=torch.uint8, device=weight.device)
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
-        for name, side in sides.items():
+        for name, function in functions.items():
             cache.fill_(0)
             _synchronize(weight.device)
             start = time.perf_counter()
-            side(x)
+            function(x)
             _synchronize(weight.device)
             times[name].append(time.perf_counter() - start)
     return {name: min(values) for name, values in times.items()}
@@ -253,168 +237,3 @@ def _time(module: nn.Linear, kernels: dict[str, Kernel], rows: int) -> dict[str,
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# -------------------------------------------------------------------------------------------------------- kernels
-
-
-def _builders(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor, torch.Tensor | None], Kernel]]:
-    """The sparse kernels that can take a weight, ``(weight, bias) -> kernel``, by name."""
-    if weight.device.type == "cuda":
-        backends = _semi_structured_backends()
-        return {
-            name: functools.partial(_SemiStructured, backend=backend)
-            for name, backend in backends.items()
-            if fits_semi_structured(weight, backend)
-        }
-    if weight.device.type != "cpu":
-        return {}
-    builders = {}
-    if weight.dtype in _FUNCTIONS and weight.shape[1] <= 2**16 and _library() is not None:
-        builders["compiled"] = _Compiled
-    if weight.dtype == torch.float32:
-        builders["csr"] = _Csr
-    return builders
-
-
-def _compressed_rows(weight: torch.Tensor) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return weight.detach().to_sparse_csr()
-
-
-class _Csr:
-    """PyTorch's compressed rows, with 32-bit indices: half the memory to read, 1.5 times as fast with one row."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        sparse = _compressed_rows(weight)
-        indices = sparse.crow_indices().int(), sparse.col_indices().int()
-        self.weight = torch.sparse_csr_tensor(*indices, sparse.values(), size=weight.shape, check_invariants=False)
-        self.bias = bias
-        self.nbytes = sum(tensor.nbytes for tensor in (*indices, sparse.values()))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-_FUNCTIONS = {torch.float32: "sparse_linear_float32", torch.bfloat16: "sparse_linear_bfloat16"}
-
-
-class _Compiled:
-    """Compressed rows with 16-bit columns, multiplied by the package's own kernel."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        sparse = _compressed_rows(weight)
-        self.rows, self.columns = sparse.crow_indices(), sparse.col_indices().to(torch.uint16)
-        self.values = sparse.values()
-        self.bias = None if bias is None else bias.detach().float()
-        self.shape = tuple(weight.shape)
-        self.nbytes = sum(tensor.nbytes for tensor in (self.rows, self.columns, self.values))
-        self.function = getattr(_library(), _FUNCTIONS[weight.dtype])
-        self.pointers = (
-            *(tensor.data_ptr() for tensor in (self.rows, self.columns, self.values)),
-            (None if self.bias is None else self.bias.data_ptr()),
-        )
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out, inputs = self.shape
-        count = len(x)
-        y, scratch = x.new_empty(count, out), torch.empty(inputs * 128, dtype=torch.uint8)
-        places = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
-        self.function(*self.pointers, *places, count, out, inputs, torch.get_num_threads())
-        return y
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; ``None``, with a warning, where they cannot be built."""
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = [*(getattr(error, "stderr", None) or str(error)).strip().splitlines(), "the compiler failed"]
-        reason = next((line for line in lines if "error" in line.lower()), lines[0])
-        logger.warning("no compiled sparse kernels, only PyTorch's: %s", reason)
-        return None
-    for name in _FUNCTIONS.values():
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
-        function.restype = None
-    return library
-
-
-def _build() -> Path:
-    """Compiles the kernels for this CPU, if the user's cache has none yet; the library's path.
-
-    Raises:
-        OSError, subprocess.CalledProcessError: there is no compiler (``CXX``, by default g++), or it fails.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), *map(str.encode, flags), _cpu().encode()])).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nt_hf"
-    path = folder / f"sparse_linear-{key[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            objects, library = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
-            # Linked without OpenMP, and now rather than lazily: the process's own runtime serves, or loading fails. A
-            # second one would bring threads that compete with PyTorch's.
-            for command in (
-                [compiler, *flags, "-c", str(SOURCE), "-o", objects],
-                [compiler, "-shared", "-Wl,-z,now", objects, "-o", library],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(library, path)  # complete or not there, whoever else builds at the same time
-    return path
-
-
-def _cpu() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = sorted({line for line in lines if line.startswith(wanted)})
-    return "\n".join([platform.machine(), platform.processor(), *found])
-
-
-def _semi_structured_backends() -> dict[str, type]:
-    """PyTorch's classes of 2:4 tensors that this build can multiply."""
-    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-
-    backends = {"2:4 cutlass": SparseSemiStructuredTensorCUTLASS}
-    if torch.backends.cusparselt.is_available():
-        backends["2:4 cusparselt"] = SparseSemiStructuredTensorCUSPARSELT
-    return backends
-
-
-def fits_semi_structured(weight: torch.Tensor, backend: type) -> bool:
-    """Whether one of PyTorch's 2:4 classes can hold a weight exactly.
-
-    It takes fp16 or bf16, sizes that are multiples of the class's own, a contiguous layout, and at most two non-zeros
-    in each group of four along the input dimension.
-    """
-    sizes = backend._DTYPE_SHAPE_CONSTRAINTS.get(weight.dtype)
-    if weight.dtype not in (torch.float16, torch.bfloat16) or sizes is None or not weight.is_contiguous():
-        return False
-    out, inputs = weight.shape
-    if not out or not inputs or out % sizes.sparse_min_rows or inputs % sizes.sparse_min_cols:
-        return False
-    return int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) <= 2
-
-
-class _SemiStructured:
-    """A 2:4 weight in one of PyTorch's compressed forms."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, backend: type):
-        self.weight, self.bias = backend.from_dense(weight.detach()), bias
-        parts = (self.weight.packed, self.weight.meta)
-        self.nbytes = sum(part.nbytes for part in parts if part is not None)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-__all__ = ["LayerReport", "Report", "restore", "specialize"]

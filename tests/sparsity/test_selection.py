@@ -8,15 +8,15 @@ import torch
 from nt_hf.sparsity import selection
 from nt_hf.sparsity.selection import (
     INT32_MIN,
-    Part,
+    Scores,
+    chunks,
     hash_bits,
     hash_range,
+    map_chunks,
     noise_key,
     select_top,
     select_top_rows,
     sort_keys,
-    stretches,
-    sweep,
     to_uniform,
 )
 
@@ -28,13 +28,13 @@ def hash_uniform(index, key):
 def top(scores, k, candidates=None, key=(1, 2)):
     """Bool mask of the ``k`` largest, in the shape of ``scores``."""
     keys = sort_keys(scores.flatten().clone(), None if candidates is None else candidates.flatten())
-    return select_top([Part(keys, key)], k)[0].view(scores.shape)
+    return select_top([Scores(keys, key)], k)[0].view(scores.shape)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Stretches and samples so small that small tensors have many."""
-    monkeypatch.setitem(selection._STRETCH, "cpu", 64)
+    """Chunks and samples so small that small tensors have many."""
+    monkeypatch.setitem(selection._CHUNK, "cpu", 64)
     monkeypatch.setattr(selection, "_SAMPLE", 128)
 
 
@@ -163,7 +163,7 @@ def test_an_unlucky_sample_costs_time_only(seed, small, monkeypatch):
 @pytest.mark.parametrize("k", [0, 1, 50, 777, 999, 1000])
 def test_tensors_are_ranked_together(k, small):
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(k)).mul(3).round()  # many ties
-    parts = [Part(sort_keys(piece.clone()), (i, i)) for i, piece in enumerate(scores.split([600, 1, 399]))]
+    parts = [Scores(sort_keys(piece.clone()), (i, i)) for i, piece in enumerate(scores.split([600, 1, 399]))]
     chosen = torch.cat(select_top(parts, k))
     assert chosen.sum() == k
     if 0 < k < 1000:
@@ -171,7 +171,7 @@ def test_tensors_are_ranked_together(k, small):
 
 
 def test_ties_between_tensors_are_fair():
-    parts = [Part(sort_keys(torch.zeros(n)), (7 * n, n)) for n in (4000, 1000)]
+    parts = [Scores(sort_keys(torch.zeros(n)), (7 * n, n)) for n in (4000, 1000)]
     first, second = select_top(parts, 2500)
     assert first.sum() + second.sum() == 2500
     assert abs(int(second.sum()) - 500) < 100
@@ -190,7 +190,7 @@ def shards(scores, cuts, k, key, candidates=None):
             return total
 
         keys = sort_keys(scores[start:stop].clone(), None if candidates is None else candidates[start:stop])
-        chosen[rank] = select_top([Part(keys, key, start)], k, reduce)[0]
+        chosen[rank] = select_top([Scores(keys, key, start)], k, reduce)[0]
 
     threads = [threading.Thread(target=work, args=(i, *cut)) for i, cut in enumerate(cuts)]
     for thread in threads:
@@ -237,21 +237,21 @@ def test_what_is_no_candidate_comes_after_minus_infinity():
     assert keys[1] == INT32_MIN < keys[0] < keys[2] == keys[3]
 
 
-def test_stretches_end_where_those_of_the_whole_tensor_do(small):
-    assert stretches(torch.zeros(150)) == [(0, 64), (64, 128), (128, 150)]
-    assert stretches(torch.zeros(150), 100) == [(0, 28), (28, 92), (92, 150)]
-    assert stretches(torch.zeros(3, 40)) == [(0, 1), (1, 2), (2, 3)]
-    assert stretches(torch.zeros(0)) == []
+def test_chunks_end_where_those_of_the_whole_tensor_do(small):
+    assert chunks(torch.zeros(150)) == [(0, 64), (64, 128), (128, 150)]
+    assert chunks(torch.zeros(150), 100) == [(0, 28), (28, 92), (92, 150)]
+    assert chunks(torch.zeros(3, 40)) == [(0, 1), (1, 2), (2, 3)]
+    assert chunks(torch.zeros(0)) == []
 
 
-def test_a_sweep_keeps_the_order_and_leaves_the_threads_alone():
+def test_map_chunks_keeps_the_order_and_leaves_the_threads_alone():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        seen = sweep(lambda i: (i, torch.get_num_threads(), torch.is_grad_enabled()), [(i,) for i in range(20)])
+        seen = map_chunks(lambda i: (i, torch.get_num_threads(), torch.is_grad_enabled()), [(i,) for i in range(20)])
         assert seen == [(i, 1, False) for i in range(20)]
         with pytest.raises(ValueError, match="no"):
-            sweep(lambda i: int("no"), [(1,), (2,)])
+            map_chunks(lambda i: int("no"), [(1,), (2,)])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
