@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check, check_fields, integer, look_up, number
+from ..checks import check, check_fields, choice, integer, look_up, number
 from ..models.masks import check_structure
 from .criteria import DROP, GROW, REGROW, Chunk, Criterion, Drop, MaskedWeight
 from .selection import (
@@ -122,7 +122,7 @@ def keep_weights(
         ValueError: see [`update_mask`].
     """
     method = look_up(DROP, "drop", drop)
-    look_up(dict.fromkeys(REGROW), "regrow", regrow)
+    check("regrow", regrow, choice(REGROW))
     check("drop_fraction", drop_fraction, number("[0, 1]"))
     for weight, target in zip(weights, targets):
         _check(weight, target)
@@ -131,6 +131,7 @@ def keep_weights(
     if all(kept == weight.active for weight, (kept, _) in zip(weights, moves)):
         return [weight.mask.clone() for weight in weights]
 
+    # First the weights that a structure or ``regrow`` makes stay, then the best of the others: as many as are missing.
     scores = [_score(weight, method.score, mask, "drop") for weight, mask in zip(weights, masks)]
     safe = [_unavoidable(*arguments, method, regrow) for arguments in zip(weights, scores, targets)]
     numbers = [kept - weight.count(mask)[0] for weight, (kept, _), mask in zip(weights, moves, safe)]
