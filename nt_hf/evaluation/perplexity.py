@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..checks import check, integer, optional
 from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..models.lm_heads import by_head
-from ..models.modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
+from ..models.losses import IGNORE_INDEX
+from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits
 from ..sparsity.sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
@@ -67,7 +69,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:  # damaged files: as many types as causes
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -75,8 +77,8 @@ def _is_llama(path: Path) -> bool:
     """Whether a checkpoint is a stock Llama, rather than a NeuroTrails Llama."""
     accepted = "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
     if not (path / "config.json").is_file():
-        found = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {found}; {accepted}")
+        problem = "has no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"{path} {problem}; {accepted}")
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in (NeuroTrailsLlamaConfig.model_type, LlamaConfig.model_type):
         raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
@@ -113,7 +115,7 @@ class DocumentWindows:
     padded on the right; ``BUFFER`` batches are held at a time.
 
     Args:
-        texts: the documents; each ``iter()`` of this object goes over them anew.
+        texts: the documents; each ``iter()`` of this object goes over them again.
         tokenizer: any with an end-of-sequence token; special tokens that it adds by itself are not used.
         length: tokens of a window, 2 or more.
         stride: tokens between the starts of two windows, 1 to ``length - 1``; half the length by default.
@@ -122,7 +124,7 @@ class DocumentWindows:
 
     Attributes:
         documents: documents read, complete (as the other counts) when the iteration is.
-        tokens: tokens of theirs, each of which is scored.
+        tokens: tokens of these documents, each of which is scored.
         unknown: those that are the tokenizer's unknown token.
         bytes: UTF-8 bytes of the documents as they were before tokenization, those without a token left out.
 
@@ -140,15 +142,11 @@ class DocumentWindows:
         batch_size: int = 8,
         max_tokens: int | None = None,
     ):
-        if length < 2:
-            raise ValueError(f"length={length}: expected 2 or more, one token of context and one to score")
+        check("length", length, integer(2))  # one token of context and one to score
         stride = length // 2 if stride is None else stride
-        if not 0 < stride < length:
-            raise ValueError(f"stride={stride}: expected 1 to {length - 1}, less than the window's length")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens}: expected 1 or more")
+        check("stride", stride, integer(1, length - 1))
+        check("batch_size", batch_size, integer(1))
+        check("max_tokens", max_tokens, optional(integer(1)))
         self.eos_id = eos_id(tokenizer)
         self.texts = texts
         self.tokenizer = tokenizer
@@ -318,10 +316,10 @@ def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Te
             for start in range(0, labels.numel(), CHUNK)
         )
     total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)
-    for each, targets in zip(chunks, labels[:, None].split(CHUNK)):
-        ensembles = [combine_logits(each, mode) for mode in ("logits", "probs")]
-        losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*each, *ensembles]]
-        guesses = torch.stack([logits.argmax(-1) for logits in each])
+    for head_logits, targets in zip(chunks, labels[:, None].split(CHUNK)):
+        ensembles = [combine_logits(head_logits, mode) for mode in ("logits", "probs")]
+        losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*head_logits, *ensembles]]
+        guesses = torch.stack([logits.argmax(-1) for logits in head_logits])
         disagreeing = (guesses[:, None] != guesses[None]).sum() / 2
         total += torch.stack([x.double() for x in [*losses, disagreeing, targets.new_tensor(len(targets))]])
     return total
