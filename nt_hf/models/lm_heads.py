@@ -1,7 +1,7 @@
 """The LM heads of a model, one by one and as the single LM head that tools ask for."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ def head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) ->
         return lm_head(hidden, labels)
     # Replaced by an adapter or a quantised layer, which only computes logits.
     return chunked_cross_entropy(lm_head, hidden, labels)
+
+
+def stacked_losses(lm_heads: Sequence[nn.Module], states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropies ``[M]`` from ``states`` ``[M, batch, seq, hidden_size]`` and ``targets`` ``[M, n]``."""
+    targets = targets.to(states.device)
+    return torch.stack([head_loss(head, x.flatten(0, 1), y) for head, x, y in zip(lm_heads, states, targets)])
 
 
 def side_by_side(states: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -91,14 +97,17 @@ class LMHeads(nn.ModuleList):
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Looks at what PEFT was asked to do with LM heads, which it would leave out without a word.
+    """Looks, once for each set of adapters, at what PEFT is to do with LM heads, which it would leave out unsaid.
 
     Raises:
         ValueError: it is to train a module called ``lm_head``, or to adapt a full ensemble whose vocabulary has grown.
     """
+    configs = vars(model).get("peft_config", {})
+    if torch.compiler.is_compiling() or not configs or vars(model).get("_checked_adapters") == list(configs):
+        return
     heads = f"lm_heads.0 to lm_heads.{len(model.lm_heads) - 1}"
     names = [name for name, _ in model.named_modules()]
-    for config in model.peft_config.values():
+    for config in configs.values():
         targets = getattr(config, "target_modules", None) or ()
         asked = [("target_modules", name) for name in targets if not isinstance(targets, str) and name == "lm_head"]
         asked += [("modules_to_save", name) for name in getattr(config, "modules_to_save", None) or ()]
@@ -116,3 +125,4 @@ def check_adapters(model: nn.Module) -> None:
             "of them; keep them as adapters, or adapt a model with tie_word_embeddings=False",
             stacklevel=3,
         )
+    model._checked_adapters = list(configs)

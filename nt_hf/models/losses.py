@@ -15,6 +15,15 @@ LOSS_CHUNK = {"cpu": 256}
 LOSS_CHUNK_DEVICE = 4096
 
 
+def next_tokens(labels: torch.LongTensor, heads: int) -> torch.LongTensor:
+    """The token that each position predicts, ``[heads, batch * seq]``, from labels ``[batch, seq]``.
+
+    The last position of a row predicts none. Labels ``[heads, batch, seq]`` are a batch for each head.
+    """
+    targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX).flatten(-2)
+    return targets if targets.dim() == 2 else targets.expand(heads, -1)
+
+
 def chunked_cross_entropy(
     lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:

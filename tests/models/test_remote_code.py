@@ -90,7 +90,9 @@ def run_without_package(prompts, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("model", ["neurotrails", "tied_full_ensemble"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["neurotrails", pytest.param("tied_full_ensemble", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_same_answers_without_the_package_also_after_saving_from_there(
     model, prompts, tmp_path, run_without_package
 ):

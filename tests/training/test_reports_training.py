@@ -3,6 +3,7 @@
 Each test names the entry of the list of reports that it is for.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -260,26 +261,27 @@ def training_killer(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_do_not_wait_for_threads_that_forking_lost(config, tmp_path, monkeypatch):
-    """C3: the tokenizer's threads have run in this process by then."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    seen = tmp_path / "seen"
-    process = SERVER.Process(target=_read, args=(config, seen))
-    process.start()
+FORKED = """
+import sys
+from nt_hf.data import TokenBatches, load_tokenizer, read_texts, tokenize
+tokenizer = load_tokenizer(sys.argv[1])
+tokenize(list(read_texts("sample:train"))[:200], tokenizer)
+batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
+print(list(next(iter(batches))["input_ids"].shape))
+"""
+
+
+def test_workers_do_not_wait_for_threads_that_forking_lost(config):
+    """C3: the tokenizer's threads have run in the main process by then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKED, str(config.parent / "tokenizer")], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}, start_new_session=True,
+    )  # fmt: skip
     try:
-        wait_for(seen, "a batch of [2, 32]")
+        assert process.communicate(timeout=60)[0] == "[2, 32]\n"
     finally:
-        process.kill()
-
-
-def _read(config: Path, seen: Path) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from nt_hf.data.streams import TokenBatches, load_tokenizer, tokenize
-
-    tokenizer = load_tokenizer(str(config.parent / "tokenizer"))
-    tokenize(["some text"] * 200, tokenizer)
-    batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
-    seen.write_text(f"a batch of {list(next(iter(batches))['input_ids'].shape)}")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with a worker that hangs
 
 
 # -------------------------------------------------------------------------------------------------- files, locks

@@ -1,0 +1,116 @@
+"""What a model's ``forward`` takes: unknown arguments are refused, packed sequences are found."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import TransformersKwargs
+
+from .transformers_versions import CACHE
+
+# What Transformers hands through a forward pass, and token types, which some tokenizers return for every model.
+_HANDED_THROUGH = {*TransformersKwargs.__annotations__, "token_type_ids"}
+
+
+def checked_forward(forward: Callable) -> Callable:
+    """A model's ``forward`` that refuses arguments which it would otherwise drop, and returns a tuple where asked to.
+
+    ``output_hidden_states`` may be indices of the hidden states to return, the others are ``None``; releases of
+    Transformers differ in how they count them, all by the depth of a trail, so the choice is made here.
+    """
+    parameters = inspect.signature(forward).parameters
+    known = parameters.keys() | _HANDED_THROUGH | {"return_dict"}
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"{type(self).__name__}.forward got an unknown argument {', '.join(unknown)}; accepted are "
+                f"{', '.join([name for name in parameters if name not in ('self', 'kwargs')])}, and of Transformers "
+                f"{', '.join(sorted(_HANDED_THROUGH))}"
+            )
+        return_dict = kwargs.pop("return_dict", None)
+        chosen = kwargs.get("output_hidden_states")
+        if chosen and not isinstance(chosen, bool):
+            kwargs["output_hidden_states"] = True
+        outputs = forward(self, *args, **kwargs, return_dict=True)
+        if chosen and not isinstance(chosen, bool):
+            count = len(outputs.hidden_states)
+            wanted = {i % count for i in ([chosen] if isinstance(chosen, int) else chosen) if -count <= i < count}
+            outputs.hidden_states = tuple(x if i in wanted else None for i, x in enumerate(outputs.hidden_states))
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    return checked
+
+
+def positions_and_mask(
+    config: PreTrainedConfig,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
+    cache: Cache | None,
+    slot: int,
+    heads: Sequence[int],
+) -> tuple[torch.Tensor | None, torch.LongTensor]:
+    """The causal mask in the form that the attention implementation takes, and the positions ``[batch or 1, seq]``.
+
+    Args:
+        embeds: ``[batch, seq, hidden_size]``.
+        slot: the cache's slot in which the tokens before this call are counted.
+        heads: the active heads, whose slots must hold as many tokens.
+
+    Raises:
+        ValueError: the cache is not one of these heads.
+    """
+    seen = cache.get_seq_length(slot) if cache is not None else 0
+    fresh = cache is None or (type(cache) is DynamicCache and seen == 0)
+    if config.blocks_in_head and type(cache) is DynamicCache:
+        for head in heads:
+            if (held := cache.get_seq_length(config.first_cache_layer(head))) != seen:
+                raise ValueError(
+                    f"the cache holds {held} tokens in head {head} and {seen} before it: accepted is a cache of the "
+                    f"same heads, with {config.num_cache_layers} layers (PEFT's PrefixTuningConfig takes "
+                    "num_layers=model.config.num_cache_layers)"
+                )
+    # Transformers keeps packed sequences apart where there is neither a cache nor a mask. A cache that holds nothing
+    # changes nothing; a mask is made part of the positions.
+    mask_positions = position_ids
+    if position_ids is None:
+        position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
+    elif fresh and attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask, mask_positions = split_packed(attention_mask, position_ids)
+    causal_mask = create_causal_mask(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=mask_positions,
+        layer_idx=slot,
+        **{CACHE: None if fresh else cache},
+    )
+    return causal_mask, position_ids
+
+
+def split_packed(
+    attention_mask: torch.Tensor, position_ids: torch.LongTensor
+) -> tuple[torch.Tensor | None, torch.LongTensor]:
+    """Mask and positions by which Transformers keeps packed sequences apart although a mask is given.
+
+    It finds them where positions do not go on by one, and only without a mask. Where a row holds several sequences the
+    positions, for this purpose alone, jump wherever the mask changes, too, and the mask is not needed any more.
+
+    Args:
+        attention_mask: ``[batch, seq]``, 0 for padding.
+        position_ids: ``[batch or 1, seq]``.
+    """
+    attended = attention_mask.bool()
+    if attended.shape[1] != position_ids.shape[-1]:
+        return attention_mask, position_ids
+    both = attended[:, 1:] & attended[:, :-1]
+    jumps = position_ids.diff(dim=-1) != 1
+    if not torch.compiler.is_compiling() and not (jumps & both).any():
+        return attention_mask, position_ids
+    changes = torch.nn.functional.pad(attended[:, 1:] != attended[:, :-1], (1, 0)).cumsum(-1)
+    return None, position_ids + changes * (position_ids.max() + 2)

@@ -1,0 +1,150 @@
+"""What any multi-head model is: its blocks in order, its heads, the names of their parts."""
+
+import copy
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .lm_heads import LMHeads, by_head
+from .masks import matches, resize_mask
+
+
+class MultiHeadMixin:
+    """The parts of a model of several heads; nothing outside this folder spells where they lie.
+
+    A model has ``model.layers`` (the backbone's blocks), ``model.heads[h].layers`` and ``model.heads[h].norm``, and
+    ``lm_heads[h]``; ``model.heads[h].embed_tokens`` where each head has an embedding of its own.
+    """
+
+    def backbone_blocks(self) -> list[nn.Module]:
+        """The shared blocks, in order."""
+        return list(self.model.layers)
+
+    def blocks(self) -> list[nn.Module]:
+        """All blocks: the backbone's, then head after head."""
+        return [*self.model.layers, *(block for head in self.model.heads for block in head.layers)]
+
+    def head_parts(self, head: int) -> dict[str, nn.Module]:
+        """What belongs to one head alone, by a name that is the same in all heads."""
+        return {"": self.model.heads[head], "lm_head": self.lm_heads[head]}
+
+    def head_states(self, heads: Sequence[int] | None = None, **inputs) -> torch.Tensor:
+        """The states ``[heads, batch, seq, hidden_size]`` after each head's final norm, before its LM head."""
+        states = self.model(**inputs, active_heads=heads, use_cache=False).last_hidden_state
+        return by_head(states, self.config.hidden_size)
+
+    def head_logits(self, head: int, states: torch.Tensor) -> torch.Tensor:
+        """The logits ``[..., vocab]`` of one head from its states ``[..., hidden_size]``."""
+        return self.lm_heads[head](states)
+
+
+class TokenTablesMixin:
+    """Embeddings and LM heads of a multi-head ``PreTrainedModel``, for the tools that ask for one of each."""
+
+    def get_embeddings(self) -> list[nn.Embedding]:
+        """The token embeddings: the shared one, or one a head."""
+        model = self.base_model
+        return [model.embed_tokens] if self.config.share_embedding else [head.embed_tokens for head in model.heads]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.get_embeddings()[0]
+
+    def enable_input_require_grads(self) -> None:
+        """As in ``PreTrainedModel``, for the embeddings of all heads."""
+        self._require_grads_hooks = [
+            embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+            for embedding in self.get_embeddings()
+        ]
+        self._require_grads_hook = self._require_grads_hooks[0]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        if not self.config.share_embedding:
+            raise NotImplementedError("set_input_embeddings: with share_embedding=False each head has its own")
+        self.base_model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head, of several heads ``lm_heads``, which stand for one (see ``LMHeads``)."""
+        return self.lm_heads if len(self.lm_heads) > 1 else self.lm_heads[0]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if len(self.lm_heads) == 1 and not isinstance(new_embeddings, LMHeads):
+            self.lm_heads[0] = new_embeddings
+        elif isinstance(new_embeddings, LMHeads) and len(new_embeddings) == len(self.lm_heads):
+            self.lm_heads = new_embeddings
+        else:
+            raise NotImplementedError(
+                f"set_output_embeddings({type(new_embeddings).__name__}): accepted are LMHeads of "
+                f"{len(self.lm_heads)} LM heads; a single one is set by lm_heads[h] = ..."
+            )
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        # The stock method resizes one embedding and one LM head; here every head has its own.
+        self._vocabulary_resized = True
+        for embedding in self.get_embeddings():
+            self._get_resized_embeddings(embedding, new_num_tokens, pad_to_multiple_of, mean_resizing)  # in place
+            resize_mask(embedding)
+        rows = self.get_input_embeddings().weight.shape[0]
+        for lm_head in self.lm_heads:
+            # A new module, or the old one where a tied weight has been resized already.
+            resized = self._get_resized_lm_head(lm_head, rows, mean_resizing=mean_resizing)
+            lm_head.weight = resized.weight.requires_grad_(lm_head.weight.requires_grad)
+            lm_head.out_features = rows
+            resize_mask(lm_head)
+        return self.get_input_embeddings()
+
+
+def trainable(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters of some modules that are to have gradients."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def select_heads(config: PreTrainedConfig, choice: Sequence[int] | None, name: str = "active_heads") -> list[int]:
+    """The chosen heads, in order; raises ``ValueError``, by the argument's ``name``, for an impossible choice."""
+    if choice is None:
+        return list(range(config.num_ensemble_heads))
+    try:
+        heads = [operator.index(head) for head in choice]
+    except TypeError:
+        heads = []
+    if not heads or len(set(heads)) < len(heads) or not all(0 <= h < config.num_ensemble_heads for h in heads):
+        raise ValueError(
+            f"{name}={choice!r}: accepted are one or more different heads of 0 to {config.num_ensemble_heads - 1}"
+        )
+    return heads
+
+
+def renumber_head(name: str, numbers: Mapping[int, int]) -> str | None:
+    """A parameter's name with its head's number replaced; ``None`` where the head has no new one."""
+    match = re.match(r"((?:model\.)?heads\.|lm_heads\.)(\d+)(\..*)", name)
+    if match is None:
+        return name
+    start, number, rest = match.groups()
+    return f"{start}{numbers[int(number)]}{rest}" if int(number) in numbers else None
+
+
+def keep_heads(
+    config: PreTrainedConfig, heads: Sequence[int], maskable_names: Callable[[PreTrainedConfig], list[str]]
+) -> PreTrainedConfig:
+    """The configuration of a model of these heads alone, in this order; the same weights of theirs carry masks.
+
+    ``masked_modules`` loses the globs that fit nothing any more, and gains the names of weights that the others would
+    choose, or not choose, by their new numbers alone.
+
+    Args:
+        config: of a model of all heads.
+        heads: the heads to keep.
+        maskable_names: the weights that can carry masks in the model of a configuration.
+    """
+    numbers = dict(enumerate(heads))
+    kept = copy.deepcopy(config)
+    kept.num_ensemble_heads, kept.masked_modules = len(numbers), []
+    names = maskable_names(kept)
+    masked = {name: matches(renumber_head(name, numbers), config.masked_modules) for name in names}
+    globs = [glob for glob in config.masked_modules if any(matches(name, [glob.removeprefix("!")]) for name in names)]
+    corrections = [name if chosen else f"!{name}" for name, chosen in masked.items() if matches(name, globs) != chosen]
+    kept.masked_modules = globs + corrections
+    return kept
