@@ -1,9 +1,10 @@
-"""README and pages: links lead somewhere, named files and commands exist, code runs, and the reference is up to date."""
+"""README and pages: links lead somewhere, named files and commands exist, code runs, the reference is up to date."""
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,6 @@ from nt_hf import SparsityConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What a program would make, or what the reader has.
-NOT_HERE = ("path/to", "runs/", "data/", "text/")
 
 
 def code(page: Path, language: str) -> list[str]:
@@ -52,7 +51,7 @@ def test_files_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     folders = "nt_hf|recipes|eval|examples|docs|benchmarks|tests|experiments"
     for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w", text):
-        if not any(part in path for part in ("<", "…")):
+        if not path.startswith("eval/head_losses"):  # a name in trackers
             assert (ROOT / path).exists(), path
     for module in re.findall(r"\bpython -m ([\w.]+)|-m (nt_hf[\w.]*)", text):
         assert importlib.util.find_spec(next(filter(None, module))), module
@@ -120,17 +119,18 @@ def test_the_code_of_using_a_checkpoint_runs(checkpoint):
     names: dict = {}
     blocks = code(ROOT / "docs" / "use-a-checkpoint.md", "python")
     assert len(blocks) == 8
+    replacements = {"runs/demo/checkpoint-1400": str(checkpoint), "rows=(8, 1024)": "rows=(1, 8)"}
     for block in blocks:
-        exec(
-            block.replace("runs/demo/checkpoint-1400", str(checkpoint)).replace("rows=(8, 1024)", "rows=(1, 8)"), names
-        )
+        for old, new in replacements.items():
+            block = block.replace(old, new)
+        exec(block, names)
     assert not names["check_masks"](names["model"])
     assert names["one"].config.num_ensemble_heads == 1 and names["many"].config.num_ensemble_heads == 3
 
 
 def test_the_code_of_sparsifying_runs():
     first = code(ROOT / "docs" / "sparsify-your-model.md", "python")[0]
-    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 4))
+    model = torch.nn.Sequential(OrderedDict(block=torch.nn.Linear(16, 32), lm_head=torch.nn.Linear(32, 4)))
     names = {"model": model, "loss": model(torch.randn(2, 16)).square().sum()}
     exec(first, names)
     assert names["sparsifier"].report().overall.density == pytest.approx(0.5, abs=0.01)

@@ -14,7 +14,7 @@ SALIENCY = ("snip", "grasp")
 
 @dataclass
 class SparsityConfig:
-    """What is sparse, how sparse, and how the masks move. ``docs/topology.md`` compares the named choices.
+    """What is sparse, how sparse, and how the masks move. ``docs/sparsify-your-model.md`` compares the named choices.
 
     Attributes:
         density: share of active weights among all masked ones, in (0, 1]; 1 without ``densities`` means dense.
