@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nt_hf.cli.program import provenance, write_json
+from nt_hf.cli.program import provenance
+from nt_hf.files import write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

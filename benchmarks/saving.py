@@ -20,9 +20,10 @@ from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifie
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
 from nt_hf.data.streams import load_tokenizer
-from nt_hf.sparsity.sparsifier import draw_masks
-from nt_hf.training.checkpoint import find_damage, load_model, load_training_state, save_checkpoint
-from nt_hf.training.loop import make_optimizer
+from nt_hf.sparsity.first_masks import draw_masks
+from nt_hf.training.checkpoint import Progress, TrainingState, load_model, load_training_state, save_checkpoint
+from nt_hf.training.manifest import find_damage
+from nt_hf.training.optimizer import make_optimizer
 
 ROUNDS = 4
 
@@ -52,16 +53,15 @@ def main() -> None:
     sparsifier.step()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    state = {"accelerator": accelerator, "model": model, "optimizer": optimizer, "sparsifier": sparsifier}
+    progress = Progress(100, 0, evaluated=True, processes=1, tokenizer="")
+    state = TrainingState(accelerator, model, tokenizer, optimizer, sparsifier, NoData(), config, progress)
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     steps = iter(range(101, 1000))
 
     def save() -> None:
-        save_checkpoint(
-            args.folder, next(steps), 0, **state, tokenizer=tokenizer, data=NoData(), config=config, model_card="",
-            evaluated=True, fingerprint="",
-        )  # fmt: skip
+        state.progress.step = next(steps)
+        save_checkpoint(args.folder, state, model_card="")
 
     save()
     (checkpoint,) = args.folder.glob("checkpoint-*")
@@ -86,7 +86,7 @@ def main() -> None:
     def load() -> None:
         path = sorted(args.folder.glob("checkpoint-*"))[-1]
         load_model(path)
-        load_training_state(path, **state, data=NoData())
+        load_training_state(path, state)
 
     gigabytes = sum(sizes) / 1e9
     times = take_turns({"save": save, "write and sync": write, "verify": verify, "load": load}, ROUNDS)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
-from nt_hf.data.prepared import prepare
+from nt_hf.data.prepare import prepare
 from nt_hf.data.streams import load_tokenizer
-from nt_hf.training.loop import read_metrics
+from nt_hf.training.metrics import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 RUNS = [(1, "one process", {}), (2, "DDP", {}), (4, "DDP", {}), (2, "FSDP2", FSDP2), (4, "FSDP2", FSDP2)]

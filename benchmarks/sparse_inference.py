@@ -21,8 +21,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.inference import sparse_runtime
-from nt_hf.inference.sparse_runtime import Report, restore, specialize
+from nt_hf.inference import Report, kernels, restore, specialize
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 from nt_hf.text import markdown_table
 
@@ -194,7 +193,7 @@ def profile(hidden: int, dtype: torch.dtype) -> list[list[str]]:
     """Milliseconds of a step, and of it within the compiled kernel; the shortest of several rounds."""
     model = random_model(hidden).to(dtype)
     specialize(model, rows=(1, 8, PROMPT))
-    inside, kernel = [], sparse_runtime._Compiled.__call__
+    inside, kernel = [], kernels._Compiled.__call__
 
     def timed(self, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
@@ -209,7 +208,7 @@ def profile(hidden: int, dtype: torch.dtype) -> list[list[str]]:
         f"prefill of {PROMPT}": (lambda: model(ids[:1], logits_to_keep=1, use_cache=True), 1),
     }
     lines = []
-    sparse_runtime._Compiled.__call__ = timed
+    kernels._Compiled.__call__ = timed
     try:
         for name, (work, steps) in works.items():
             rounds = []
@@ -219,7 +218,7 @@ def profile(hidden: int, dtype: torch.dtype) -> list[list[str]]:
             whole, within = min(rounds)
             lines.append([str(dtype), name, f"{whole:.1f}", f"{within:.1f}"])
     finally:
-        sparse_runtime._Compiled.__call__ = kernel
+        kernels._Compiled.__call__ = kernel
     return lines
 
 

@@ -17,9 +17,11 @@ from common import DEVICE, bandwidth, peak_bytes, seconds
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf.config import load_run_config
-from nt_hf.sparsity.sparsifier import Sparsifier, draw_masks
-from nt_hf.sparsity.topology import DROP, GROW, random_mask, update_mask
-from nt_hf.training.loop import make_optimizer
+from nt_hf.sparsity.criteria import DROP, GROW
+from nt_hf.sparsity.first_masks import draw_masks
+from nt_hf.sparsity.sparsifier import Sparsifier
+from nt_hf.sparsity.update import random_mask, update_mask
+from nt_hf.training.optimizer import make_optimizer
 
 DENSITY, DROP_FRACTION = 0.9, 0.3
 BYTES = 4 + 4 + 1 + 1  # of a weight: fp32 weight and gradient, old and new mask

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from nt_hf.config import DERIVED_MODEL_KEYS, TrainConfig
-from nt_hf.data.streams import DataConfig
+from nt_hf.data.config import DataConfig
 from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from nt_hf.sparsity.config import SparsityConfig
 

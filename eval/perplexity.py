@@ -1,54 +1,8 @@
-"""Perplexity and bits per byte of a checkpoint's heads and of their ensemble on any text.
+"""``nt-hf evaluate perplexity`` for those who work in a checkout; ``--help`` shows its options."""
 
-    python eval/perplexity.py --model runs/demo/checkpoint-1400 --data sample:validation --output perplexity.json
+import sys
 
-Every token of every document is scored once and weighs the same. A document that is longer than a window of
---sequence_length tokens is scored by a sliding one, which moves on by --stride tokens.
-"""
-
-import argparse
-import dataclasses
-from pathlib import Path
-
-from nt_hf.cli.program import (
-    add_text_arguments,
-    check_output,
-    open_text,
-    provenance,
-    run,
-    text_record,
-    write_json,
-)
-from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
-from nt_hf.models.masks import overall_density
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_text_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
-    args = parser.parse_args()
-
-    check_output(args.output)
-    _, windows = open_text(args)
-    model = load_for_evaluation(args.model)
-    result = evaluate(model, windows)
-    result = dataclasses.replace(result, bytes=windows.bytes).to_dict() | {
-        **text_record(args, windows),
-        "density": overall_density(model),
-        "unknown_share": windows.unknown / windows.tokens,
-        **provenance(),
-    }
-    print(f"{result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
-    print(f"{'':20}{'perplexity':>10} {'bits per byte':>15}")
-    for head, values in enumerate(zip(result["head_perplexities"], result["head_bits_per_byte"])):
-        print("  head {:<12} {:10.3f} {:15.4f}".format(head, *values))
-    for mode, value in result["ensemble_perplexities"].items():
-        print(f"  ensemble, {mode:<7} {value:10.3f} {result['ensemble_bits_per_byte'][mode]:15.4f}")
-    print(f"disagreement between heads {result['disagreement']:.3f}, unknown tokens {result['unknown_share']:.2%}")
-    write_json(args.output, result)
-    print(f"written to {args.output}")
-
+from nt_hf.cli import main
 
 if __name__ == "__main__":
-    run(main)
+    main(["evaluate", "perplexity", *sys.argv[1:]])

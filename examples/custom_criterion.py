@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from nt_hf import Sparsifier, SparsityConfig, check_masks, draw_masks
-from nt_hf.sparsity.topology import DROP, Drop, Stretch
+from nt_hf.sparsity.criteria import DROP, Chunk, Drop
 
 
-def noisy_magnitude(at: Stretch) -> torch.Tensor:
+def noisy_magnitude(chunk: Chunk) -> torch.Tensor:
     """Keeps the largest ``|w| * u``, ``u`` uniform in (0, 1): now and then a small weight stays and a large one goes.
 
-    ``at`` gives the weights, gradients and noise of a piece of one tensor, flat and in fp32, as copies that may be
+    A chunk gives the weights, gradients and noise of a piece of one tensor, flat and in fp32, as copies that may be
     overwritten. The noise depends on the seed, the step and the name alone, so a run can be repeated.
     """
-    return at.weight.abs_().mul_(at.noise)
+    return chunk.weight.abs_().mul_(chunk.noise)
 
 
 def main(steps: int = 200) -> float:

@@ -1,7 +1,7 @@
 """Suites: the same training recipe for several methods, seeds and learning rates, and what their results say.
 
-A suite is a YAML file, see ``recipes/suites``; `recipes/compare.py` runs it. Everything here is pure but for reading
-files: which runs a suite asks for, with which configuration, what each of them costs, and which results exist.
+A suite is a YAML file, see ``experiments/suites``; `experiments/run.py` runs it. Everything here is pure but for
+reading files: which runs a suite asks for, with which configuration, what each of them costs, and which results exist.
 """
 
 import copy
@@ -12,9 +12,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_yaml
+from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections, read_yaml
 from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from nt_hf.plan.planner import count_flops, count_parameters
+from nt_hf.plan.flops import count_flops
+from nt_hf.plan.parameters import count_parameters
 from nt_hf.text import strict_json
 
 Tree = dict[str, dict[str, Any]]
@@ -64,9 +65,9 @@ class Evaluation:
 
     Attributes:
         texts: text sources by name; the first is the in-domain one, on which diversity and calibration are measured.
-        max_tokens: of each text, as by ``eval/perplexity.py``; ``None``: all.
+        max_tokens: of each text, as by ``nt-hf evaluate perplexity``; ``None``: all.
         batch_size: windows a batch.
-        zero_shot: a directory of json lines for ``eval/zero_shot.py``; ``None``: no zero-shot tasks.
+        zero_shot: a directory of json lines for ``nt-hf evaluate zero-shot``; ``None``: no zero-shot tasks.
         zero_shot_limit: items of each task; ``None``: all.
         zero_shot_seeds: so many seeds of each arm are scored on the tasks.
     """
@@ -143,11 +144,11 @@ def load_suite(path: str | Path) -> Suite:
     """
     path = Path(path)
     content = read_yaml(path)
-    names = {each.name for each in fields(Suite)} - {"name"}
+    names = {field.name for field in fields(Suite)} - {"name"}
     if content.keys() - {"base"} != names:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     if base := content.pop("base", None):
-        content["config"] = _laid_over(read_yaml(path.parent / base), content["config"])
+        content["config"] = _laid_over(read_sections(path.parent / base), content["config"])
     if isinstance(content["arms"], str):
         content["arms"] = read_yaml(path.parent / content["arms"]).get("arms")
     if not isinstance(content["arms"], dict) or not content["arms"]:
@@ -155,7 +156,7 @@ def load_suite(path: str | Path) -> Suite:
     seeds = content["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"{path}: seeds={seeds!r}: accepted is a list of whole numbers")
-    made = {
+    sections = {
         name: _build(kind, content[name], f"{path}: {name}")
         for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
     }
@@ -163,7 +164,7 @@ def load_suite(path: str | Path) -> Suite:
         name: _build(Arm, {"name": name, **(arm or {})}, f"{path}: arms.{name}")
         for name, arm in content["arms"].items()
     }
-    suite = Suite(**content | made | {"name": path.stem, "arms": arms})
+    suite = Suite(**content | sections | {"name": path.stem, "arms": arms})
     for key in ("baseline", "rival"):
         if getattr(suite, key) not in arms:
             raise ValueError(f"{path}: {key}={getattr(suite, key)!r}: accepted are {', '.join(arms)}")
@@ -187,11 +188,11 @@ def _laid_over(tree: Tree, over: Tree) -> Tree:
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
-    accepted = [each.name for each in fields(kind)]
+    accepted = [field.name for field in fields(kind)]
     if not isinstance(values, dict) or not values.keys() <= set(accepted):
         unknown = sorted(values.keys() - set(accepted)) if isinstance(values, dict) else values
         raise ValueError(f"{where}: {unknown}: accepted are the keys {', '.join(accepted)}")
-    if lacking := [e.name for e in fields(kind) if e.default is e.default_factory is MISSING and e.name not in values]:
+    if lacking := [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in values]:
         raise ValueError(f"{where}: lacks {', '.join(lacking)}")
     try:
         return kind(**values)
@@ -200,7 +201,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 
 def run_tree(suite: Suite, run: Run) -> Tree:
-    """The recipe's configuration of a run, as sections of a YAML file; places are still ``{data_root}`` and ``{runs}``.
+    """The recipe's configuration of a run, as sections of a YAML file; paths are still ``{data_root}`` and ``{runs}``.
 
     All arms see the same tokens in the same order, which follow from the seed and the batch size, unless an arm asks
     for an order of each head's own.
@@ -229,15 +230,15 @@ def run_tree(suite: Suite, run: Run) -> Tree:
 SAME_DATA = {"train", "validation", "tokenizer", "sequence_length", "packing", "shuffle_block", "text_field"}
 
 
-def place(value: Any, **places: str) -> Any:
+def fill(value: Any, **paths: str) -> Any:
     """``value`` with ``{data_root}`` and the like replaced in every text in it."""
     if isinstance(value, str):
-        for name, path in places.items():
+        for name, path in paths.items():
             value = value.replace("{" + name + "}", path)
         return value
     if isinstance(value, Mapping):
-        return {key: place(item, **places) for key, item in value.items()}
-    return [place(item, **places) for item in value] if isinstance(value, list | tuple) else value
+        return {key: fill(item, **paths) for key, item in value.items()}
+    return [fill(item, **paths) for item in value] if isinstance(value, list | tuple) else value
 
 
 def run_config(suite: Suite, run: Run) -> RunConfig:
@@ -344,11 +345,11 @@ def tuned(results: Path, suite: Suite) -> dict[str, float]:
     for run in tuning_runs(suite):
         if result := read_result(results, suite, run):
             losses.setdefault(run.arm.name, {})[run.learning_rate] = result["validation"]["loss"]
-    whole = len(suite.tuning.learning_rates)
-    return {arm: min(rates, key=rates.get) for arm, rates in losses.items() if len(rates) == whole}
+    grid_size = len(suite.tuning.learning_rates)
+    return {arm: min(rates, key=rates.get) for arm, rates in losses.items() if len(rates) == grid_size}
 
 
-def result_record(suite: Suite, run: Run, **found: Any) -> dict[str, Any]:
+def result_record(suite: Suite, run: Run, **scores: Any) -> dict[str, Any]:
     """What is kept of a finished run."""
     return {
         "suite": suite.name,
@@ -357,5 +358,5 @@ def result_record(suite: Suite, run: Run, **found: Any) -> dict[str, Any]:
         "learning_rate": run.learning_rate,
         "budget": asdict(budget(suite, run)),
         "config": run_tree(suite, run),
-        **found,
+        **scores,
     }

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from nt_hf.text import markdown_table, pyplot, score_text
-from nt_hf.training.loop import read_metrics
+from nt_hf.training.metrics import read_metrics
 
 Result = Mapping[str, Any]
 
@@ -252,9 +252,9 @@ def report_text(suite: Suite, results: Path) -> str:
     done = sum((results / run.name / RESULT).is_file() for run in runs)
     parts = [
         f"# {suite.name}",
-        f"{done} of {len(runs)} runs are finished. `python recipes/compare.py --suite recipes/suites/{suite.name}.yaml "
-        "--report` makes this page from the files beside it. ± is the standard deviation over seeds; ratios are of "
-        "paired seeds.",
+        f"{done} of {len(runs)} runs are finished. `python experiments/run.py --suite "
+        f"experiments/suites/{suite.name}.yaml --report` makes this page from the files beside "
+        "it. ± is the standard deviation over seeds; ratios are of paired seeds.",
     ]
     for title, table in tables(suite, results).items():
         parts += [f"## {title}", table]

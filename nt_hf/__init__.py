@@ -18,7 +18,9 @@ from .models.modeling_neurotrails_llama import (
     NeuroTrailsLlamaModel,
     Uncertainty,
 )
-from .sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks
+from .sparsity.config import SparsityConfig
+from .sparsity.first_masks import draw_masks
+from .sparsity.sparsifier import Sparsifier
 from .sparsity.trainer_callback import SparsityCallback
 
 AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)

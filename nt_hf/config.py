@@ -2,27 +2,63 @@
 
 import copy
 import dataclasses
-import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .data.streams import DataConfig
+from .checks import (
+    SWITCH,
+    TEXT,
+    Rule,
+    check,
+    check_fields,
+    choice,
+    integer,
+    list_of,
+    mapping_to,
+    nearest,
+    number,
+    optional,
+)
+from .data.config import DataConfig
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from .sparsity.sparsifier import SparsityConfig
+from .sparsity.config import SparsityConfig
 
-OPTIMIZERS = ("adam", "adamw")
-PRECISIONS = ("auto", "fp32", "bf16")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
-LR_SCHEDULES = ("cosine", "warmup_stable_decay")
-SAVE_DTYPES = ("float32", "bfloat16")
+TRAIN_RULES = {
+    "max_steps": integer(1),
+    "batch_size": integer(1),
+    "micro_batch_size": optional(integer(1)),
+    "learning_rate": number("(0, inf)"),
+    "lr_schedule": choice(["cosine", "warmup_stable_decay"]),
+    "decay_ratio": number("(0, 1]"),
+    "min_lr_ratio": number("[0, 1]"),
+    "warmup_ratio": number("[0, 1)", "a share of the run"),
+    "learning_rate_factors": mapping_to(number("[0, inf)"), "a mapping from globs to numbers from 0"),
+    "optimizer": choice(["adam", "adamw"]),
+    "betas": list_of(number("[0, 1)"), "two numbers in [0, 1)", length=2),
+    "eps": number("(0, inf)"),
+    "weight_decay": number("[0, inf)"),
+    "max_grad_norm": optional(number("(0, inf)")),
+    "precision": choice(["auto", "fp32", "bf16"]),
+    "matmul_precision": choice(["highest", "high", "medium"]),
+    "gradient_checkpointing": SWITCH,
+    "compile": SWITCH,
+    "peak_tflops": optional(number("(0, inf)")),
+    "log_steps": integer(1),
+    "eval_steps": integer(1),
+    "save_steps": integer(1),
+    "check_interval": integer(1),
+    "keep": integer(1),
+    "save_dtype": choice(["float32", "bfloat16"]),
+    "seed": integer(0, 2**32 - 1),
+}
 
 
 @dataclasses.dataclass
@@ -85,32 +121,28 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "log_steps", "eval_steps", "save_steps", "check_interval", "keep"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
-                 self.micro_batch_size, "1 or more, or null")  # fmt: skip
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
-        _require(all(isinstance(x, int | float) and x >= 0 for x in self.learning_rate_factors.values()),
-                 "learning_rate_factors", self.learning_rate_factors, "numbers from 0, by glob")  # fmt: skip
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share of the run in [0, 1)")
+        check_fields(self, TRAIN_RULES)
         most = 1 - self.warmup_ratio if self.lr_schedule == "warmup_stable_decay" else 1
-        _require(0 < self.decay_ratio <= most, "decay_ratio", self.decay_ratio,
-                 f"a share of the run above 0, up to what the warm-up leaves ({most:g})")  # fmt: skip
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 4294967295")
-        _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm,
-                 "a number above 0, or null for no clipping")  # fmt: skip
-        _require(len(self.betas) == 2 and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas), "betas",
-                 self.betas, "two numbers in [0, 1)")  # fmt: skip
-        _require(self.eps > 0, "eps", self.eps, "a number above 0")
-        choices = {
-            "optimizer": OPTIMIZERS, "lr_schedule": LR_SCHEDULES, "precision": PRECISIONS,
-            "matmul_precision": MATMUL_PRECISIONS, "save_dtype": SAVE_DTYPES,
-        }  # fmt: skip
-        for name, accepted in choices.items():
-            _require(getattr(self, name) in accepted, name, getattr(self, name), ", ".join(accepted))
-        _require(self.weight_decay == 0 or (self.optimizer == "adamw" and self.weight_decay > 0), "weight_decay",
-                 self.weight_decay, "0, or a positive number with optimizer=adamw")  # fmt: skip
+        left = f"a share of the run above 0, up to what the warm-up leaves ({most:g})"
+        check("decay_ratio", self.decay_ratio, Rule(lambda share: 0 < share <= most, left))
+        decays = self.optimizer == "adamw"
+        rule = Rule(lambda decay: decay == 0 or decays, "0, or a number above 0 with optimizer=adamw")
+        check("weight_decay", self.weight_decay, rule)
+
+    def accumulation_steps(self, processes: int) -> tuple[int, int]:
+        """Splits ``batch_size`` into (sequences of one forward pass, forward passes of one step) of each process.
+
+        Raises:
+            ValueError: the batch does not divide evenly.
+        """
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        passes, remainder = divmod(self.batch_size, micro * processes)
+        if remainder or not passes:
+            raise ValueError(
+                f"train.batch_size={self.batch_size}: accepted is a multiple of micro_batch_size * processes = "
+                f"{micro} * {processes}"
+            )
+        return micro, passes
 
 
 @dataclasses.dataclass
@@ -128,39 +160,38 @@ class RunConfig:
 
 
 SECTIONS = {"model": NeuroTrailsLlamaConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
-# Set by the recipe from other keys, so that they cannot contradict them.
+CONFIGS = Path(__file__).parent / "configs"
+# Set by training from other keys, so that they cannot contradict them.
 DERIVED_MODEL_KEYS = {"masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def load_run_config(
     sources: Sequence[str | Path | Mapping[str, Any]], overrides: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Reads YAML files, each overriding the ones before, then dotted ``overrides`` (``{"max_steps": "40"}``).
+    """Reads configurations, each overriding the ones before, then dotted ``overrides`` (``{"train.max_steps": "40"}``).
 
-    What a file would hold may also be given itself, as a mapping of sections.
+    Args:
+        sources: YAML files, names of those that come with the package, or mappings of sections as a file would hold
+            them. A file may name a ``base``, another file that it overrides.
+        overrides: values by dotted key, as YAML text.
 
     Raises:
-        ValueError: an unknown section or key (the nearest valid name is given), a value of the wrong type or
+        ValueError: an unknown file, section or key (the nearest valid name is given), a value of the wrong type or
             outside its range.
         OSError: a file cannot be read.
     """
     tree: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     texts: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}  # of the same scalars, as they were written
-    for source in sources:
-        given = isinstance(source, Mapping)
-        where = "" if given else f"{source}: "
-        content, written = (source, {}) if given else _read(source)
+    for where, content, written in (layer for source in sources for layer in _layers(source)):
         for section, values in content.items():
             _known(section, SECTIONS, f"{where}section ")
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
             for key, value in values.items():
                 tree[section][_known(key, _fields(section), f"{where}{section}.")] = value
                 texts[section][key] = written.get(section, {}).get(key)
     for dotted, text in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
-            raise ValueError(f"--{dotted}: accepted are keys of the form --section.key, sections {', '.join(SECTIONS)}")
+            raise ValueError(f"--{dotted}: accepted is --section.key, sections {', '.join(SECTIONS)}")
         _known(section, SECTIONS, "--")
         _known(key, _fields(section), f"--{section}.")
         try:
@@ -187,13 +218,67 @@ def load_run_config(
     return RunConfig(**built)
 
 
+def find_config(name: str | Path, folder: Path | None = None) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: its path, or the name of one that comes with the package, such as ``"60m"``.
+        folder: that a relative path starts from; ``None``: the working directory.
+
+    Raises:
+        ValueError: it is neither; the message lists the known names.
+    """
+    path = (folder or Path()) / name
+    if path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    named = known.get(str(name).removesuffix(".yaml"))
+    if named is None:
+        raise ValueError(f"configuration {name}: accepted is a YAML file, or one of the names {', '.join(known)}")
+    return named
+
+
+def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration file, laid over its base; unchecked but for being mappings.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping of sections, or its base cannot be found.
+        OSError: it cannot be read.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for _, content, _ in _layers(path):
+        for section, values in content.items():
+            tree[section] = tree.get(section, {}) | values
+    return tree
+
+
+def _layers(
+    source: str | Path | Mapping[str, Any], folder: Path | None = None, above: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The layers of a configuration, its base first: where each is from, what it holds, and its scalars as written."""
+    if isinstance(source, Mapping):
+        where, content, written = "", source, {}
+    else:
+        path = find_config(source, folder)
+        where, (content, written) = f"{path}: ", _read(path)
+        if "base" in content:
+            base = content.pop("base")
+            check(f"{where}base", base, TEXT)
+            if path.resolve() in above:
+                raise ValueError(f"{where}base={base!r}: accepted is a file that does not lie over this one")
+            yield from _layers(base, path.parent, (*above, path.resolve()))
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
+    yield where, content, written
+
+
 def _check_rope(model: Mapping[str, Any]) -> None:
     """Checks what Transformers looks up without a check, when the model is built."""
     rope = model["rope_parameters"]
     kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", 1.0)
-    kinds = ["default", *(each for each in ROPE_INIT_FUNCTIONS if each != "default")]
-    _require(kind in kinds, "model.rope_parameters.rope_type", kind, ", ".join(kinds))
-    _require(base > 0, "model.rope_parameters.rope_theta", base, "a number above 0")
+    check("model.rope_parameters.rope_type", kind, choice(dict.fromkeys(["default", *ROPE_INIT_FUNCTIONS])))
+    check("model.rope_parameters.rope_theta", base, number("(0, inf)"))
     if kind != "default":
         try:
             # Of a copy, which the configuration completes.
@@ -202,60 +287,22 @@ def _check_rope(model: Mapping[str, Any]) -> None:
             raise ValueError(f"model.rope_parameters={rope}: lacks {error.args[0]}, expected with {kind}") from error
 
 
-# What a run cannot change on its way, and what it may change freely because the trained weights do not depend on it.
-FIXED = {
-    "data": {"sequence_length", "text_field", "order_per_head"},
-    "sparsity": {
-        "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
-    },
-    "train": {"optimizer", "seed"},
-}  # fmt: skip
-FREE = {
-    # The tokenizer is compared by its content, once it is loaded.
-    "data": {"validation", "validation_tokens", "tokenizer"},
-    "train": {
-        "micro_batch_size", "gradient_checkpointing", "compile", "peak_tflops", "log_steps", "eval_steps", "save_steps",
-        "keep", "save_dtype", "check_interval",
-    },
-}  # fmt: skip
-
-
-def changed_keys(wanted: RunConfig, found: RunConfig, path: Path) -> str:
-    """What differs between a run's configuration and that of ``path``, which it is to continue; empty if nothing does.
-
-    Raises:
-        ValueError: keys differ that a run must keep.
-    """
-    ours, theirs = wanted.to_dict(), found.to_dict()
-    changed = [
-        (section, key, ours[section].get(key), theirs[section].get(key))
-        for section in ours
-        for key in sorted(ours[section].keys() | theirs[section].keys())
-        if ours[section].get(key) != theirs[section].get(key) and key not in FREE.get(section, ())
-    ]
-    fixed = [change for change in changed if change[0] == "model" or change[1] in FIXED[change[0]]]
-    listed = ", ".join(f"{section}.{key}={new!r} (was {old!r})" for section, key, new, old in fixed or changed)
-    if fixed:
-        raise ValueError(f"{listed}: {path} cannot continue so; set it as it was, or take another --output_dir")
-    return listed
-
-
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """The dotted overrides ``--section.key value`` (or ``=value``) of a command line, for `load_run_config`.
 
     Raises:
         ValueError: an argument is no dotted key, or a key has no value.
     """
-    overrides, rest = {}, list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
+    overrides, remaining = {}, list(arguments)
+    while remaining:
+        name, equals, value = remaining.pop(0).partition("=")
         if not name.startswith("--") or "." not in name:
             raise ValueError(f"unknown argument {name}: configuration keys are --section.key value")
         if not equals:
             # A value may begin with one dash, as negative numbers do; with two it is the next key.
-            if not rest or rest[0].startswith("--"):
+            if not remaining or remaining[0].startswith("--"):
                 raise ValueError(f"{name} needs a value, {name} true for example where it is a switch")
-            value = rest.pop(0)
+            value = remaining.pop(0)
         overrides[name.removeprefix("--")] = value
     return overrides
 
@@ -333,17 +380,17 @@ def _fields(section: str) -> dict[str, Any]:
     cls = SECTIONS[section]
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     if section == "model":
-        # Of Transformers' many general fields, a pretraining run has a use for Llama's own.
+        # Only Llama's own fields: the general ones of Transformers (for generation, labels, …) do not matter here.
         llama = {name for parent in cls.__mro__[:2] for name in vars(parent).get("__annotations__", {})}
         return {name: fields[name] for name in sorted(llama & fields.keys() - DERIVED_MODEL_KEYS)}
     return fields
 
 
-def _known(name: str, accepted: typing.Iterable[str], where: str) -> str:
-    accepted = list(accepted)
-    if name not in accepted:
-        near = difflib.get_close_matches(str(name), accepted, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(accepted)}"
+def _known(name: str, accepted: Iterable[str], where: str) -> str:
+    names = tuple(accepted)
+    if name not in names:
+        similar = nearest(name, names)
+        hint = f"did you mean {similar}?" if similar else f"accepted is {', '.join(names)}"
         raise ValueError(f"unknown key {where}{name}: {hint}")
     return name
 
@@ -372,8 +419,8 @@ def _typed(value: Any, hint: Any, name: str, text: Any = None) -> Any:
             return typed
     if str in options and value is not None and isinstance(text, str):
         return text
-    said = {type(None): "null", float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
-    names = " or ".join(said.get(o) or getattr(o, "__name__", str(o)) for o in options)
+    words = {type(None): "null", float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
+    names = " or ".join(words.get(option) or getattr(option, "__name__", str(option)) for option in options)
     raise ValueError(f"{name}={value!r}: accepted is {names}")
 
 
@@ -405,14 +452,9 @@ def _number(value: Any, kind: type) -> Any:
     if kind is int and isinstance(value, int):
         return value
     try:
-        number = float(value)
+        converted = float(value)
     except (ValueError, OverflowError):
         return _NO_SUCH
-    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+    if not math.isfinite(converted) or (kind is int and not converted.is_integer()):
         return _NO_SUCH
-    return kind(number)
-
-
-def _require(condition: bool, name: str, value: Any, accepted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r}: accepted is {accepted}")
+    return kind(converted)

@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -65,6 +67,22 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], object]) -> Non
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file by [`write_whole`]; dataclasses become objects, missing folders are made.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+        OSError: the file cannot be written; the message names it.
+    """
+    try:
+        text = json.dumps(content, indent=2, default=asdict, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}; accepted are finite numbers") from error
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,9 +19,7 @@ import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
 # Packages only: the server does not know this folder.
-SERVER.set_forkserver_preload(
-    ["nt_hf.cli.program", "nt_hf.evaluation.perplexity", "nt_hf.training.checkpoint", "pytest"]
-)
+SERVER.set_forkserver_preload(["nt_hf.cli.train", "pytest"])
 
 
 def free_port() -> str:
@@ -33,7 +31,9 @@ def free_port() -> str:
 def finish(processes: Sequence[BaseProcess], seconds: float = 120) -> list[int]:
     """Waits for the processes and returns their exit codes; when one fails the others are killed, as launchers do."""
     while any(process.is_alive() for process in processes):
-        ended = multiprocessing.connection.wait([each.sentinel for each in processes if each.is_alive()], seconds)
+        ended = multiprocessing.connection.wait(
+            [process.sentinel for process in processes if process.is_alive()], seconds
+        )
         if not ended or any(process.exitcode for process in processes):
             for process in processes:
                 process.kill()

@@ -1,4 +1,4 @@
-"""Runs of recipes/pretrain_c4.py on a tiny model: in this process, or in processes of their own that may be killed."""
+"""Training runs on a tiny model: in this process, or in processes of their own that may be killed."""
 
 import os
 import sys
@@ -6,10 +6,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
-from conftest import script
 from processes import SERVER, free_port
 
-from nt_hf.training import loop as training
+from nt_hf.cli import tokenizer as train_tokenizer
+from nt_hf.cli.train import main
+from nt_hf.training.metrics import read_metrics
 
 CONFIG = """
 model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
@@ -21,22 +22,21 @@ train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2
         max_grad_norm: 1.0, log_steps: 1, eval_steps: 6, save_steps: 6}
 """
 
-pretrain = script("recipes/pretrain_c4.py")
-
 
 def write_config(directory: Path) -> Path:
     """A configuration file with a tokenizer of 320 pieces."""
     command = ["--data", "sample:validation", "--vocab_size", "320", "--output", str(directory / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
+    call(train_tokenizer.main, *command)
     path = directory / "tiny.yaml"
     path.write_text(CONFIG.replace("TOKENIZER", str(directory / "tokenizer")))
     return path
 
 
-def call(main, *arguments: object) -> None:
+def call(program, *arguments: object) -> None:
+    """Runs the ``main`` of a program with command-line arguments, in this process."""
     argv, sys.argv = sys.argv, ["script", *map(str, arguments)]
     try:
-        main()
+        program()
     finally:
         sys.argv = argv
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -44,8 +44,8 @@ def call(main, *arguments: object) -> None:
 
 def train(config: Path, run_dir: Path, *overrides: object) -> list[dict]:
     """Runs the recipe in this process; returns its metrics."""
-    call(pretrain.main, "--config", config, "--output_dir", run_dir, *overrides)
-    return training.read_metrics(run_dir / "metrics.jsonl")
+    call(main, "--config", config, "--output_dir", run_dir, *overrides)
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def of(records: list[dict], event: str, *keys: str) -> list[tuple]:
@@ -68,6 +68,6 @@ def _run(environment: dict[str, str], arguments: list[str], before) -> None:
     if before:
         before()
     try:
-        call(pretrain.main, *arguments)
+        call(main, *arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

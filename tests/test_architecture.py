@@ -53,7 +53,8 @@ def imports(path, nodes=ast.walk):
 
 
 def room(path):
-    return path.parts[0].removesuffix(".py")
+    """The room of a file; what ``python -m`` runs is a program."""
+    return "cli" if path.name == "__main__.py" else path.parts[0].removesuffix(".py")
 
 
 def rooms_known(path):
@@ -106,7 +107,7 @@ def test_the_package_knows_no_program_and_programs_use_the_package():
 
 
 def test_the_library_logs_and_never_prints():
-    for path in PACKAGE:
+    for path in (path for path in PACKAGE if room(path) != "cli"):
         calls = [node.func for node in ast.walk(parse(Path("nt_hf") / path)) if isinstance(node, ast.Call)]
         assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}, path
 

@@ -9,7 +9,7 @@ from conftest import script, trained
 from transformers import LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, check_masks
-from nt_hf.sparsity.topology import DROP
+from nt_hf.sparsity.criteria import DROP
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))

@@ -12,7 +12,6 @@ Whatever the source, it becomes a list of files, and everything after that is th
 """
 
 import codecs
-import contextlib
 import glob
 import gzip
 import io
@@ -22,13 +21,14 @@ import logging
 import lzma
 import os
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .shares import Share
+from .checks import DataError, check_source, one_line
+from .remote import BUFFER, RemoteFile, retried
+from .slices import FileSlice
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,6 @@ SAMPLE_FILES = {"train": "c4-train-1000.jsonl.gz", "validation": "c4-heldout-330
 INDEX = "index.json"  # of a directory of prepared tokens
 PREPARED = "prepared:"  # the beginning of a source of tokens, which no reader of text takes
 
-ATTEMPTS = 7  # of each request for something remote
-FIRST_PAUSE = 1.0  # seconds after the first attempt, twice as many after each further one: a minute in all
-
 _CODECS = ("", ".gz", ".xz", ".zst")
 _LINES = tuple(kind + codec for kind in (".json", ".jsonl") for codec in _CODECS)
 _PLAIN = tuple(".txt" + codec for codec in _CODECS)
@@ -47,13 +44,8 @@ _TABLES = (".parquet", ".arrow")
 EXTENSIONS = ".json, .jsonl or .txt (plain, .gz, .xz or .zst), .parquet or .arrow"
 _MAGIC = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}  # what such files begin with
 _LOOK_AHEAD = 1000  # records after a bad one, to find a good one
-_BUFFER = 1 << 20  # bytes
 _ROWS = 1024  # of a table, decoded at once
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """Text that cannot be found or read; the message is one line that names the file or source."""
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -86,13 +78,6 @@ def find_files(source: str | Sequence[str]) -> list[str]:
     return files
 
 
-def check_source(name: str, source) -> None:
-    """Raises ValueError unless the setting ``name`` is a string or a list of strings."""
-    entries = [source] if isinstance(source, str) else source
-    if not isinstance(entries, Sequence) or not entries or not all(isinstance(x, str) and x for x in entries):
-        raise ValueError(f"{name}={source!r}: expected a text source or a list of them")
-
-
 def _sample_files(entry: str) -> list[str]:
     split = entry.removeprefix("sample:")
     if split not in SAMPLE_FILES:
@@ -102,17 +87,17 @@ def _sample_files(entry: str) -> list[str]:
 
 def _local_files(entry: str) -> list[str]:
     path = os.path.expanduser(entry)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(_below_existing(path), recursive=True))
-    if not found:
+    files = [path] if os.path.exists(path) else sorted(glob.glob(_below_existing(path), recursive=True))
+    if not files:
         raise DataError(f"{entry}: no such file, and no file matches it as a glob")
-    for file in found:
+    for file in files:
         if os.path.isfile(os.path.join(file, INDEX)):
             raise DataError(f"{file}: holds prepared tokens, expected {PREPARED}{file} for them")
         if os.path.isdir(file):
             raise DataError(f"{file}: is a directory, expected files, for example {os.path.join(file, '*.jsonl')}")
         if os.path.getsize(file) == 0:
             raise DataError(f"{file}: is empty")
-    return found
+    return files
 
 
 def _below_existing(pattern: str) -> str:
@@ -131,10 +116,10 @@ def _url_files(entry: str) -> list[str]:
         fs, path = fsspec.core.url_to_fs(entry)
         return fs, sorted(fs.glob(path)) if glob.has_magic(path) else [path]
 
-    fs, found = _resolved(entry, resolve)
-    if not found:
+    fs, files = _resolved(entry, resolve)
+    if not files:
         raise DataError(f"{entry}: no file matches it")
-    return [fs.unstrip_protocol(file) for file in found]
+    return [fs.unstrip_protocol(file) for file in files]
 
 
 def _hub_files(entry: str) -> list[str]:
@@ -157,152 +142,11 @@ def _hub_files(entry: str) -> list[str]:
 
 def _resolved(entry: str, resolve: Callable[[], T]) -> T:
     try:
-        return _retried(f"{entry}: cannot be resolved", resolve)
+        return retried(f"{entry}: cannot be resolved", resolve)
     except DataError:
         raise
-    except Exception as error:  # not found, gated, no `datasets`: as many types as causes
+    except Exception as error:  # not found, gated, no `datasets`: libraries raise errors of many types
         raise DataError(f"{entry}: cannot be resolved ({one_line(error)})") from error
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Remote files
-
-
-def _retried(what: str, action: Callable[[], T]) -> T:
-    """The result of ``action``, tried ``ATTEMPTS`` times with growing pauses while its errors may pass.
-
-    Raises:
-        DataError: the last attempt failed, too; ``what`` says what did.
-        Exception: whatever trying again does not help against, as it came.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return action()
-        except Exception as error:  # each file system raises errors of its own
-            if _is_final(error):
-                raise
-            problem = one_line(_reason(error))
-            if attempt == ATTEMPTS:
-                raise DataError(f"{what} after {ATTEMPTS} attempts ({problem})") from error
-            pause = FIRST_PAUSE * 2 ** (attempt - 1)
-            logger.warning("%s (%s): attempt %d of %d, the next in %g s", what, problem, attempt, ATTEMPTS, pause)
-        time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-# What no waiting mends: names that do not exist, missing rights, missing packages, faulty requests.
-_FINAL = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-)
-
-
-def _is_final(error: BaseException) -> bool:
-    text = f"{type(error).__name__}: {error}"  # `datasets` wraps what huggingface_hub raised, without a cause
-    if "OfflineModeIsEnabled" in text:  # the user's own choice
-        return True
-    if "LocalEntryNotFoundError" in text:  # "not found" in the cache, because the hub did not answer
-        return False
-    reason = _reason(error)
-    status = getattr(reason, "status", None) or getattr(getattr(reason, "response", None), "status_code", None)
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 425, 429)  # timeouts, "too early", "too many requests"
-    return isinstance(reason, _FINAL)
-
-
-def _reason(error: BaseException) -> BaseException:
-    """The error itself, or what fsspec's HTTP file system took for "not found": any failure at all."""
-    cause = error.__cause__
-    over_http = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp.")
-    return cause if over_http and cause is not None else error
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file behind a URL. When a request fails, it is opened again and goes on at the same byte.
-
-    So what reads from it (a decompressor, a parser of tables) notices nothing, and no byte comes twice.
-    """
-
-    def __init__(self, url: str):
-        self.url = url
-        self._file = None
-        self._position = 0  # of the next byte to hand out
-        self._reached = 0  # the open file's own position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._position
-        elif whence == io.SEEK_END:
-            offset += self._request(self._size)
-        self._position = offset
-        return offset
-
-    def readinto(self, buffer) -> int:
-        data = self._request(lambda: self._read(len(buffer)))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
-
-    def _request(self, action: Callable[[], T]) -> T:
-        def attempt():
-            try:
-                if self._file is None:
-                    import fsspec
-
-                    self._file, self._reached = fsspec.open(self.url, "rb").open(), 0
-                return action()
-            except Exception:
-                self._drop()
-                raise
-
-        return _retried(f"{self.url}: cannot be read", attempt)
-
-    def _drop(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(Exception):  # of a connection that is broken already
-                file.close()
-
-    def _size(self) -> int:
-        self._reached = self._file.seek(0, io.SEEK_END)
-        return self._reached
-
-    def _read(self, size: int) -> bytes:
-        if self._reached != self._position:
-            try:
-                self._reached = self._file.seek(self._position)
-            except ValueError:  # a server that does not send ranges
-                if self._reached > self._position:
-                    raise
-                while self._reached < self._position:
-                    skipped = self._file.read(min(self._position - self._reached, _BUFFER))
-                    if not skipped:
-                        raise EOFError(f"ends at byte {self._reached}, before {self._position}") from None
-                    self._reached += len(skipped)
-        data = self._file.read(size)
-        self._reached += len(data)
-        return data
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -332,21 +176,21 @@ class Reader:
     bad_lines: int = 0
 
     def __iter__(self) -> Iterator[str]:
-        shares = (Share(0, file) for file in range(len(self.files)))
-        return (text for share in shares for _, text in self.texts(share))
+        slices = (FileSlice(0, file) for file in range(len(self.files)))
+        return (text for file_slice in slices for _, text in self.texts(file_slice))
 
-    def texts(self, share: Share) -> Iterator[tuple[int, str]]:
-        """Yields a share's documents, each with its record: its count in the file, from 1."""
+    def texts(self, file_slice: FileSlice) -> Iterator[tuple[int, str]]:
+        """Yields the documents of a slice, each with its record: its count in the file, from 1."""
         order = list(self.files)
         if self.seed is not None:
-            random.Random(f"{self.seed}/{share.epoch}").shuffle(order)
-        path, good = order[share.file], False
+            random.Random(f"{self.seed}/{file_slice.epoch}").shuffle(order)
+        path, good = order[file_slice.file], False
         kind = "row" if path.endswith(_TABLES) else "line"
-        records = _records(path, self.text_field, share.record)
+        records = _records(path, self.text_field, file_slice.record)
         for count, number, raw in records:
-            if share.end is not None and count > share.end:
+            if file_slice.end is not None and count > file_slice.end:
                 return
-            if count % share.step != share.first:
+            if count % file_slice.step != file_slice.first:
                 continue
             try:
                 text = _text(raw, self.text_field)
@@ -386,11 +230,11 @@ def _records(path: str, text_field: str, after: int) -> Iterator[tuple[int, int,
 
 
 def _open(path: str) -> io.BufferedReader:
-    return io.BufferedReader(_RemoteFile(path), _BUFFER) if "://" in path else open(path, "rb")
+    return io.BufferedReader(RemoteFile(path), BUFFER) if "://" in path else open(path, "rb")
 
 
 def _lines(path: str, file: io.BufferedReader, after: int) -> Iterator[tuple[int, int, bytes | Any]]:
-    text = io.BufferedReader(_decompressed(path, file), _BUFFER)
+    text = io.BufferedReader(_decompressed(path, file), BUFFER)
     count, records = 0, iter(text)
     if path.endswith(_PLAIN):
         records = [_Document(text.read())]
@@ -495,8 +339,3 @@ def _text(raw: Any, text_field: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"field {text_field!r} holds half a surrogate pair, expected Unicode text") from None
     return raw
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and message for the end of a one-line message of ours."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

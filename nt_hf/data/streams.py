@@ -1,10 +1,10 @@
 """From documents to token batches: rows, and the streams that read them, exact to resume.
 
 The module ``sources`` says what a source of text is and how it becomes files. Each pass over the files (an *epoch*)
-is divided between *streams*, one for each loader worker of each rank, see the module ``shares``: whole files as long
+is divided between *streams*, one for each loader worker of each rank, see the module ``slices``: whole files as long
 as every stream gets as many, the documents of the files that remain one after the other. So each document is used
 once an epoch, by exactly one stream. A stream's place is a few integers, which makes stopping and resuming exact,
-and what all streams have left can be dealt anew to another number of them.
+and what all streams have left can be dealt again to another number of them.
 """
 
 import hashlib
@@ -14,14 +14,17 @@ import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from .shares import Place, deal_anew, deal_epoch
-from .sources import DataError, Reader, check_source, find_files, one_line, read_texts
+from ..models.losses import IGNORE_INDEX
+from .checks import DataError, check_choice, check_int, one_line
+from .config import ON_BAD_LINE, PACKINGS, DataConfig
+from .slices import StreamState, deal_epoch, redistribute
+from .sources import Reader, find_files, read_texts
 from .tokenizers import check_vocabulary, eos_id, load_tokenizer, tokenize
 
 __all__ = [
@@ -32,8 +35,6 @@ __all__ = [
     "DataConfig",
     "DataError",
     "TokenBatches",
-    "check_choice",
-    "check_int",
     "check_vocabulary",
     "eos_id",
     "find_files",
@@ -43,53 +44,7 @@ __all__ = [
     "tokenize",
 ]
 
-PACKINGS = ("pack", "pad")
-ON_BAD_LINE = ("error", "skip")
-IGNORE_INDEX = -100
 TOKENIZE_AT_ONCE = 128  # documents; enough to occupy a fast tokenizer's threads, few enough to start quickly
-
-
-@dataclass
-class DataConfig:
-    """What to read and how to make batches of it; ``TokenBatches`` and the module explain the fields.
-
-    Raises:
-        ValueError: a field has a value that is not accepted.
-    """
-
-    train: str | list[str] = "hub:allenai/c4:en:train"
-    validation: str | list[str] = "hub:allenai/c4:en:validation"
-    tokenizer: str = "sample"
-    sequence_length: int = 256
-    packing: str = "pack"
-    shuffle_block: int = 1024
-    order_per_head: bool = False
-    num_workers: int = 0
-    on_bad_line: str = "error"
-    validation_tokens: int | None = field(default=10_000_000, metadata={"help": "at most so many; None for all"})
-    text_field: str = "text"
-
-    def __post_init__(self):
-        for name in ("train", "validation"):
-            check_source(name, getattr(self, name))
-        for name in ("tokenizer", "text_field"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a non-empty string")
-        check_choice("packing", self.packing, PACKINGS)
-        check_choice("on_bad_line", self.on_bad_line, ON_BAD_LINE)
-        check_int("sequence_length", self.sequence_length, 2)  # one token predicts nothing
-        check_int("shuffle_block", self.shuffle_block, 0)
-        check_int("num_workers", self.num_workers, 0)
-        if not isinstance(self.order_per_head, bool) or (self.order_per_head and not self.shuffle_block):
-            raise ValueError(
-                f"order_per_head={self.order_per_head!r}: expected true, with a shuffle_block above 0, or false"
-            )
-        if self.validation_tokens is not None:
-            check_int("validation_tokens", self.validation_tokens, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# From texts to batches
 
 
 def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -202,23 +157,23 @@ class TokenBatches:
         self._start()
 
     def _start(self) -> None:
-        self._places = [Place() for _ in range(self._workers)]
+        self._states = [StreamState() for _ in range(self._workers)]
         self._next_worker = 0
 
     @property
     def epoch(self) -> int:
         """Passes that all of this rank's workers have finished, as of the latest batch."""
-        return min(place.epochs_done for place in self._places)
+        return min(state.epochs_done for state in self._states)
 
     @property
     def documents(self) -> int:
         """Documents this rank has used up over all epochs, as of the latest batch."""
-        return sum(place.documents for place in self._places)
+        return sum(state.documents for state in self._states)
 
     @property
     def bad_lines(self) -> int:
         """Bad lines this rank has skipped over all epochs, as of the latest batch."""
-        return sum(place.bad_lines for place in self._places)
+        return sum(state.bad_lines for state in self._states)
 
     def state_dict(self) -> dict:
         """The place after the latest batch that was handed out, as plain json. Every rank has its own."""
@@ -226,14 +181,14 @@ class TokenBatches:
             "settings": self._settings(),
             "rank": self.rank,
             "next_worker": self._next_worker,
-            "workers": [place.to_json() for place in self._places],
+            "workers": [state.to_json() for state in self._states],
         }
 
     def load_state_dict(self, states: Sequence[dict]) -> None:
         """Makes the next ``iter()`` go on where ``states`` were taken: those of all ranks of that run, in their order.
 
         With as many ranks and workers as then, each goes on exactly where it was. With others, what was left of the
-        epochs that had been begun is dealt anew: every document, and with ``packing="pack"`` every token, is used as
+        epochs that had been begun is dealt again: every document, and with ``packing="pack"`` every token, is used as
         often as without the change. ``documents`` and ``bad_lines`` keep their sums over all ranks. The batch size
         may change as well.
 
@@ -244,10 +199,10 @@ class TokenBatches:
         try:
             settings = [dict(state["settings"]) for state in states]
             ranks = [state["rank"] for state in states]
-            places = [[Place.from_json(place) for place in state["workers"]] for state in states]
+            streams = [[StreamState.from_json(worker) for worker in state["workers"]] for state in states]
             next_workers = [int(state["next_worker"]) for state in states]
             world_size, workers = settings[0]["world_size"], max(1, settings[0]["num_workers"])
-            if any(len(found) != workers for found in places):
+            if any(len(rank_states) != workers for rank_states in streams):
                 raise ValueError(f"expected {workers} worker(s) a rank")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"data state: not one that TokenBatches wrote ({one_line(error)})") from error
@@ -264,11 +219,11 @@ class TokenBatches:
                         f"data state: was saved with {key}={found.get(key)!r}, expected {wanted!r} to resume"
                     )
         if (world_size, workers) == (self.world_size, self._workers):
-            self._places, self._next_worker = places[self.rank], next_workers[self.rank]
+            self._states, self._next_worker = streams[self.rank], next_workers[self.rank]
         else:
             # A stream's number is its rank's times the workers plus its worker's, as in `_documents`.
-            dealt = deal_anew(list(itertools.chain(*places)), len(self.files), self.world_size * self._workers)
-            self._places = dealt[self.rank * self._workers : (self.rank + 1) * self._workers]
+            dealt = redistribute(list(itertools.chain(*streams)), len(self.files), self.world_size * self._workers)
+            self._states = dealt[self.rank * self._workers : (self.rank + 1) * self._workers]
             self._next_worker = 0
         self._resume = True
 
@@ -288,10 +243,10 @@ class TokenBatches:
         if not self._resume:
             self._start()
         self._resume = False
-        for worker, batch, place in self._loaded():
-            if isinstance(place, DataError):
-                raise place
-            self._places[worker] = place
+        for worker, batch, state in self._loaded():
+            if isinstance(state, DataError):
+                raise state
+            self._states[worker] = state
             self._next_worker = (worker + 1) % self._workers
             if batch is not None:
                 yield batch
@@ -299,7 +254,7 @@ class TokenBatches:
             raise DataError(f"{self.source}: holds no documents")
 
     def _loaded(self) -> Iterable[tuple]:
-        streams = _Streams(self, [replace(place) for place in self._places], self._next_worker)
+        streams = _Streams(self, [replace(state) for state in self._states], self._next_worker)
         if not self.num_workers:
             return streams
         return DataLoader(
@@ -310,72 +265,75 @@ class TokenBatches:
             generator=torch.Generator(),  # else it draws from the global one, and loading would change training
         )
 
-    def _stream(self, worker: int, place: Place) -> Iterator[tuple[dict[str, torch.Tensor] | None, Place]]:
-        """The batches of one worker, each with the place after it; last a None with the final place."""
+    def _stream(self, worker: int, state: StreamState) -> Iterator[tuple[dict[str, torch.Tensor] | None, StreamState]]:
+        """The batches of one worker, each with the state after it; last a None with the final state."""
         rows, row = [], []
-        for ids in self._documents(worker, place):
-            begin = place.offset
+        for ids in self._documents(worker, state):
+            begin = state.offset
             while begin < len(ids):
                 end = min(begin + self.sequence_length - len(row), len(ids))
                 row += ids[begin:end]
-                begin = place.offset = end
+                begin = state.offset = end
                 if end == len(ids):
-                    place.taken, place.offset, place.documents = place.taken + 1, 0, place.documents + 1
+                    state.taken, state.offset, state.documents = state.taken + 1, 0, state.documents + 1
                 if len(row) == self.sequence_length or self.packing == "pad":
                     rows.append(row)
                     row = []
                 if len(rows) == self.batch_size:
-                    yield pad_rows(rows, self.sequence_length, self.tokenizer), replace(place)
+                    yield pad_rows(rows, self.sequence_length, self.tokenizer), replace(state)
                     rows = []
         if row:
             rows.append(row)
-        yield pad_rows(rows, self.sequence_length, self.tokenizer) if rows else None, replace(place)
+        yield pad_rows(rows, self.sequence_length, self.tokenizer) if rows else None, replace(state)
 
-    def _documents(self, worker: int, place: Place) -> Iterator[list[int]]:
-        """The ids of each document of a worker's stream, ``</s>`` included; moves ``place`` along.
+    def _documents(self, worker: int, state: StreamState) -> Iterator[list[int]]:
+        """The ids of each document of a worker's stream, ``</s>`` included; moves ``state`` along.
 
-        The consumer counts ``place.taken`` and ``place.offset``; the rest of ``place`` stays at the beginning of
+        The consumer counts ``state.taken`` and ``state.offset``; the rest of ``state`` stays at the beginning of
         the current block, from where a resumed stream reads again.
         """
         stream, streams = self.rank * self._workers + worker, self.world_size * self._workers
         shuffle = self.shuffle_block > 0
         size = self.shuffle_block or TOKENIZE_AT_ONCE
         reader = Reader(self.files, self.text_field, self.on_bad_line, self.seed if shuffle else None)
-        reader.bad_lines = place.bad_lines
-        while self.epochs is None or place.epoch < self.epochs:
-            any_document = place.begun  # or nobody knows
-            shares = place.shares
-            if shares is None:
-                shares = deal_epoch(place.epoch, len(self.files), stream, streams)
-            while place.share < len(shares):
-                share = shares[place.share]
-                if not (place.record or place.taken or place.offset):
-                    place.taken, place.offset = share.taken, share.offset
-                counted = place.taken > 0 or place.offset > 0  # the bad lines of the block to be read again
-                start = max(place.record, share.record)
-                texts = reader.texts(share._replace(record=start))
+        reader.bad_lines = state.bad_lines
+        while self.epochs is None or state.epoch < self.epochs:
+            any_document = state.begun  # what was read of this epoch before a resume is not known here
+            slices = state.slices
+            if slices is None:
+                slices = deal_epoch(state.epoch, len(self.files), stream, streams)
+            while state.index < len(slices):
+                file_slice = slices[state.index]
+                if not (state.record or state.taken or state.offset):
+                    state.taken, state.offset = file_slice.taken, file_slice.offset
+                # A resumed block is read a second time, and its bad lines have been counted already.
+                counted = state.taken > 0 or state.offset > 0
+                # Reading starts after the last block that was used up, of this slice or of the one it was dealt from.
+                start = max(state.record, file_slice.record)
+                texts = reader.texts(file_slice._replace(record=start))
                 while block := list(itertools.islice(texts, size)):
                     if counted:
-                        reader.bad_lines, counted = place.bad_lines, False
-                    place.bad_lines = reader.bad_lines
-                    # A short block is the last one: the share was read to its end, bad lines there included.
+                        reader.bad_lines, counted = state.bad_lines, False
+                    state.bad_lines = reader.bad_lines
+                    # A short block is the last one: the slice was read to its end, bad lines there included.
                     record = block[-1][0]
-                    place.record, place.end = start, record if len(block) == size else share.end
+                    state.record, state.end = start, record if len(block) == size else file_slice.end
                     if shuffle:
-                        key = f"{self.seed}/{share.epoch}/{share.file}/{share.first}/{share.step}/{start}"
+                        key = "/".join(map(str, (self.seed, *file_slice[:4], start)))  # epoch, file, first, step
                         random.Random(key).shuffle(block)
-                    for begin in range(place.taken, len(block), TOKENIZE_AT_ONCE):
+                    # The shuffled block is the same as before a resume, so the documents in front were used already.
+                    for begin in range(state.taken, len(block), TOKENIZE_AT_ONCE):
                         yield from self._tokenize([text for _, text in block[begin : begin + TOKENIZE_AT_ONCE]])
-                    place.record, place.taken = record, 0
+                    state.record, state.taken = record, 0
                     start, any_document = record, True
-                place.bad_lines = reader.bad_lines
-                place.share, place.record, place.taken, place.offset = place.share + 1, 0, 0, 0
+                state.bad_lines = reader.bad_lines
+                state.index, state.record, state.taken, state.offset = state.index + 1, 0, 0, 0
             if not any_document and self.epochs is None:
                 raise DataError(
                     f"{self.source}: no document for stream {stream} of {streams} in a whole pass, "
                     "expected more documents or fewer processes and loader workers"
                 )
-            place.next_epoch()
+            state.next_epoch()
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         ids = tokenize(texts, self.tokenizer)
@@ -431,18 +389,18 @@ class HeadBatches:
 class _Streams(IterableDataset):
     """The streams of one rank for a DataLoader, whose workers it lets take turns from ``first`` on."""
 
-    def __init__(self, batches: TokenBatches, places: list[Place], first: int):
-        self.batches, self.places, self.first = batches, places, first
+    def __init__(self, batches: TokenBatches, states: list[StreamState], first: int):
+        self.batches, self.states, self.first = batches, states, first
 
-    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, Place | DataError]]:
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor] | None, StreamState | DataError]]:
         info = get_worker_info()
         if info:  # one core a worker: DataLoader stops torch's threads in it, this the tokenizer's
             # Whatever the user set: where workers are forked, the tokenizer's threads are not, and it waits for them.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        worker = (self.first + (info.id if info else 0)) % len(self.places)
+        worker = (self.first + (info.id if info else 0)) % len(self.states)
         try:
-            for batch, place in self.batches._stream(worker, self.places[worker]):
-                yield worker, batch, place
+            for batch, state in self.batches._stream(worker, self.states[worker]):
+                yield worker, batch, state
         except DataError as error:  # as an item: a DataLoader turns a raised one into a page of traceback
             yield worker, None, error
 
@@ -463,13 +421,3 @@ def _end_for_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def check_choice(name: str, value, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
-
-
-def check_int(name: str, value, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")

@@ -7,7 +7,8 @@ import tempfile
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .sources import SAMPLE, one_line
+from .checks import one_line
+from .sources import SAMPLE
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer={name!r}: there is no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(SAMPLE if name == "sample" else name)
-    except Exception as error:  # missing files, bad json, no network: as many types as causes
+    except Exception as error:  # missing files, bad json, no network: libraries raise errors of many types
         missing = "" if os.path.exists(name) or name == "sample" else "there is no such directory, and "
         raise ValueError(
             f"tokenizer={name!r}: {missing}it cannot be loaded ({one_line(error)}): "

@@ -15,7 +15,7 @@ from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from ..models.lm_heads import by_head
 from ..models.masks import masked_modules
 from ..models.modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
-from ..sparsity.sparsifier import head_overlap
+from ..sparsity.measures import head_overlap
 from .perplexity import CHUNK, check_finite, perplexity
 
 # Bins of confidence, of equal width, as in Guo et al. 2017.

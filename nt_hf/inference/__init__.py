@@ -1,5 +1,5 @@
 """Sparse kernels for trained models."""
 
-from .sparse_runtime import restore, specialize
+from .specialization import LayerReport, Report, restore, specialize
 
-__all__ = ["restore", "specialize"]
+__all__ = ["LayerReport", "Report", "restore", "specialize"]

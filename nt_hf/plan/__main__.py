@@ -1,6 +1,6 @@
 """``python -m nt_hf.plan``."""
 
+from ..cli.plan import main
 from ..cli.program import run
-from .planner import main
 
 run(main)

@@ -1,15 +1,43 @@
 """What is sparse, how sparse, and how the masks move: one dataclass, every field checked."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ..checks import TEXT, Rule, check, check_fields, choice, integer, list_of, mapping_to, number, optional
 from ..models.masks import parse_structure
+from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
+from .densities import DISTRIBUTIONS
+from .saliency import SALIENCY
 from .schedules import SCHEDULES
-from .topology import DISTRIBUTIONS, DROP, GROW, REDISTRIBUTE, REGROW, look_up
 
-SALIENCY = ("snip", "grasp")
+RULES = {
+    "density": number("(0, 1]"),
+    "density_start": optional(number("(0, 1]")),
+    "density_schedule": choice(SCHEDULES),
+    "distribution": choice(DISTRIBUTIONS),
+    "densities": mapping_to(number("(0, 1]"), "a mapping from globs of weight names to numbers in (0, 1]"),
+    "exclude": list_of(TEXT, "a list of globs of weight names"),
+    "initial_masks": Rule(
+        lambda value: isinstance(value, str) and (value in ("random", *SALIENCY) or Path(value).exists()),
+        f"random, {', '.join(SALIENCY)}, the path of a checkpoint",
+        ("random", *SALIENCY),
+    ),
+    "drop": choice(DROP),
+    "drop_exponent": number("(0, inf)"),
+    "drop_exponent_end": optional(number("(0, inf)")),
+    "mest_lambda": number("[0, inf)"),
+    "grow": choice(GROW),
+    "random_share": number("[0, 1]"),
+    "regrow": choice(REGROW),
+    "redistribute": choice(REDISTRIBUTE),
+    "drop_fraction": number("[0, 1]"),
+    "drop_fraction_end": number("[0, 1]"),
+    "drop_schedule": choice(SCHEDULES),
+    "update_interval": integer(0),
+    "update_start": number("[0, 1)", "a share of the run"),
+    "update_end": number("(0, 1]", "a share of the run"),
+    "seed": integer(),
+}
 
 
 @dataclass
@@ -75,54 +103,16 @@ class SparsityConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(name: str, valid: Callable[[Any], bool], accepted: str) -> None:
-            value = getattr(self, name)
-            if not valid(value):
-                raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
-
-        check("density", lambda x: _is_number(x) and 0 < x <= 1, "a number in (0, 1]")
-        look_up(DISTRIBUTIONS, "distribution", self.distribution)
-        check(
-            "densities",
-            lambda x: isinstance(x, dict) and all(_is_number(value) and 0 < value <= 1 for value in x.values()),
-            "a mapping from globs of weight names to numbers in (0, 1]",
-        )
-        check(
-            "exclude",
-            lambda x: isinstance(x, list | tuple) and all(isinstance(glob, str) for glob in x),
-            "a list of globs of weight names",
-        )
-        if self.density_start is not None:
-            check(
-                "density_start", lambda x: _is_number(x) and self.density <= x <= 1, f"density ({self.density:g}) to 1"
-            )
+        check_fields(self, RULES)
         parse_structure(self.structure)
-        if not isinstance(self.initial_masks, str) or not Path(self.initial_masks).exists():
-            choices = dict.fromkeys(["random", *SALIENCY, "the path of a checkpoint"])
-            look_up(choices, "initial_masks", self.initial_masks)
-        if self.density_start is not None and self.initial_masks != "random":
-            raise ValueError(f"initial_masks is {self.initial_masks!r}; accepted with density_start: random")
-        look_up(DROP, "drop", self.drop)
-        look_up(GROW, "grow", self.grow)
-        look_up(dict.fromkeys(REGROW), "regrow", self.regrow)
-        look_up(dict.fromkeys(REDISTRIBUTE), "redistribute", self.redistribute)
-        if self.redistribute != "none" and self.structure != "unstructured":
-            raise ValueError(f"redistribute is {self.redistribute!r}; accepted with structure {self.structure}: none")
-        check("drop_exponent", lambda x: _is_number(x) and x > 0, "a number above 0")
-        check("drop_exponent_end", lambda x: x is None or (_is_number(x) and x > 0), "a number above 0, or None")
-        check("mest_lambda", lambda x: _is_number(x) and x >= 0, "a number from 0")
-        for name in ("drop_fraction", "drop_fraction_end", "random_share"):
-            check(name, lambda x: _is_number(x) and 0 <= x <= 1, "a number in [0, 1]")
-        for name in ("drop_schedule", "density_schedule"):
-            look_up(SCHEDULES, name, getattr(self, name))
-        check("update_interval", lambda x: is_integer(x) and x >= 0, "an integer from 0 (static masks)")
-        check("update_start", lambda x: _is_number(x) and 0 <= x < 1, "a share of the run in [0, 1)")
-        check(
-            "update_end",
-            lambda x: _is_number(x) and self.update_start < x <= 1,
-            f"a share of the run above update_start ({self.update_start}), up to 1",
-        )
-        check("seed", is_integer, "an integer")
+        start = Rule(lambda density: density is None or density >= self.density, f"density ({self.density:g}) to 1")
+        check("density_start", self.density_start, start)
+        if self.density_start is not None:
+            check("initial_masks", self.initial_masks, choice(["random"], when="with density_start"))
+        if self.structure != "unstructured":
+            check("redistribute", self.redistribute, choice(["none"], when=f"with structure={self.structure}"))
+        end = f"a share of the run above update_start ({self.update_start}), up to 1"
+        check("update_end", self.update_end, Rule(lambda share: share > self.update_start, end))
 
     @property
     def is_sparse(self) -> bool:
@@ -133,12 +123,3 @@ class SparsityConfig:
     def needs_momentum(self) -> bool:
         """Whether updates look at averaged gradients."""
         return "momentum" in (self.grow, self.redistribute)
-
-
-def is_integer(value: object) -> bool:
-    """Whether it is a whole number, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return is_integer(value) or isinstance(value, float)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from weakref import WeakSet
@@ -10,7 +10,6 @@ from weakref import WeakSet
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.masks import (
     attach_masks,
@@ -28,11 +27,11 @@ from ..models.masks import (
     unpack_mask,
 )
 from .config import SparsityConfig
-from .topology import active_counts, best_scores, random_mask, structured_counts
+from .densities import active_counts, structured_counts
+from .saliency import SALIENCY, Loss
+from .update import best_scores, random_mask
 
 logger = logging.getLogger(__name__)
-
-Loss = Callable[[], torch.Tensor]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -67,15 +66,15 @@ def _counts(
         for name, module in modules.items()
     }
     if sizes := parse_structure(config.structure):
-        each, of = sizes
-        if config.densities or abs(config.density - each / of) > 0.005:
+        active, length = sizes
+        if config.densities or abs(config.density - active / length) > 0.005:
             raise ValueError(
-                f"structure {config.structure} has density {each / of:.4g} in every tensor; density is "
-                f"{config.density:g} and densities {config.densities}; accepted: density {each / of:.4g} and no "
+                f"structure {config.structure} has density {active / length:.4g} in every tensor; density is "
+                f"{config.density:g} and densities {config.densities}; accepted: density {active / length:.4g} and no "
                 "densities; exclude what is to stay dense"
             )
-        each = each if density == config.density else max(each, round(density * of))
-        return {name: count * each for name, count in groups.items()}
+        active = active if density == config.density else max(active, round(density * length))
+        return {name: count * active for name, count in groups.items()}
     fixed = {}
     for pattern, value in config.densities.items():
         value = max(value, density) if density > config.density else value
@@ -241,55 +240,18 @@ def _masks_of_checkpoint(path: Path, modules: Mapping[str, nn.Module], structure
             raise ValueError(f"initial_masks: {file} is no safetensors file: {error}") from None
     masks = {}
     for name, module in modules.items():
-        shape, wanted = tuple(module.weight.shape), packed_shape(module.weight.shape)
-        if name not in packed or tuple(packed[name].shape) != wanted:
-            found = f"has the packed shape {list(packed[name].shape)}" if name in packed else "is missing"
-            raise ValueError(f"initial_masks: the mask of {name} {found} in {path}; accepted: one of {list(wanted)}")
+        shape, expected = tuple(module.weight.shape), packed_shape(module.weight.shape)
+        if name not in packed or tuple(packed[name].shape) != expected:
+            problem = f"has the packed shape {list(packed[name].shape)}" if name in packed else "is missing"
+            raise ValueError(
+                f"initial_masks: the mask of {name} {problem} in {path}; accepted: one of {list(expected)}"
+            )
         masks[name] = unpack_mask(packed[name].to(module.weight.device), shape)
         try:
             check_structure(masks[name], structure, is_transposed(module))
         except ValueError as error:
             raise ValueError(f"initial_masks: {name} in {path}: {error}") from None
     return masks
-
-
-# ----------------------------------------------------------------------------------------------------- saliency
-
-
-def snip(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
-    """How much the loss feels each weight, ``|w * g|`` (SNIP, Lee et al. 2019)."""
-    grads = _gradients(loss(), weights)
-    return {name: (weight.detach() * grads[name]).abs() for name, weight in weights.items()}
-
-
-def grasp(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Tensor]:
-    """How much each weight helps the flow of gradients, ``w * (H g)`` (GraSP, Wang et al. 2020).
-
-    A weight whose removal would weaken the gradient scores high: the paper removes the largest ``-w * (H g)``. Its
-    temperature of the logits is the loss's business. The loss must have second derivatives; those of PyTorch's
-    ``linear_cross_entropy`` are wrong without a word (a NeuroTrails Llama does without it here).
-    """
-    with sdpa_kernel(SDPBackend.MATH):  # of attention only the plain one has second derivatives
-        grads = _gradients(loss(), weights, create_graph=True)
-        norm = sum((grad * grad.detach()).sum() for grad in grads.values())
-        products = _gradients(norm, weights)
-    return {name: weight.detach() * products[name] for name, weight in weights.items()}
-
-
-Saliency = Callable[[Mapping[str, nn.Parameter], Loss], dict[str, torch.Tensor]]
-SALIENCY: dict[str, Saliency] = {"snip": snip, "grasp": grasp}
-
-
-def _gradients(
-    value: torch.Tensor, weights: Mapping[str, nn.Parameter], create_graph: bool = False
-) -> dict[str, torch.Tensor]:
-    grads = torch.autograd.grad(
-        value, list(weights.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    for name, grad in zip(weights, grads):
-        if not grad.isfinite().all():
-            raise ValueError(f"the saliency of {name} is not finite on this batch; accepted: a batch of finite loss")
-    return dict(zip(weights, grads))
 
 
 @torch.no_grad()

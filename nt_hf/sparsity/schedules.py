@@ -43,23 +43,6 @@ SCHEDULES: dict[str, Callable[[float, float, float, float, float], float]] = {
 }
 
 
-def scheduled(name: str, step: float, start: float, end: float, first: float, last: float) -> float:
-    """Value at ``step`` of the schedule of that name.
-
-    Args:
-        name: in `SCHEDULES`: "constant", "cosine", "cubic" or "linear".
-        step: of the run.
-        start, end: steps between which the value moves.
-        first, last: values at ``start`` and at ``end``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule is {name!r}; accepted: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](step, start, end, first, last)
-
-
 def update_due(step: int, interval: int, start: float, end: float) -> bool:
     """Whether step number ``step`` (the first is 1) updates the masks: every ``interval`` steps in [start, end).
 

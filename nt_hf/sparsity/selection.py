@@ -26,20 +26,19 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 #: From [`noise_key`]: two 32-bit numbers, or int32 tensors ``[]`` that hold them.
 NoiseKey = tuple[int, int] | tuple[torch.Tensor, torch.Tensor]
 
-# Elements handled at a time: on a CPU the temporaries of a stretch stay in the cache, a GPU only needs them bounded.
-_STRETCH = {"cpu": 2**17}
-_STRETCH_DEVICE = 2**25
+# Elements handled at a time: on a CPU the temporaries of a chunk stay in the cache, a GPU only needs them bounded.
+_CHUNK = {"cpu": 2**17}
+_CHUNK_DEVICE = 2**25
 
 _SAMPLE = 2**17
 _SAMPLE_NOISE = (0x2545F491, 0x1B873593)
 _HALF = 16  # int32 keys are ranked by their upper half, then by their lower one
 _BINS = 2**_HALF
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-_NO_BOUND = (INT32_MIN, INT32_MAX)
 
 
-def whole(counts: torch.Tensor) -> torch.Tensor:
-    """The `Reduce` of tensors that one process holds whole."""
+def no_reduction(counts: torch.Tensor) -> torch.Tensor:
+    """The `Reduce` of tensors that one process holds completely."""
     return counts
 
 
@@ -47,12 +46,12 @@ def whole(counts: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Scores:
     """Scores of one tensor, or of one shard of it, among which to select.
 
     Attributes:
         keys: int32 ``[n]``, see [`sort_keys`].
-        noise: from [`noise_key`], settles equal keys; ``None``: their place does, the lower flat index comes first.
+        noise: from [`noise_key`], settles equal keys; ``None``: the lower flat index comes first.
         offset: flat index of the first element within its tensor.
     """
 
@@ -68,62 +67,68 @@ def sort_keys(scores: torch.Tensor, candidates: torch.Tensor | None = None) -> t
     """
     bits = scores.add_(0.0).view(torch.int32)  # adding 0 turns -0.0 into 0.0: they are equal, their bits are not
     keys = bits ^ (bits >> 31).bitwise_and_(INT32_MAX)  # negative floats sort backwards by their bits
-    return keys if candidates is None else only(keys, candidates)
+    return keys if candidates is None else restrict(keys, candidates)
 
 
-def only(keys: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Puts all but the candidates last, below the key of -inf, in place."""
+def restrict(keys: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Ranks everything but the candidates last, below the key of -inf, in place."""
     # keys.masked_fill_(~candidates, INT32_MIN) in a third of its time on a CPU
     flags = candidates.to(torch.int32).neg_()
     return keys.bitwise_xor_(INT32_MIN).bitwise_and_(flags).bitwise_xor_(INT32_MIN)
 
 
-def select_top(parts: Sequence[Part], k: int, reduce: Reduce = whole) -> list[torch.Tensor]:
-    """The ``k`` elements with the largest keys among all parts: bool ``[n]`` of each part, exact.
+def select_top(tensors: Sequence[Scores], k: int, reduce: Reduce = no_reduction) -> list[torch.Tensor]:
+    """The ``k`` elements with the largest keys among all tensors: bool ``[n]`` of each tensor, exact.
 
     Equal keys are settled by hashed noise, which differs for all elements of a tensor of up to 2**32.
 
     Args:
-        parts: of one device, at least one.
-        k: from 0 to the number of candidates over all parts and processes.
-        reduce: sums counts over the processes that hold the other shards of the parts.
+        tensors: of one device, at least one.
+        k: from 0 to the number of candidates over all tensors and processes.
+        reduce: sums counts over the processes that hold the other shards of the tensors.
     """
-    chosen = [torch.zeros_like(part.keys, dtype=torch.bool) for part in parts]
+    chosen = [torch.zeros_like(scores.keys, dtype=torch.bool) for scores in tensors]
     if k == 0:
         return chosen
-    threshold, wanted = _kth_largest([part.keys for part in parts], k, reduce)
-    tied = [torch.empty_like(part.keys, dtype=torch.bool) for part in parts]
+    # Everything above the threshold is chosen; of the elements equal to it, the ties, only ``remaining`` are.
+    threshold, remaining = _kth_largest([scores.keys for scores in tensors], k, reduce)
+    tied = [torch.empty_like(scores.keys, dtype=torch.bool) for scores in tensors]
 
     def compare(i: int, start: int, stop: int) -> torch.Tensor:
-        keys = parts[i].keys[start:stop]
+        keys = tensors[i].keys[start:stop]
         if threshold < INT32_MAX:
             chosen[i][start:stop] = _at_least(keys, threshold + 1)
         tied[i][start:stop] = ties = _at_least(keys, threshold) ^ chosen[i][start:stop]
         return count_set(ties)
 
-    places = _places([part.keys for part in parts], [part.offset for part in parts])
-    counts = torch.stack([_zero(parts[0].keys), *sweep(compare, places)])
-    if wanted == int(reduce(counts.sum())):
-        return [ours.logical_or_(ties) for ours, ties in zip(chosen, tied)]
+    ranges = _chunks_of_all([scores.keys for scores in tensors], [scores.offset for scores in tensors])
+    counts = torch.stack([_zero(tensors[0].keys), *map_chunks(compare, ranges)])
+    if remaining == int(reduce(counts.sum())):  # all ties are needed, as when there is but one: the usual case
+        return [mask.logical_or_(ties) for mask, ties in zip(chosen, tied)]
 
-    # Only stretches with ties are looked at again: few after continuous scores, all where gradients are zero.
-    places = [place for place, count in zip(places, counts[1:].tolist()) if count]
-    if parts[0].noise is None:
-        numbers = [tied[i][start:stop].nonzero().squeeze(1) + (parts[i].offset + start) for i, start, stop in places]
-        bound = _kth_smallest(torch.cat([parts[0].keys[:0].long(), *numbers]), wanted, reduce)
-        for (i, start, stop), ours in zip(places, numbers):
-            chosen[i][start:stop][ours[ours <= bound] - (parts[i].offset + start)] = True
+    # Only chunks with ties are looked at again: few after continuous scores, all where gradients are zero.
+    ranges = [chunk for chunk, count in zip(ranges, counts[1:].tolist()) if count]
+    if tensors[0].noise is None:
+        # No noise to settle ties: this is the second round (see below), and the lowest flat indices win. The bound is
+        # the ``remaining``-th smallest index over all processes.
+        indices = [tied[i][start:stop].nonzero().squeeze(1) + (tensors[i].offset + start) for i, start, stop in ranges]
+        bound = _kth_smallest(torch.cat([tensors[0].keys[:0].long(), *indices]), remaining, reduce)
+        for (i, start, stop), index in zip(ranges, indices):
+            chosen[i][start:stop][index[index <= bound] - (tensors[i].offset + start)] = True
         return chosen
 
-    def lots(i: int, start: int, stop: int) -> Part:
-        start, stop, offset = start + parts[i].offset, stop + parts[i].offset, parts[i].offset
-        bits = hash_range(start, stop, parts[i].noise, tied[i].device).clamp_(min=INT32_MIN + 1)
-        # Should hashes of two tensors be equal, the first tensor comes first.
-        return Part(only(bits, tied[i][start - offset : stop - offset]), None, (i << 44) + start)
+    # Ties are drawn by lot: each gets hashed bits as its key, all else ranks last, and the same selection runs once
+    # more on these keys. Every chunk is a tensor of its own there, so only the chunks with ties take memory.
+    def lots(i: int, start: int, stop: int) -> Scores:
+        start, stop, offset = start + tensors[i].offset, stop + tensors[i].offset, tensors[i].offset
+        bits = hash_range(start, stop, tensors[i].noise, tied[i].device).clamp_(min=INT32_MIN + 1)
+        # Should hashes of two tensors be equal, the first tensor comes first: its indices are below 2**44.
+        return Scores(restrict(bits, tied[i][start - offset : stop - offset]), None, (i << 44) + start)
 
-    drawn = select_top(sweep(lots, places) or [Part(parts[0].keys[:0], None)], wanted, reduce)
-    for (i, start, stop), ours in zip(places, drawn):
-        chosen[i][start:stop] |= ours
+    # A process without ties takes part in the sums all the same, with an empty tensor.
+    drawn = select_top(map_chunks(lots, ranges) or [Scores(tensors[0].keys[:0], None)], remaining, reduce)
+    for (i, start, stop), mask in zip(ranges, drawn):
+        chosen[i][start:stop] |= mask
     return chosen
 
 
@@ -145,36 +150,36 @@ def select_top_rows(keys: torch.Tensor, k: torch.Tensor, noise: NoiseKey, index:
         kth = values.sort(dim=1, descending=True).values.gather(1, last)
         chosen[start:stop] = (values >= kth) & (k[start:stop] > 0).unsqueeze(1)
 
-    sweep(choose, stretches(keys))
+    map_chunks(choose, chunks(keys))
     return chosen
 
 
-def _kth_largest(parts: Sequence[torch.Tensor], k: int, reduce: Reduce) -> tuple[int, int]:
-    """The ``k``-th largest of the int32 values ``[n]`` of all parts, and how many equal to it are among the ``k``."""
-    for low, high in (_bracket(parts, k, reduce), (INT32_MIN, INT32_MAX)):
-        found = sweep(partial(_within, parts, low, high), _places(parts))
-        counts = torch.stack([_zero(parts[0]).expand(2), *(count for count, _ in found)])
+def _kth_largest(tensors: Sequence[torch.Tensor], k: int, reduce: Reduce) -> tuple[int, int]:
+    """The ``k``-th largest of the int32 values ``[n]`` of all tensors, and how many equal to it are among the ``k``."""
+    for low, high in (_bracket(tensors, k, reduce), (INT32_MIN, INT32_MAX)):
+        results = map_chunks(partial(_within, tensors, low, high), _chunks_of_all(tensors))
+        counts = torch.stack([_zero(tensors[0]).expand(2), *(count for count, _ in results)])
         above, inside = reduce(counts.sum(0)).tolist()
         if above < k <= above + inside:
-            break  # else the sample was unlucky; among everything it is found for certain
+            break  # else the sample was unlucky, and the second bracket, of all numbers, holds the value for certain
     if low == high:
         return low, k - above
-    return _radix_select(torch.cat([parts[0][:0], *(values for _, values in found)]), k - above, reduce)
+    return _radix_select(torch.cat([tensors[0][:0], *(values for _, values in results)]), k - above, reduce)
 
 
-def _bracket(parts: Sequence[torch.Tensor], k: int, reduce: Reduce) -> tuple[int, int]:
+def _bracket(tensors: Sequence[torch.Tensor], k: int, reduce: Reduce) -> tuple[int, int]:
     """Bounds that very likely hold the ``k``-th largest value, from a sample."""
-    size = int(reduce(_zero(parts[0]) + sum(map(len, parts))))
-    every = size // _SAMPLE
-    if every < 2:
+    size = int(reduce(_zero(tensors[0]) + sum(map(len, tensors))))
+    stride = size // _SAMPLE
+    if stride < 2:
         return INT32_MIN, INT32_MAX
 
-    # One place in each run of ``every``, and not the same one: a stride could keep to a few columns.
-    def pick(part: torch.Tensor) -> torch.Tensor:
-        run = torch.arange(len(part) // every, device=part.device)
-        return part[run * every + (hash_bits(run, _SAMPLE_NOISE) & INT32_MAX) % every]
+    # One value at random of each run of ``stride``: always the first one could mean a few columns only.
+    def pick(values: torch.Tensor) -> torch.Tensor:
+        run = torch.arange(len(values) // stride, device=values.device)
+        return values[run * stride + (hash_bits(run, _SAMPLE_NOISE) & INT32_MAX) % stride]
 
-    sample = torch.cat([pick(part) for part in parts])
+    sample = torch.cat([pick(values) for values in tensors])
     sampled = int(reduce(_zero(sample) + len(sample)))
     share = k / size
     rank, margin = share * sampled, 4 * (share * (1 - share) * sampled) ** 0.5 + 8  # 4 standard deviations
@@ -185,10 +190,10 @@ def _bracket(parts: Sequence[torch.Tensor], k: int, reduce: Reduce) -> tuple[int
 
 
 def _within(
-    parts: Sequence[torch.Tensor], low: int, high: int, i: int, start: int, stop: int
+    tensors: Sequence[torch.Tensor], low: int, high: int, i: int, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many values of a stretch lie above ``high`` and how many from ``low`` to ``high``; these, if they differ."""
-    values = parts[i][start:stop]
+    """How many values of a chunk lie above ``high`` and how many from ``low`` to ``high``; these, if they differ."""
+    values = tensors[i][start:stop]
     if low == INT32_MIN and high == INT32_MAX:
         return torch.stack([_zero(values), _zero(values) + len(values)]), values
     inside = _at_least(values, low)
@@ -236,41 +241,42 @@ def _pick(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _bin_of(histogram: torch.Tensor, k: int) -> tuple[int, int]:
     """The bin that holds the ``k``-th largest element, and that element's rank (from 1) within the bin."""
     from_top = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, k))
-    return len(histogram) - 1 - place, k - (int(from_top[place - 1]) if place else 0)
+    index = int(torch.searchsorted(from_top, k))
+    return len(histogram) - 1 - index, k - (int(from_top[index - 1]) if index else 0)
 
 
-# ---------------------------------------------------------------------------------------------------- stretches
+# ------------------------------------------------------------------------------------------------------- chunks
 
 
-def stretches(like: torch.Tensor, offset: int = 0) -> list[tuple[int, int]]:
+def chunks(like: torch.Tensor, offset: int = 0) -> list[tuple[int, int]]:
     """The ranges (start, stop) of the first dimension of ``like`` that are worked on at a time.
 
-    With an ``offset`` they end where those of the whole tensor do, of which ``like`` is a part.
+    With an ``offset`` they end where those of the tensor do of which ``like`` is a shard.
     """
-    length = max(1, _STRETCH.get(like.device.type, _STRETCH_DEVICE) // max(1, like[:1].numel()))
+    length = max(1, _CHUNK.get(like.device.type, _CHUNK_DEVICE) // max(1, like[:1].numel()))
     ends = range(length - offset % length, len(like) + length, length)
     return [(max(0, end - length), min(end, len(like))) for end in ends if end - length < len(like)]
 
 
-def _places(parts: Sequence[torch.Tensor], offsets: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
-    offsets = offsets or [0] * len(parts)
-    return [(i, *at) for i, (part, offset) in enumerate(zip(parts, offsets)) for at in stretches(part, offset)]
+def _chunks_of_all(tensors: Sequence[torch.Tensor], offsets: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
+    """The chunks (number of the tensor, start, stop) of all tensors."""
+    offsets = offsets or [0] * len(tensors)
+    return [(i, *ends) for i, (x, offset) in enumerate(zip(tensors, offsets)) for ends in chunks(x, offset)]
 
 
-def sweep(function: Callable[..., T], places: Sequence[tuple[int, ...]]) -> list[T]:
-    """``function(*place)`` of every place, in order; on a CPU by all threads.
+def map_chunks(function: Callable[..., T], ranges: Sequence[tuple[int, ...]]) -> list[T]:
+    """``function(*chunk)`` of every chunk, in order; on a CPU by all threads.
 
-    CPU operations on a stretch take microseconds. Sharing out each of them would make threads wait for one another, so
-    every thread takes whole stretches.
+    CPU operations on a chunk take microseconds. Sharing out each of them would make threads wait for one another, so
+    every thread takes entire chunks.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(places) < 2:
-        return [function(*place) for place in places]
+    if threads == 1 or len(ranges) < 2:
+        return [function(*chunk) for chunk in ranges]
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_grad_enabled, initargs=(False,)) as pool:
-            return list(pool.map(lambda place: function(*place), places))
+            return list(pool.map(lambda chunk: function(*chunk), ranges))
     finally:
         torch.set_num_threads(threads)
 

@@ -37,9 +37,8 @@ def shard_model(
     options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    blocks = [*model.model.layers, *(block for head in model.model.heads for block in head.layers)]
     alone = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.lm_heads]
-    for module in (*blocks, *alone):
+    for module in (*model.blocks(), *alone):
         fully_shard(module, **options)
     fully_shard(model, **options)
     for module in masked_modules(model).values():
@@ -110,13 +109,13 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 
     Every process must call it.
     """
-    tied, whole = getattr(model, "all_tied_weights_keys", {}), {}
+    tied, gathered = getattr(model, "all_tied_weights_keys", {}), {}
     for name, value in model.state_dict().items():
         if name not in tied:
             value = value.full_tensor() if isinstance(value, DTensor) else value
             if keep:
-                whole[name] = value.cpu().contiguous()
-    return whole
+                gathered[name] = value.cpu().contiguous()
+    return gathered
 
 
 # ------------------------------------------------------------------------------------------------ replicas
@@ -148,12 +147,11 @@ def require_equal_replicas(model: nn.Module, optimizer: torch.optim.Optimizer) -
     Raises:
         ValueError: they differ; the message names the first tensor, and the processes.
     """
-    found = fingerprints(model, optimizer)
-    own = torch.stack([value.to(next(model.parameters()).device) for value in found.values()])
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
-    for place, name in enumerate(found):
-        values = [int(numbers[place]) for numbers in everyone]
+    numbers = fingerprints(model, optimizer)
+    own = torch.stack([number.to(next(model.parameters()).device) for number in numbers.values()])
+    by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, own)
+    for name, *values in zip(numbers, *(gathered.tolist() for gathered in by_rank)):
         if len(set(values)) > 1:
             others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Dynamic sparse training of any module: binds the functions of `topology` to a model and its optimizer.
+"""Dynamic sparse training of any module: binds the functions of `update` to a model and its optimizer.
 
 ```python
 config = SparsityConfig(density=0.9)
@@ -15,58 +15,26 @@ for batch in batches:
 """
 
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.masks import (
-    check_masks,
-    check_structure,
-    count_active,
-    get_mask,
-    group_count,
-    is_transposed,
-    local,
-    masked_modules,
-    pack_mask,
-    set_mask,
-)
-from .config import SparsityConfig, is_integer
-from .density_report import DensityReport, DensityRow, group_of, total_row
-from .first_masks import draw_masks, target_counts, warn_of_dense
-from .schedules import last_update, linear, scheduled, update_due
-from .selection import Reduce, count_set, whole
-from .sharding import as_shard, first_row, sum_over_shards
-from .topology import (
-    DROP,
-    SparseWeight,
-    allocate,
-    falling_counts,
-    grow_weights,
-    keep_weights,
-    move_counts,
-    redistribute,
-)
-
-__all__ = [
-    "DensityReport",
-    "DensityRow",
-    "Sparsifier",
-    "SparsityConfig",
-    "TopologyUpdate",
-    "draw_masks",
-    "group_of",
-    "head_overlap",
-    "move_state",
-    "target_counts",
-]
+from ..checks import check, integer
+from ..models.masks import count_active, group_count, is_transposed, local, pack_mask, set_mask
+from .config import SparsityConfig
+from .criteria import DROP, MaskedWeight
+from .densities import allocate, falling_counts, redistribute
+from .first_masks import target_counts, warn_of_dense
+from .measures import DensityReport, TopologyUpdate, dead_units, density_report, gradient_norms, head_overlap
+from .optimizer_state import move_state
+from .schedules import SCHEDULES, last_update, linear, update_due
+from .selection import count_set, no_reduction
+from .sharding import as_shard, first_row
+from .tensor_state import TensorState, read_masks, sum_of_shards
+from .update import grow_weights, keep_weights, move_counts
 
 logger = logging.getLogger(__name__)
 
@@ -76,100 +44,8 @@ _KEEPS_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 _HOOKS: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = WeakKeyDictionary()
 
-# The state that optimizers keep of squared gradients: a grown weight starts with g**2 there (see `move_state`).
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-
 # Decay of the averaged gradient by which "momentum" grows and redistributes (SNFS, Dettmers & Zettlemoyer 2019).
 _MOMENTUM = 0.9
-
-# A weight of a head by its name, and which head that is.
-_HEAD = re.compile(r"(?:^|\.)\w*heads\.(\d+)(?=\.)")
-
-
-@dataclass(frozen=True)
-class TopologyUpdate:
-    """What one update did, over all masked tensors.
-
-    Attributes:
-        step: number of the optimizer step, from 1.
-        drop_fraction: share of the active weights that was to move.
-        requested: weights that were to move, before ``regrow="forbid"`` capped them.
-        dropped: weights that were active and are not any more.
-        grown: weights that were not active and are now. With ``regrow="allow"`` a dropped weight that was chosen
-            again counts in neither, so both may be fewer than ``requested``.
-        grown_kept: share of the weights grown at the previous update that are still active; ``None`` if none were.
-        density: share of active weights.
-        density_by_group: the same of each group of tensors, see [`group_of`].
-        ever_active: share of weights that were active at any time, ITOP's exploration rate R (Liu et al. 2021).
-        dead_rows: output units (rows of a linear weight, output channels) without an active weight.
-        dead_columns: input units (columns, input channels) without an active weight.
-        head_overlap: mean overlap (Jaccard: common active weights / active in either) of the masks of every two heads;
-            ``None`` without heads, which are the parts of a model named ``…heads.<number>``.
-        grad_norm_active: norm of the gradient of the weights active before the update.
-        grad_norm_inactive: norm of the gradient of the inactive ones.
-    """
-
-    step: int
-    drop_fraction: float
-    requested: int
-    dropped: int
-    grown: int
-    grown_kept: float | None
-    density: float
-    density_by_group: dict[str, float]
-    ever_active: float
-    dead_rows: int
-    dead_columns: int
-    head_overlap: float | None
-    grad_norm_active: float
-    grad_norm_inactive: float
-
-
-@dataclass
-class _Masked:
-    """A masked tensor while it trains; of a sharded one its tensors are this process's rows, its numbers of all."""
-
-    module: nn.Module
-    inactive: torch.Tensor | None  # bool, the weight's shape: unpacked once an update, not once a step; None if dense
-    active: int
-    target: int
-    ever_active: torch.Tensor  # packed as the mask, as is last_grown
-    last_grown: torch.Tensor
-    momentum: torch.Tensor | None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return self.module.weight
-
-    @property
-    def grad(self) -> torch.Tensor | None:
-        return None if self.weight.grad is None else local(self.weight.grad)
-
-    @property
-    def packed(self) -> torch.Tensor:
-        return local(self.module.weight_mask)
-
-
-def head_overlap(masks: Mapping[str, torch.Tensor], reduce: Reduce = whole) -> float | None:
-    """Mean Jaccard overlap of the masks of every two heads, from packed masks by weight name.
-
-    Heads are the parts named ``…heads.<number>``; weights of the same name in two heads are compared. ``None`` where no
-    two heads have one. ``reduce`` sums counts over the processes that hold the other rows.
-    """
-    heads: dict[str, dict[str, torch.Tensor]] = {}
-    for name, packed in masks.items():
-        if found := _HEAD.search(name):
-            rest = name[: found.start(1)] + name[found.end(1) :]
-            heads.setdefault(found.group(1), {})[rest] = packed
-    counts = []
-    for one, other in combinations(heads.values(), 2):
-        pairs = [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
-        counts.append([sum(count_active(a & b) for a, b in pairs), sum(count_active(a | b) for a, b in pairs)])
-    if not counts:
-        return None
-    summed = reduce(torch.tensor(counts, device=next(iter(masks.values())).device)).tolist()
-    overlaps = [both / either for both, either in summed if either]
-    return sum(overlaps) / len(overlaps) if overlaps else None
 
 
 class Sparsifier:
@@ -205,16 +81,15 @@ class Sparsifier:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: SparsityConfig, total_steps: int
     ) -> None:
-        if not is_integer(total_steps) or total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps!r}; accepted: an integer from 1")
+        check("total_steps", total_steps, integer(1))
         # Accelerate's wrapper has no hooks of its own.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
         self.model, self.optimizer, self.config, self.total_steps = model, optimizer, config, total_steps
         self.steps = 0  #: optimizer steps so far
         self._told_of_state = False
-        self._reduce = _sum_of_shards(model, config.structure)
-        self._tensors = self._read_masks()
+        self._reduce = sum_of_shards(model, config.structure)
+        self._tensors = read_masks(model, optimizer, config, self._reduce)
         if config.is_sparse and not self._tensors:
             raise ValueError(
                 f"density is {config.density:g} and the model carries no masks; accepted: a model whose masks "
@@ -233,7 +108,7 @@ class Sparsifier:
                 f"the optimizer does not own the masked weights {', '.join(foreign)}; accepted: one that does"
             )
         density = self.report().overall.density
-        tolerance = 0.001 if config.structure == "unstructured" else 0.01  # whole weights a group
+        tolerance = 0.001 if config.structure == "unstructured" else 0.01  # a group's count is a whole number
         if config.is_sparse and config.density_start is None and abs(density - config.density) > tolerance:
             logger.warning("the model's masks have density %.4g, not %.4g: they stand", density, config.density)
         self._first_counts = self._last_counts = None
@@ -276,9 +151,8 @@ class Sparsifier:
         if config.needs_momentum:
             self._average_gradients()
         if due:
-            drop_fraction = scheduled(
-                config.drop_schedule, self.steps, *self._window, config.drop_fraction, config.drop_fraction_end
-            )
+            schedule = SCHEDULES[config.drop_schedule]
+            drop_fraction = schedule(self.steps, *self._window, config.drop_fraction, config.drop_fraction_end)
             update = self._update(drop_fraction)
         for tensor in self._tensors.values():
             if tensor.inactive is not None and tensor.grad is not None:
@@ -304,44 +178,23 @@ class Sparsifier:
                     f"step {self.steps}: {name} has no gradient at a topology update; accepted: backward before step, "
                     "and requires_grad=False for weights that take no part"
                 )
-        # All new masks before the first change, so that an error leaves everything as it was.
-        weights = {name: self._as_weight(name, tensor) for name, tensor in moving.items()}
-        together = [list(moving)] if DROP[config.drop].over_all else [[name] for name in moving]
-        kept = {
-            name: mask
-            for names in filter(None, together)
-            for name, mask in zip(
-                names,
-                keep_weights(
-                    [weights[name] for name in names],
-                    [targets[name] for name in names],
-                    drop_fraction=drop_fraction,
-                    drop=config.drop,
-                    regrow=config.regrow,
-                ),
-            )
-        }
         requested = sum(
             move_counts(tensor.active, tensor.weight.numel(), drop_fraction, target=targets[name])[1]
             for name, tensor in moving.items()
         )
-        if config.redistribute != "none":
-            targets |= self._redistributed(weights, kept, sum(targets[name] for name in moving))
-        new_masks = {}
-        for name, weight in weights.items():
-            target = targets[name]
-            new_masks[name] = grow_weights(weight, kept.pop(name), target, grow=config.grow, regrow=config.regrow)
-
-        norms = self._gradient_norms(moving)
+        # All new masks before the first change, so that an error leaves everything as it was.
+        weights = {name: self._as_weight(name, tensor) for name, tensor in moving.items()}
+        new_masks = self._new_masks(weights, targets, drop_fraction)
+        norm_active, norm_inactive = gradient_norms(list(moving.values()), self._reduce)
         counts = []
         for name, tensor in moving.items():
             mask, weight, old = new_masks.pop(name), tensor.weight, weights.pop(name).mask
-            gone, come = old & ~mask, mask & ~old
+            dropped, grown = old & ~mask, mask & ~old
             set_mask(tensor.module, mask)
-            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, gone, come))
+            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, dropped, grown))
             still = count_active(tensor.last_grown & tensor.packed)
-            counts.append([int(count_set(gone)), int(count_set(come)), still, count_active(tensor.last_grown)])
-            tensor.last_grown = pack_mask(come)
+            counts.append([int(count_set(dropped)), int(count_set(grown)), still, count_active(tensor.last_grown)])
+            tensor.last_grown = pack_mask(grown)
             tensor.active = tensor.target = targets[name]
             tensor.inactive = None if tensor.active == weight.numel() else ~mask
             tensor.ever_active |= tensor.packed
@@ -349,7 +202,7 @@ class Sparsifier:
         if config.regrow == "forbid" and dropped < requested:
             logger.info("step %d: %d of %d weights moved, for want of inactive ones", self.steps, dropped, requested)
         report = self.report()
-        dead_rows, dead_columns = self._dead_units()
+        dead_rows, dead_columns = dead_units(list(self._tensors.values()), self._reduce)
         return TopologyUpdate(
             step=self.steps,
             drop_fraction=drop_fraction,
@@ -362,10 +215,26 @@ class Sparsifier:
             ever_active=self.ever_active(),
             dead_rows=dead_rows,
             dead_columns=dead_columns,
-            head_overlap=head_overlap({name: each.packed for name, each in self._tensors.items()}, self._reduce),
-            grad_norm_active=norms[0],
-            grad_norm_inactive=norms[1],
+            head_overlap=head_overlap({name: tensor.packed for name, tensor in self._tensors.items()}, self._reduce),
+            grad_norm_active=norm_active,
+            grad_norm_inactive=norm_inactive,
         )
+
+    def _new_masks(
+        self, weights: Mapping[str, MaskedWeight], targets: dict[str, int], drop_fraction: float
+    ) -> dict[str, torch.Tensor]:
+        """The masks after this update; where active weights are redistributed, ``targets`` is changed to match."""
+        config, kept = self.config, {}
+        for names in [list(weights)] if DROP[config.drop].over_all else [[name] for name in weights]:
+            methods = {"drop_fraction": drop_fraction, "drop": config.drop, "regrow": config.regrow}
+            masks = keep_weights([weights[name] for name in names], [targets[name] for name in names], **methods)
+            kept |= zip(names, masks)
+        if config.redistribute != "none":
+            targets |= self._redistributed(weights, kept, sum(targets[name] for name in weights))
+        return {
+            name: grow_weights(weight, kept.pop(name), targets[name], grow=config.grow, regrow=config.regrow)
+            for name, weight in weights.items()
+        }
 
     def _next_targets(self) -> dict[str, int]:
         """Active weights of each tensor after this update, unless they are redistributed."""
@@ -375,11 +244,11 @@ class Sparsifier:
         start, end = self._window
         # The last update reaches the final density, however far it lies before the end.
         end = last_update(self.config.update_interval, start, end)
-        progress = scheduled(self.config.density_schedule, self.steps, start, end, 0.0, 1.0)
+        progress = SCHEDULES[self.config.density_schedule](self.steps, start, end, 0.0, 1.0)
         first, last = self._first_counts, self._last_counts
         if self.config.redistribute != "none":
             total = sum(first.values()) + progress * (sum(last.values()) - sum(first.values()))
-            return allocate(round(total), now, {name: each.weight.numel() for name, each in self._tensors.items()})
+            return allocate(round(total), now, {name: tensor.weight.numel() for name, tensor in self._tensors.items()})
         if self.config.structure == "unstructured":
             return falling_counts(now, first, last, progress)
         targets = {}
@@ -388,11 +257,11 @@ class Sparsifier:
             targets[name] = round((first[name] + progress * (last[name] - first[name])) / groups) * groups
         return targets
 
-    def _as_weight(self, name: str, tensor: _Masked) -> SparseWeight:
+    def _as_weight(self, name: str, tensor: TensorState) -> MaskedWeight:
         config = self.config
         weight, first = local(tensor.weight), config.drop_exponent
         last = first if config.drop_exponent_end is None else config.drop_exponent_end
-        return SparseWeight(
+        return MaskedWeight(
             mask=torch.ones_like(weight, dtype=torch.bool) if tensor.inactive is None else ~tensor.inactive,
             weight=weight,
             grad=tensor.grad,
@@ -410,7 +279,7 @@ class Sparsifier:
         )
 
     def _redistributed(
-        self, weights: Mapping[str, SparseWeight], kept: Mapping[str, torch.Tensor], total: int
+        self, weights: Mapping[str, MaskedWeight], kept: Mapping[str, torch.Tensor], total: int
     ) -> dict[str, int]:
         """Targets when what grows goes where the active weights' gradients are large."""
         shares, room = {}, {}
@@ -425,35 +294,6 @@ class Sparsifier:
             shares[name] = float(self._reduce(rows).sum()) / max(1, weight.active)
             room[name] = weight.size - (counts[name] if self.config.regrow == "allow" else weight.active)
         return redistribute(counts, room, total, shares)
-
-    def _gradient_norms(self, tensors: Mapping[str, _Masked]) -> tuple[float, float]:
-        """Norms of the gradient of the active and of the inactive weights."""
-        squares = []
-        for tensor in tensors.values():
-            grad, inactive = tensor.grad, tensor.inactive
-            everywhere = torch.linalg.vector_norm(grad, dtype=torch.float32)
-            outside = everywhere * 0
-            if inactive is not None:
-                outside = torch.linalg.vector_norm(grad.masked_fill(~inactive, 0), dtype=torch.float32)
-            squares.append(torch.stack([everywhere, outside]).square())
-        everywhere, outside = self._reduce(torch.stack(squares).sum(0)).tolist() if squares else (0.0, 0.0)
-        return max(0.0, everywhere - outside) ** 0.5, outside**0.5
-
-    def _dead_units(self) -> tuple[int, int]:
-        """Output and input units of all masked tensors that have no active weight."""
-        dead = [0, 0]
-        for tensor in self._tensors.values():
-            if tensor.inactive is None:
-                continue
-            # Units of the first dimension lie in one process each, those of the second are spread over all.
-            active = ~tensor.inactive
-            first = active.flatten(1).any(1)
-            second = self._reduce(active.transpose(0, 1).flatten(1).sum(1))
-            (alive,) = self._sum([int(count_set(first))])
-            units = [tensor.weight.shape[0] - alive, int(torch.count_nonzero(second == 0))]
-            for side, number in enumerate(reversed(units) if is_transposed(tensor.module) else units):
-                dead[side] += number
-        return dead[0], dead[1]
 
     def _tell_of_state(self, name: str, keys: list[str]) -> None:
         if keys and not self._told_of_state:
@@ -471,42 +311,12 @@ class Sparsifier:
             if tensor.inactive is not None:
                 local(tensor.weight).masked_fill_(tensor.inactive, 0)
 
-    @torch.no_grad()
-    def _read_masks(self) -> dict[str, _Masked]:
-        if violations := check_masks(self.model):
-            raise ValueError(
-                f"weights outside their mask are not 0 in {', '.join(violations)}; accepted: zeros, as "
-                "nt_hf.apply_masks(model) writes them"
-            )
-        tensors = {}
-        for name, module in masked_modules(self.model).items():
-            try:
-                check_structure(get_mask(module), self.config.structure, is_transposed(module))
-            except ValueError as error:
-                raise ValueError(f"the mask of {name}: {error}") from None
-            if getattr(module, "sparse", False):
-                raise ValueError(f"{name} has sparse gradients; accepted: an embedding with sparse=False")
-            packed = local(module.weight_mask)
-            (active,) = self._sum([count_active(packed)])
-            inactive = None if active == module.weight.numel() else ~get_mask(module)
-            if inactive is not None:  # an optimizer that ran before may hold moments of weights that are now dead
-                nothing = torch.zeros_like(inactive)
-                move_state(self.optimizer.state.get(module.weight, {}), None, inactive, nothing)
-            momentum = torch.zeros_like(local(module.weight)) if self.config.needs_momentum else None
-            tensors[name] = _Masked(
-                module, inactive, active, active, packed.clone(), torch.zeros_like(packed), momentum
-            )
-        return tensors
-
     def _sum(self, counts: list[int]) -> list[int]:
         """Counts of this process's rows, summed over all rows."""
-        if self._reduce is whole:
+        if self._reduce is no_reduction:
             return counts
-        return self._reduce(torch.tensor(counts, device=self._device)).tolist()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(module.weight.device for module in masked_modules(self.model).values())
+        device = next(iter(self._tensors.values())).weight.device
+        return self._reduce(torch.tensor(counts, device=device)).tolist()
 
     def ever_active(self) -> float:
         """Share of the masked weights that were active at any time so far; 1.0 without masks."""
@@ -519,18 +329,8 @@ class Sparsifier:
 
         The actual numbers are counted in the model's packed masks.
         """
-        tensors = []
         counts = self._sum([count_active(tensor.packed) for tensor in self._tensors.values()])
-        for (name, tensor), active in zip(self._tensors.items(), counts):
-            size = tensor.weight.numel()
-            shape = tuple(tensor.weight.shape)
-            tensors.append(DensityRow(name, shape, size, tensor.target, active, active / size if size else 1.0))
-        groups = dict.fromkeys(group_of(row.name) for row in tensors)
-        return DensityReport(
-            tensors,
-            [total_row(group, [row for row in tensors if group_of(row.name) == group]) for group in groups],
-            total_row("overall", tensors),
-        )
+        return density_report(self._tensors, counts)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs beside the model and the optimizer, tensors only (so safetensors can hold it).
@@ -544,7 +344,7 @@ class Sparsifier:
             state[f"target.{name}"] = torch.tensor(tensor.target)
             state |= {
                 f"{kind}.{name}": as_shard(value.clone(memory_format=torch.contiguous_format), tensor.weight)
-                for kind, value in _saved(tensor).items()
+                for kind, value in tensor.saved().items()
             }
         return state
 
@@ -555,83 +355,27 @@ class Sparsifier:
             ValueError: the state belongs to other masks: other tensors, other shapes, or other numbers of active
                 weights.
         """
-        tensors = self._read_masks()
-        wanted = {"steps"} | {f"{kind}.{name}" for name in tensors for kind in ("target", *_saved(tensors[name]))}
-        if differing := sorted(wanted.symmetric_difference(state)):
+        tensors = read_masks(self.model, self.optimizer, self.config, self._reduce)
+        keys = {"steps"} | {f"{kind}.{name}" for name in tensors for kind in ("target", *tensors[name].saved())}
+        if differing := sorted(keys.symmetric_difference(state)):
             raise ValueError(
                 f"the sparsifier's state does not fit the model's masks: {differing[0]} is "
-                f"{'missing' if differing[0] in wanted else 'unknown'} ({len(differing)} such entries)"
+                f"{'missing' if differing[0] in keys else 'unknown'} ({len(differing)} such entries)"
             )
         for name, tensor in tensors.items():
-            target, ours = int(state[f"target.{name}"]), _saved(tensor)
-            theirs = {kind: local(state[f"{kind}.{name}"]) for kind in ours}
-            differing = [kind for kind in ours if theirs[kind].shape != ours[kind].shape]
+            target, current = int(state[f"target.{name}"]), tensor.saved()
+            loaded = {kind: local(state[f"{kind}.{name}"]) for kind in current}
+            differing = [kind for kind in current if loaded[kind].shape != current[kind].shape]
             if target != tensor.active or differing:
                 raise ValueError(
                     f"the sparsifier's state does not fit the mask of {name}: it is for {target} active weights, the "
                     f"model has {tensor.active}"
                     + "".join(
-                        f"; {kind} {list(theirs[kind].shape)}, not {list(ours[kind].shape)}" for kind in differing
+                        f"; {kind} {list(loaded[kind].shape)}, not {list(current[kind].shape)}" for kind in differing
                     )
                 )
-            if (tensor.packed & ~theirs["ever_active"].to(tensor.ever_active.device)).any():
+            if (tensor.packed & ~loaded["ever_active"].to(tensor.ever_active.device)).any():
                 raise ValueError(f"the sparsifier's state is of another run: its mask of {name} had other weights")
-            for kind, value in ours.items():
-                value.copy_(theirs[kind])
+            for kind, value in current.items():
+                value.copy_(loaded[kind])
         self.steps, self._tensors = int(state["steps"]), tensors
-
-
-def _sum_of_shards(model: nn.Module, structure: str) -> Reduce:
-    """How to sum over the processes that share the masked weights of a model."""
-    weights = {name: module.weight for name, module in masked_modules(model).items()}
-    sharded = [name for name, weight in weights.items() if hasattr(weight, "device_mesh")]
-    if not sharded:
-        return whole
-    if len(sharded) < len(weights):
-        raise ValueError("some masked weights are sharded and others are not; accepted: all of them, or none")
-    first = weights[sharded[0]]
-    for name, module in masked_modules(model).items():
-        first_row(weights[name])  # refuses what is not split by rows
-        if weights[name].device_mesh != first.device_mesh or not hasattr(module.weight_mask, "device_mesh"):
-            raise ValueError(f"the mask of {name} is not sharded as its weight; accepted: models from shard_model")
-        if structure != "unstructured" and is_transposed(module):
-            raise ValueError(f"structure is {structure} and {name} has its inputs first; accepted when sharded: linear")
-    return partial(sum_over_shards, weight=first)
-
-
-def _saved(tensor: _Masked) -> dict[str, torch.Tensor]:
-    """The tensors of a masked tensor that a resumed run needs."""
-    momentum = {} if tensor.momentum is None else {"momentum": tensor.momentum}
-    return {"ever_active": tensor.ever_active, "last_grown": tensor.last_grown, **momentum}
-
-
-@torch.no_grad()
-def move_state(
-    state: dict[str, object], grad: torch.Tensor | None, dropped: torch.Tensor, grown: torch.Tensor
-) -> list[str]:
-    """Adapts the optimizer's state of one weight, in place, to weights that moved.
-
-    All per-element state of moved weights becomes 0, but the second moment of grown ones, which starts at ``g**2``.
-    With both moments 0 and a bias correction long past, Adam's first step of a grown weight would be several times the
-    learning rate, and noise alone would make it large enough to survive the next drop.
-
-    Args:
-        state: the optimizer's state of the weight, such as ``{"step": …, "exp_avg": …, "exp_avg_sq": …}``.
-        grad: the dense gradient of this step; may be ``None`` when nothing grows.
-        dropped, grown: bool, of the weight's shape.
-
-    Returns:
-        Keys of tensors of another shape (a factored second moment, for example), left as they are.
-    """
-    other_shape = []
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.dim() < dropped.dim()):
-            continue  # counters
-        value = local(value)
-        if value.shape != dropped.shape:
-            other_shape.append(key)
-            continue
-        value.masked_fill_(dropped | grown, 0)
-        if grad is not None and key in _SECOND_MOMENTS:
-            value.copy_(torch.where(grown, grad.square().to(value.dtype), value))
-    return other_shape

@@ -29,20 +29,22 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .sparsifier import Sparsifier, SparsityConfig, TopologyUpdate
+from .config import SparsityConfig
+from .measures import TopologyUpdate
+from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.safetensors"
 
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
-class _Taken(float):
+class _SuspendedLimit(float):
     """A ``max_grad_norm`` of 0 that knows the true limit, even where an error ended the step that took it."""
 
     def __new__(cls, limit):
-        taken = super().__new__(cls, 0.0)
-        taken.limit = _true_limit(limit)
-        return taken
+        zero = super().__new__(cls, 0.0)
+        zero.limit = _true_limit(limit)
+        return zero
 
 
 def _true_limit(limit):
@@ -121,7 +123,7 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Keeps Trainer from clipping."""
-        args.max_grad_norm = _Taken(args.max_grad_norm)
+        args.max_grad_norm = _SuspendedLimit(args.max_grad_norm)
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs) -> None:

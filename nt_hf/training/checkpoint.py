@@ -6,7 +6,7 @@ checkpoint-<step>/
   README.md, sparsity.json, run.yaml  the model card, densities by tensor, the configuration
   training_state/
     state.json                        step, tokens, number of processes, the tokenizer's fingerprint
-    rank-<rank>.json                  place in the data and random generators of each process
+    rank-<rank>.json                  position in the data and random generators of each process
     state-<i>-of-<n>.safetensors      optimizer, sparsifier, and the fp32 weights where the model's own file is rounded
   manifest.json                       size and CRC-32 of every file above; written last
 ```
@@ -17,13 +17,10 @@ that it holds, and any number of processes reads them.
 
 import base64
 import json
-import logging
 import os
 import shutil
 import warnings
-import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +29,22 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import one_line
 from ..config import RunConfig
 from ..files import sync, write_text, writing
 from ..models.masks import local
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
+from .batches import Batches
+from .manifest import delete_old, remove_checkpoint, seal, write_manifest
 
-logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 STATE = "training_state"
 
 
@@ -69,187 +66,55 @@ class Progress:
     tokenizer: str
 
 
-# ------------------------------------------------------------------------------------------------- finding
+@dataclass
+class TrainingState:
+    """What a checkpoint holds of a run, and the accelerator that its processes talk by."""
 
-
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted((path for path in found if path.is_dir()), key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def find_resume(resume: str, run_dir: Path) -> list[Path]:
-    """The checkpoints to continue from, the best first, none for a new run.
-
-    Args:
-        resume: ``"auto"`` for those of ``run_dir``, the newest first; ``"never"`` for none; or a path for that one.
-
-    Raises:
-        ValueError: ``"never"`` for a directory that holds a run, a path that is no checkpoint of a run, or one that
-            ``run_dir`` has newer checkpoints than: the next ``"auto"`` would go back to those.
-    """
-    found = find_checkpoints(run_dir)[::-1]
-    if resume == "auto":
-        return found
-    if resume == "never":
-        if found:
-            raise ValueError(f"--resume never: {run_dir} holds a run ({found[0].name}); take another --output_dir")
-        return []
-    path = Path(resume)
-    if not (path / MANIFEST).is_file() or not (path / "run.yaml").is_file():
-        raise ValueError(f"--resume {resume}: accepted are auto, never, or a checkpoint-<step> directory of a run")
-    if found and found[0].resolve() != path.resolve():
-        raise ValueError(
-            f"--resume {resume}: {run_dir} holds a later checkpoint, {found[0].name}; take another --output_dir "
-            "or move the later ones away"
-        )
-    return [path]
-
-
-def first_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """The first of some checkpoints whose files are as they were written; a warning names each one that is passed over.
-
-    Raises:
-        ValueError: there are checkpoints, and none is intact.
-    """
-    problem = None
-    for path in checkpoints:
-        if problem:
-            logger.warning("%s; trying %s", problem, path.name)
-        problem = find_damage(path)
-        if not problem:
-            return path
-    if problem:
-        raise ValueError(f"{problem}; no other checkpoint is left to continue from: begin anew in another --output_dir")
-    return None
-
-
-def choose_checkpoint(checkpoints: Iterable[Path], accelerator: Accelerator) -> Path | None:
-    """As [`first_intact`], judged by one process for all of them."""
-    found, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            found = first_intact(checkpoints)
-        except ValueError as error:
-            problem = str(error)
-    found, problem = broadcast_object_list([found, problem])
-    if problem:
-        raise ValueError(problem)
-    return found
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest: a missing, shortened or changed file; ``None`` if nothing is."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        files = {checkpoint / name: dict(entry) for name, entry in manifest["files"].items()}
-        # The manifest has a sum of its own: else a flipped bit in a file's name would hide the file.
-        intact = manifest["crc32"] == _crc32_of_json(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{checkpoint / MANIFEST} is damaged ({type(error).__name__})"
-    if not intact:
-        return f"{checkpoint / MANIFEST} is damaged (its checksum differs)"
-    for file, entry in files.items():
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
-            return f"{file} is damaged ({'missing' if size is None else f'{size} bytes'}, not {entry['bytes']})"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (file, entry), crc in zip(files.items(), pool.map(_crc32, files)):
-            if crc != entry["crc32"]:
-                return f"{file} is damaged (its checksum differs)"
-    return None
-
-
-def set_aside(run_dir: Path, after: int) -> None:
-    """Renames the checkpoints beyond step ``after``: those that a run which continues there could not use."""
-    for path in find_checkpoints(run_dir):
-        if _step_of(path) > after:
-            target = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(path, target)
-
-
-def clean_up(run_dir: Path) -> None:
-    """Removes what a killed run left unfinished."""
-    for path in run_dir.glob(".partial-checkpoint-*"):
-        shutil.rmtree(path)
-    for path in run_dir.glob(".*.partial"):
-        path.unlink()
+    accelerator: Accelerator
+    model: NeuroTrailsLlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    sparsifier: Sparsifier
+    batches: Batches
+    config: RunConfig
+    progress: Progress
 
 
 # -------------------------------------------------------------------------------------------------- saving
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    tokens: int,
-    *,
-    accelerator: Accelerator,
-    model: NeuroTrailsLlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    sparsifier: Sparsifier,
-    data: Any,
-    config: RunConfig,
-    model_card: str,
-    evaluated: bool,
-    fingerprint: str,
-) -> Path:
+def save_checkpoint(run_dir: Path, state: TrainingState, model_card: str) -> Path:
     """Writes ``checkpoint-<step>`` under a temporary name, syncs it, renames it, and then deletes old ones.
 
-    Whatever goes wrong on the way (a full disk, a kill) leaves the earlier checkpoints as they were. All processes must
-    call it, and share the file system of ``run_dir``.
+    If anything goes wrong on the way (a full disk, a kill), the earlier checkpoints stay as they were. All processes
+    must call it, and share the file system of ``run_dir``.
+
+    Args:
+        run_dir: the run's directory.
+        state: of the run.
+        model_card: text of the checkpoint's README; that of the main process counts.
 
     Raises:
         OSError: a file cannot be written; the message names it.
     """
-    final, partial = run_dir / f"checkpoint-{step}", run_dir / f".partial-checkpoint-{step}"
-    state, rank, main = partial / STATE, accelerator.process_index, accelerator.is_main_process
+    name, accelerator = f"checkpoint-{state.progress.step}", state.accelerator
+    final, partial = run_dir / name, run_dir / f".partial-{name}"
+    main = accelerator.is_main_process
     try:
-        with writing(final):  # what names no file of its own
+        with writing(final):  # for errors that name no file of their own
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-                state.mkdir(parents=True)
+                (partial / STATE).mkdir(parents=True)
             accelerator.wait_for_everyone()
-            rounded = config.train.save_dtype != "float32"
-            weights = full_state_dict(model, keep=main)
-            report = sparsifier.report()
+            _write_model_files(partial, state, model_card)
+            written = _write_state_files(partial / STATE, state)
             if main:
-                _save_model(partial, model, weights, config.train.save_dtype)
-                with writing(partial / "tokenizer.json"):
-                    tokenizer.save_pretrained(partial)
-                sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
-                write_text(partial / "README.md", model_card)
-                write_text(partial / "sparsity.json", json.dumps(sparsity, indent=1))
-                write_text(partial / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-                progress = Progress(step, tokens, evaluated, accelerator.num_processes, fingerprint)
-                write_text(state / "state.json", json.dumps(asdict(progress)))
-            del weights
-            own = {"data": data.state_dict(), "random": _random_state()}
-            write_text(state / f"rank-{rank}.json", json.dumps(own))
-            mine = [state / f"rank-{rank}.json"]
-            if main or is_sharded(model):
-                writers = accelerator.num_processes if is_sharded(model) else 1
-                mine.append(state / f"state-{rank + 1:05d}-of-{writers:05d}.safetensors")
-                with writing(mine[-1]):
-                    _write_shards(mine[-1], _state_tensors(model, optimizer, sparsifier, rounded), main)
-            if main:
-                mine = [path for path in sorted(partial.rglob("*")) if path.is_file() and not _is_others(path, rank)]
+                written += _files_of_no_rank(partial)
             accelerator.wait_for_everyone()
-            files = gather_object([{str(path.relative_to(partial)): _seal(path) for path in mine}])
+            entries = gather_object([{str(path.relative_to(partial)): seal(path) for path in written}])
             if main:
-                merged = {name: entry for part in files for name, entry in sorted(part.items())}
-                manifest = {"files": merged, "crc32": _crc32_of_json(merged)}
-                write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-                folders = (folder for folder in partial.rglob("*") if folder.is_dir())
-                for path in (partial / MANIFEST, *folders, partial):
-                    sync(path)
-                _remove(final)
+                write_manifest(partial, {file: entry for part in entries for file, entry in sorted(part.items())})
+                remove_checkpoint(final)
                 os.rename(partial, final)
                 sync(run_dir)
     except BaseException:
@@ -257,63 +122,54 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if main:
-        _delete_old(run_dir, final, config.train.keep)
+        delete_old(run_dir, final, state.config.train.keep)
     accelerator.wait_for_everyone()
     return final
 
 
-def _delete_old(run_dir: Path, newest: Path, keep: int) -> None:
-    """Deletes all but the ``keep`` newest checkpoints, once the newest one was read again and found whole."""
-    older = [path for path in find_checkpoints(run_dir) if _step_of(path) < _step_of(newest)]
-    doomed = older[: len(older) - keep + 1]
-    if doomed and (problem := find_damage(newest)):
-        logger.warning("%s just after it was written; older checkpoints stay", problem)
+def _write_model_files(folder: Path, state: TrainingState, model_card: str) -> None:
+    """Writes, on the main process, what is not training state: model, tokenizer, descriptions."""
+    main, config, sparsifier = state.accelerator.is_main_process, state.config, state.sparsifier
+    weights = full_state_dict(state.model, keep=main)  # all processes take part in gathering them
+    report = sparsifier.report()
+    if not main:
         return
-    for path in doomed:
-        _remove(path)
+    _save_model(folder, state.model, weights, config.train.save_dtype)
+    with writing(folder / "tokenizer.json"):
+        state.tokenizer.save_pretrained(folder)
+    sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
+    write_text(folder / "README.md", model_card)
+    write_text(folder / "sparsity.json", json.dumps(sparsity, indent=1))
+    write_text(folder / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_text(folder / STATE / "state.json", json.dumps(asdict(state.progress)))
 
 
-def _remove(checkpoint: Path) -> None:
-    """Deletes a checkpoint; its name goes first, so that a half-deleted one is never taken for complete."""
-    if checkpoint.exists():
-        doomed = checkpoint.with_name(f".partial-{checkpoint.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed)
+def _write_state_files(folder: Path, state: TrainingState) -> list[Path]:
+    """Writes this process's part of the training state; returns the files."""
+    accelerator, model = state.accelerator, state.model
+    rank, main = accelerator.process_index, accelerator.is_main_process
+    position = {"data": state.batches.state_dict(), "random": _random_state()}
+    files = [folder / f"rank-{rank}.json"]
+    write_text(files[0], json.dumps(position))
+    if main or is_sharded(model):
+        writers = accelerator.num_processes if is_sharded(model) else 1
+        files.append(folder / f"state-{rank + 1:05d}-of-{writers:05d}.safetensors")
+        with_weights = state.config.train.save_dtype != "float32"
+        with writing(files[1]):
+            _write_shards(files[1], _state_tensors(state, with_weights), main)
+    return files
 
 
-def _is_others(path: Path, rank: int) -> bool:
-    """Whether another process wrote a file."""
-    if path.parent.name != STATE or not path.name.startswith(("rank-", "state-")):
-        return False
-    return path.name != f"rank-{rank}.json" and not path.name.startswith(f"state-{rank + 1:05d}-")
-
-
-def _seal(path: Path) -> dict[str, int]:
-    """Syncs a file to the disk; its size and checksum, which is computed while the disk works."""
-    with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(sync, path)
-        entry = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        synced.result()
-    return entry
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def _crc32_of_json(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+def _files_of_no_rank(folder: Path) -> list[Path]:
+    """The files of a checkpoint that do not belong to one process each."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if path.parent.name != STATE or not path.name.startswith(("rank-", "state-"))]
 
 
 def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in weights.items()}
-    # A shell without weights: wrappers around the trained model would find their way into the files.
+    save_dtype = getattr(torch, dtype)
+    weights = {name: value.to(save_dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    # A second model without weights writes the files: wrappers around the trained model would show in them.
     with torch.device("meta"):
         shell = NeuroTrailsLlamaForCausalLM(model.config)
     shell.generation_config = model.generation_config
@@ -325,19 +181,18 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
 
 def _write_shards(path: Path, tensors: Mapping[str, torch.Tensor], main: bool) -> None:
     """Writes this process's shards, and the main process's whole tensors, in the form of `HuggingFaceStorageReader`."""
-    own = {name: local(tensor).contiguous() for name, tensor in tensors.items() if owns_shard(tensor, main)}
-    offsets = {name: [first_row(tensors[name]), *[0] * (value.dim() - 1)][: value.dim()] for name, value in own.items()}
-    layout = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
-    save_file(own, path, {"DCP_SHARDING_INFO": json.dumps(layout)})
+    shards = {name: local(tensor).contiguous() for name, tensor in tensors.items() if owns_shard(tensor, main)}
+    layout = {}
+    for name, shard in shards.items():  # split by rows: only the first offset can differ from 0
+        layout[name] = {"saved_offsets": [first_row(tensors[name]), *[0] * (shard.dim() - 1)][: shard.dim()]}
+    save_file(shards, path, {"DCP_SHARDING_INFO": json.dumps(layout)})
 
 
-def _state_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifier, with_weights: bool
-) -> dict[str, torch.Tensor]:
+def _state_tensors(state: TrainingState, with_weights: bool) -> dict[str, torch.Tensor]:
     """All tensors of the training state by name."""
-    tensors = {f"sparsifier.{name}": value for name, value in sparsifier.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    tensors = {f"sparsifier.{name}": value for name, value in state.sparsifier.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
         if with_weights:
             tensors[f"weight.{name}"] = parameter.detach()
     return tensors
@@ -356,91 +211,87 @@ def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
         model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     except ValueError:
         raise
-    except Exception as error:  # damaged files: as many types as causes
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except Exception as error:  # damaged files raise whatever the code that meets them raises
+        raise ValueError(f"{path} cannot be loaded ({one_line(error)})") from error
     return model
 
 
-def cannot_continue(path: Path, fingerprint: str, data: Any) -> str | None:
+def cannot_continue(path: Path, fingerprint: str, batches: Batches) -> str | None:
     """Why a run with this tokenizer and these training data cannot continue from a checkpoint; ``None`` if it can.
 
-    Leaves the data at the checkpoint's place.
+    Leaves the data at the checkpoint's position.
     """
     try:
         progress, ranks = _read_progress(path)
         if progress.tokenizer != fingerprint:
             return "it was trained with another tokenizer"
-        data.load_state_dict([each["data"] for each in ranks])
-    except Exception as error:  # damaged files: as many types as causes
-        return " ".join(str(error).split()) or type(error).__name__
+        batches.load_state_dict([rank["data"] for rank in ranks])
+    except ValueError as error:
+        return " ".join(str(error).split())
+    except Exception as error:  # damaged files raise whatever the code that meets them raises
+        return one_line(error)
     return None
 
 
 def _read_progress(path: Path) -> tuple[Progress, list[dict[str, Any]]]:
-    """How far a checkpoint is, and what each of its processes has left."""
+    """How far a checkpoint is, and the position and random generators of each of its processes."""
     progress = Progress(**json.loads((path / STATE / "state.json").read_text()))
     return progress, [json.loads((path / STATE / f"rank-{r}.json").read_text()) for r in range(progress.processes)]
 
 
-def load_training_state(
-    path: Path,
-    *,
-    accelerator: Accelerator,
-    model: NeuroTrailsLlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    sparsifier: Sparsifier,
-    data: Any,
-) -> Progress:
-    """Restores what training needs beside ``load_model``; returns how far the run is.
+def load_training_state(path: Path, state: TrainingState) -> None:
+    """Restores what training needs in addition to ``load_model``, in place; ``state.progress`` says how far the run is.
 
-    On as many processes as wrote it everything is as it was. On another number the data are divided anew, and each
+    On as many processes as wrote it everything is as it was. On another number the data are divided again, and each
     process's random generators start from its rank and the step.
 
     Raises:
         ValueError: a part is missing or does not fit.
     """
-    state, rank, processes = path / STATE, accelerator.process_index, accelerator.num_processes
+    folder, model, rank = path / STATE, state.model, state.accelerator.process_index
+    processes = state.accelerator.num_processes
     try:
-        progress, ranks = _read_progress(path)
-        places, random = [each["data"] for each in ranks], ranks[rank % len(ranks)]["random"]
-        tensors = _to_be_loaded(HuggingFaceStorageReader(str(state)), model, sparsifier)
-        with warnings.catch_warnings():  # one that says what no_dist asks for
+        state.progress, ranks = _read_progress(path)
+        positions, random = [entry["data"] for entry in ranks], ranks[rank % len(ranks)]["random"]
+        tensors = _tensors_to_load_into(HuggingFaceStorageReader(str(folder)), model, state.sparsifier)
+        with warnings.catch_warnings():  # PyTorch warns of what no_dist asks for
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=not is_sharded(model))
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_sharded(model))
     except Exception as error:
-        raise ValueError(f"{state} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"{folder} cannot be loaded ({one_line(error)})") from error
     parameters = dict(model.named_parameters())
     topology = {}
     for entry, tensor in tensors.items():
-        kind, _, rest = entry.partition(".")
+        kind, _, name = entry.partition(".")
         if kind == "sparsifier":
-            topology[rest] = tensor
+            topology[name] = tensor
         elif kind == "optimizer":
-            key, _, name = rest.partition(".")
-            optimizer.state[parameters[name]][key] = tensor
-    sparsifier.load_state_dict(topology)
-    data.load_state_dict(places)
-    if progress.processes == processes:
+            key, _, name = name.partition(".")
+            state.optimizer.state[parameters[name]][key] = tensor
+    state.sparsifier.load_state_dict(topology)
+    state.batches.load_state_dict(positions)
+    if state.progress.processes == processes:
         _set_random_state(random)
     else:
-        torch.manual_seed(progress.step * processes + rank)
-    return progress
+        torch.manual_seed(state.progress.step * processes + rank)
 
 
-def _to_be_loaded(
+def _tensors_to_load_into(
     reader: HuggingFaceStorageReader, model: nn.Module, sparsifier: Sparsifier
 ) -> dict[str, torch.Tensor]:
-    """Tensors to read a training state into, sharded as the model is; the weights of the model are its own."""
+    """Tensors to read a training state into, sharded as the model is; weights are read into the model's own."""
     parameters = dict(model.named_parameters())
     tensors = {f"sparsifier.{name}": value for name, value in sparsifier.state_dict().items()}
-    for entry, found in reader.read_metadata().state_dict_metadata.items():
-        kind, _, rest = entry.partition(".")
+    for entry, saved in reader.read_metadata().state_dict_metadata.items():
+        kind, _, name = entry.partition(".")
         if kind == "weight":
-            tensors[entry] = parameters[rest].detach()
+            tensors[entry] = parameters[name].detach()
         elif kind == "optimizer":
-            parameter = parameters[rest.partition(".")[2]].detach()
-            whole = found.size == parameter.shape
-            tensors[entry] = torch.zeros_like(parameter) if whole else torch.zeros(found.size, device=parameter.device)
+            parameter = parameters[name.partition(".")[2]].detach()
+            if saved.size == parameter.shape:
+                tensors[entry] = torch.zeros_like(parameter)
+            else:  # Adam's count of steps
+                tensors[entry] = torch.zeros(saved.size, device=parameter.device)
         elif entry not in tensors:
             raise KeyError(f"{entry} is unknown")
     return tensors

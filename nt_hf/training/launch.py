@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +110,14 @@ def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
     if asked("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("fsdp_offload_params: accepted is false")
     return plugin
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Ends trackers and process groups.
+
+    Gloo's threads need the interpreter's lock to finish the last collective. Destroying the group holds that lock and
+    waits for them, forever if they have not finished: hence the pause (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(0.5)
+    accelerator.end_training()

@@ -1,12 +1,6 @@
-"""Tables, plots and model cards from what a run wrote.
+"""Tables, plots and model cards from what a run wrote."""
 
-python -m nt_hf.report runs/demo    # writes its report/ anew, also of a run that still trains
-"""
-
-import argparse
 import json
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +10,11 @@ import yaml
 from ..config import RunConfig
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..text import pyplot
-from .loop import read_metrics
-
-logger = logging.getLogger(__name__)
+from .metrics import read_metrics
 
 Record = Mapping[str, Any]
 
-#: What tables and plots need of the records of an event.
+#: The keys that tables and plots need in the records of an event.
 NEEDED = {
     "train": ("loss",),
     "eval": (
@@ -67,8 +59,8 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics)
     for number, record in enumerate(records, 1):
-        if lacking := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
-            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(lacking)}")
+        if missing := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+            raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(missing)}")
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
     table, files = results_table(records), [report / "results.md"]
@@ -127,7 +119,7 @@ def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, reco
     if model.masked_modules:
         sparsity = (
             f"Density of the masked weights: {config.sparsity.density}. The masks lie in `model.safetensors`\n"
-            "beside the weights (`weight_mask`, one bit a weight); weights outside them are exact zeros and are\n"
+            "beside the weights (`weight_mask`, one bit per weight); weights outside them are exact zeros and are\n"
             "computed like any other."
         )
     return f"""---
@@ -155,15 +147,3 @@ The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`
 
 def _last(records: Sequence[Record], event: str) -> Record | None:
     return next((record for record in reversed(records) if record["event"] == event), None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nt_hf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="the directory of a run of recipes/pretrain_c4.py")
-    run_dir = parser.parse_args().run
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
-    table, files = write_report(run_dir)
-    sys.stdout.write(f"{table}\n\nwritten: {', '.join(map(str, files))}\n")

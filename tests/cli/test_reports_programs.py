@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,27 +16,29 @@ from test_comparison import report
 from test_suite import TINY
 
 from experiments.suite import load_suite, main_runs, read_result, tuning_runs
+from nt_hf.cli import compare, zero_shot
+from nt_hf.cli import report as report_program
 from nt_hf.evaluation.comparison import read_columns
 from nt_hf.evaluation.zero_shot_tasks import Tasks
 from nt_hf.training import report as run_report
-from nt_hf.training.loop import Metrics, read_metrics
+from nt_hf.training.metrics import Metrics, read_metrics
 
-compare = script("recipes/compare.py")
+runner = script("experiments/run.py")
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Calls recipes/compare.py on a small suite of which nothing is run yet."""
+    """Calls experiments/run.py on a small suite of which nothing is run yet."""
     (tmp_path / "tiny.yaml").write_text(TINY)
 
     def run(*arguments: object, data_root: str = "sample:validation") -> None:
         places = ("--runs", tmp_path / "runs", "--results", tmp_path / "results")
-        call(compare.main, "--suite", tmp_path / "tiny.yaml", "--data_root", data_root, *places, *arguments)
+        call(runner.main, "--suite", tmp_path / "tiny.yaml", "--data_root", data_root, *places, *arguments)
 
     return run
 
 
-# ----------------------------------------------------------------------------------------------- recipes/compare.py
+# ----------------------------------------------------------------------------------------------- experiments/run.py
 
 
 def test_globs_that_fit_no_run_are_refused_with_the_arms(tiny, tmp_path):
@@ -51,8 +51,8 @@ def test_globs_that_fit_no_run_are_refused_with_the_arms(tiny, tmp_path):
 
 def test_runs_whose_learning_rate_is_not_known_are_named(tiny, monkeypatch):
     """D6, its kind: runs that --only names were left out without a word."""
-    monkeypatch.setattr(compare, "Programs", lambda: None)
-    monkeypatch.setattr(compare, "prepare", lambda *_: None)
+    monkeypatch.setattr(runner, "Programs", lambda: None)
+    monkeypatch.setattr(runner, "prepare", lambda *_: None)
     with pytest.raises(ValueError, match=r"runs/longer/seed-0 has no learning rate.* 'tuning/neurotrails/\*'"):
         tiny("--only", "runs/longer/*")
 
@@ -67,7 +67,7 @@ def test_the_list_shows_the_runs_that_only_names(tiny, capsys):
 @pytest.mark.parametrize("option", ["--runs", "--results", "--document", "texts", "zero_shot"])
 def test_what_a_suite_needs_is_looked_for_before_anything_is_trained(option, tiny, tmp_path, monkeypatch):
     """D1"""
-    monkeypatch.setattr(compare, "prepare", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(runner, "prepare", lambda *_: pytest.fail("the work has begun"))
     if option == "texts":
         with pytest.raises(ValueError, match=r"^evaluation\.texts\.text: .*none.jsonl: no such file"):
             tiny(data_root=tmp_path / "none.jsonl")
@@ -89,7 +89,7 @@ def test_tables_are_printed_before_they_are_written(tiny, monkeypatch, capsys):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compare, "write_report", full)
+    monkeypatch.setattr(runner, "write_report", full)
     with pytest.raises(OSError, match="no space left"):
         tiny("--report")
     assert "0 of 5 runs are finished" in capsys.readouterr().out
@@ -107,11 +107,11 @@ def test_a_result_with_nan_is_refused(tmp_path):
             read_result(tmp_path, suite, run)
 
 
-# --------------------------------------------------------------------------------------------------- eval/compare.py
+# --------------------------------------------------------------------------------------------------- evaluate compare
 
 
 def test_result_files_of_equal_names_are_told_apart_by_their_folders(tmp_path, monkeypatch, capsys):
-    """D6: eval/compare.py a/x.json b/x.json was refused."""
+    """D6: comparing a/x.json b/x.json was refused."""
     content = json.dumps(report({"ensemble": 1, "head 0": 2}, {"piqa": 40}))
     paths = [tmp_path / name for name in ("a/v1/x.json", "b/v1/x.json", "a/v2/x.json")]
     for path in paths:
@@ -124,7 +124,7 @@ def test_result_files_of_equal_names_are_told_apart_by_their_folders(tmp_path, m
     assert [c.name for c in read_columns(["x.json", "../v2/x.json"])] == ["v1/x: ensemble", "v2/x: ensemble"]
     both = read_columns([f"{paths[0]}:head 0", str(paths[0])])  # of one file two scorers
     assert [column.name for column in both] == ["x: head 0", "x: ensemble"]
-    call(script("eval/compare.py").main, paths[0], paths[1], "--output", tmp_path / "out")
+    call(compare.main, paths[0], paths[1], "--output", tmp_path / "out")
     assert "| a/v1/x: ensemble" in capsys.readouterr().out
 
 
@@ -133,28 +133,27 @@ def test_a_comparison_is_printed_before_it_is_written_and_no_file_is_its_output(
     paths = [tmp_path / "one.json", tmp_path / "two.json"]
     for seed, path in enumerate(paths):
         path.write_text(json.dumps(report({"ensemble": seed}, {"piqa": 40})))
-    module = script("eval/compare.py")
     with pytest.raises(ValueError, match=f"--output {paths[0]}: is no directory"):
-        call(module.main, *paths, "--output", paths[0])
+        call(compare.main, *paths, "--output", paths[0])
 
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "write_whole", full)
+    monkeypatch.setattr(compare, "write_whole", full)
     with pytest.raises(OSError, match="no space left"):
-        call(module.main, *paths, "--output", tmp_path / "out")
+        call(compare.main, *paths, "--output", tmp_path / "out")
     assert "| piqa" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------- eval/zero_shot.py
+# ------------------------------------------------------------------------------------------------- evaluate zero-shot
 
 
 def test_spaces_between_tasks_do_not_matter(tmp_path, monkeypatch):
     """D6: --tasks "piqa, boolq" knew no task ' boolq'."""
-    module, asked = script("eval/zero_shot.py"), []
+    asked = []
     for name in ("load_config", "choose_scorers", "load_tokenizer"):
-        monkeypatch.setattr(module, name, lambda *_: type("Any", (), {"vocab_size": 1}))
-    monkeypatch.setattr(module, "check_vocabulary", lambda *_: None)
+        monkeypatch.setattr(zero_shot, name, lambda *_: type("Any", (), {"vocab_size": 1}))
+    monkeypatch.setattr(zero_shot, "check_vocabulary", lambda *_: None)
 
     def stop(_, names):
         asked.extend(names)
@@ -162,7 +161,7 @@ def test_spaces_between_tasks_do_not_matter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tasks, "check", stop)
     with pytest.raises(KeyboardInterrupt):
-        call(module.main, "--model", "any", "--tasks", "piqa, boolq ,arc_easy", "--output", tmp_path / "scores.json")
+        call(zero_shot.main, "--model", "any", "--tasks", "piqa, boolq ,arc_easy", "--output", tmp_path / "scores.json")
     assert asked == ["piqa", "boolq", "arc_easy"]
 
 
@@ -240,18 +239,13 @@ def test_a_last_line_that_a_killed_run_left_is_dropped_with_a_warning(run_dir, c
     ]
 
 
-def test_the_report_of_a_run_is_a_program_of_its_own(run_dir, monkeypatch, capsys):
-    """D6: python -m nt_hf.report RUN did nothing."""
-    monkeypatch.setattr(sys, "argv", ["nt_hf.report", str(run_dir)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
-        runpy.run_module("nt_hf.report", run_name="__main__")
+def test_the_report_of_a_run_is_a_program_of_its_own(run_dir, capsys):
+    report_program.main([str(run_dir)])
     printed = capsys.readouterr().out
     assert "| perplexity of head 0" in printed and str(run_dir / "report" / "training.png") in printed
     assert (run_dir / "report" / "results.md").read_text().strip() in printed
-    monkeypatch.setattr(sys, "argv", ["nt_hf.report", str(run_dir / "none")])
     with pytest.raises(ValueError, match=r"none: has no metrics\.jsonl; accepted is the directory of a run"):
-        run_report.main()
+        report_program.main([str(run_dir / "none")])
 
 
 def test_no_plots_are_promised_without_matplotlib(run_dir, monkeypatch, caplog):

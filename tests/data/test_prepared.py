@@ -3,7 +3,6 @@ import gzip
 import itertools
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from nt_hf.data import prepared
-from nt_hf.data.prepared import PreparedTokens, prepare, shuffled, token_batches, tokenizer_fingerprint
+from nt_hf import files
+from nt_hf.cli import prepare as program
+from nt_hf.data.prepare import prepare
+from nt_hf.data.prepared import PreparedTokens, shuffled, token_batches, tokenizer_fingerprint
 from nt_hf.data.streams import DataError, HeadBatches, TokenBatches, find_files, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -303,9 +304,9 @@ def test_blank_and_bad_lines(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_prepared import Characters
-from nt_hf import prepared
+from nt_hf.data.prepare import prepare
 writes = iter(range({writes}))
 replace = os.replace
 def killed(*names):
@@ -313,15 +314,16 @@ def killed(*names):
         os._exit(9)
     replace(*names)
 os.replace = killed
-prepared.prepare({source!r}, Characters(), {output!r})
+prepare({source!r}, Characters(), {output!r})
 """
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3])
+@pytest.mark.parametrize("writes", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 3))])
 def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
     """Killed with so many files complete and the next one written, but not named; the last is the index."""
     output = tmp_path / "killed"
-    code = KILLED.format(tests=str(ROOT / "tests"), source=source, output=str(output), writes=writes)
+    paths = [str(Path(__file__).parent), str(ROOT / "tests")]
+    code = KILLED.format(paths=paths, source=source, output=str(output), writes=writes)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 9, done.stderr
@@ -336,13 +338,14 @@ def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
 
 ORPHANED = """
 import os
-from nt_hf.data import load_tokenizer
-from nt_hf.prepared import prepare
+from nt_hf.data.prepare import prepare
+from nt_hf.data.tokenizers import load_tokenizer
 if __name__ == "__main__":
     prepare({source!r}, load_tokenizer("sample"), {output!r}, processes=2, progress=lambda *_: os._exit(9))
 """
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same(tmp_path):
     tokenizer = load_tokenizer("sample")
     source = save(tmp_path / "text", [texts(300, 300 * i) for i in range(4)])
@@ -407,7 +410,7 @@ def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepared.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match=r"tokens-00000-of-00003\.safetensors: cannot be written \([^\n]*No space left"):
         prepare(source, Characters(), tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists(), "it leaves the space that it took"
@@ -416,18 +419,22 @@ def test_a_full_disk_is_one_line(source, tmp_path, monkeypatch):
         prepare(source, Characters(), tmp_path / "file")
 
 
-def test_the_recipe(tmp_path, caplog):
-    main = runpy.run_path(str(ROOT / "recipes" / "prepare_c4.py"))["main"]
+def test_the_program(tmp_path, caplog):
     source, output = save(tmp_path / "text", [texts(9), texts(9, 9)]), str(tmp_path / "tokens")
     with caplog.at_level("INFO"):
         for _ in range(2):
-            main(["--data", source, "--output", output, "--processes", "1"])
+            program.main(["--data", source, "--output", output, "--processes", "1"])
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("1 of 2 files: tokens-00000-of-00002.safetensors, ")
     for line, end in ((lines[2], " tokens/s"), (lines[3], "nothing was left to do")):
         assert line.startswith(f"{output}: 18 documents, ") and line.endswith(end)
+
+
+@pytest.mark.slow
+def test_the_recipe_ends_with_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "prepare_c4.py"), "--data", str(tmp_path / "none")]
     failed = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "prepare_c4.py"), "--data", str(tmp_path / "none"), "--output", output],
+        [*command, "--output", str(tmp_path / "tokens")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert failed.returncode == 1

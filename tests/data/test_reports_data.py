@@ -14,12 +14,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import script
 from recipe_runs import call, train
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
-from nt_hf.data.prepared import prepare, tokenizer_fingerprint
+from nt_hf.cli import tokenizer as tokenizer_program
+from nt_hf.data.prepare import prepare
+from nt_hf.data.prepared import tokenizer_fingerprint
 from nt_hf.data.streams import DataError, TokenBatches, load_tokenizer, read_texts
 
 ROOT = Path(__file__).parents[2]
@@ -131,10 +132,10 @@ def test_a_tokenizers_output_must_be_a_directory(tmp_path):
     """D6"""
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match=r"file: cannot be written \(File exists\)$"):
-        call(script("recipes/train_tokenizer.py").main, "--data", "sample:validation", "--output", tmp_path / "file")
+        call(tokenizer_program.main, "--data", "sample:validation", "--output", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(ValueError, match="vocab_size=3"):
-        call(script("recipes/train_tokenizer.py").main, "--data", "sample:validation", "--vocab_size", 3, "--output",
+        call(tokenizer_program.main, "--data", "sample:validation", "--vocab_size", 3, "--output",
              tmp_path / "none")  # fmt: skip
     assert not (tmp_path / "none").exists()
 

@@ -7,7 +7,6 @@ import json
 import lzma
 import os
 import random
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from nt_hf.cli import tokenizer as tokenizer_program
 from nt_hf.data import sources
-from nt_hf.data.shares import Share, deal_epoch
+from nt_hf.data.slices import FileSlice, deal_epoch
 from nt_hf.data.sources import Reader
 from nt_hf.data.streams import (
     DataConfig,
@@ -171,7 +171,7 @@ def test_automatic_special_tokens_are_not_used(tokenizer, tmp_path):
 
 
 def test_train_tokenizer_repeats_and_restores_text(tmp_path):
-    main = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "train_tokenizer.py"))["main"]
+    main = tokenizer_program.main
     for name in ("a", "b"):
         main(["--data", "sample:validation", "--vocab_size", "600", "--output", str(tmp_path / name)])
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
@@ -238,7 +238,7 @@ def test_blank_documents_and_lines_are_skipped(tokenizer, tmp_path):
 def test_local_training_imports_no_datasets_and_warns_of_no_fork(tmp_path):
     code = f"""
 import sys
-from nt_hf.data import TokenBatches, load_tokenizer
+from nt_hf.data.streams import TokenBatches, load_tokenizer
 options = dict(batch_size=4, sequence_length=16, epochs=1)
 for workers in (0, 2):  # first in this process, so that the tokenizer's threads run when it forks
     list(TokenBatches({save(tmp_path, [texts(300)])!r}, load_tokenizer("sample"), num_workers=workers, **options))
@@ -261,7 +261,7 @@ def test_hub_data_set_is_streamed(tokenizer, tmp_path):
     files["README.md"] = f"---\n{card}---\n".encode()
     code = """
 import json
-from nt_hf.data import TokenBatches, find_files, load_tokenizer, read_texts
+from nt_hf.data.streams import TokenBatches, find_files, load_tokenizer, read_texts
 tokenizer = load_tokenizer("sample")
 found = {}
 for source in ("hub:allenai/c4:en", "hub:allenai/c4@main:en:validation", "hf://datasets/allenai/c4/en/c4-train.*"):
@@ -458,6 +458,7 @@ def test_bad_remote_content_is_not_tried_again(faulty):
     assert faulty.pauses == [] and faulty.opened == ["a.jsonl.gz"]
 
 
+@pytest.mark.slow
 def test_hub_failures_are_ridden_out(tmp_path):
     """The hub answers 503 more often than its own client puts up with: while resolving and within a file."""
     pytest.importorskip("datasets")
@@ -477,7 +478,7 @@ def test_hub_failures_are_ridden_out(tmp_path):
 import logging, time
 logging.basicConfig(format="%(name)s %(message)s")
 time.sleep = lambda seconds: None
-from nt_hf.data import read_texts
+from nt_hf.data.sources import read_texts
 print(list(read_texts("hub:a/b:en:train")))
 """
     with hub_server.serve("a/b", files, fail) as (endpoint, _):
@@ -485,7 +486,7 @@ print(list(read_texts("hub:a/b:en:train")))
     assert done.returncode == 0, done.stderr
     assert ast.literal_eval(done.stdout) == documents
     assert set(left.values()) == {0}
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("nt_hf.sources")]
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("nt_hf.data.remote")]
     assert len(warnings) >= 2 and all("attempt 1 of 7" in line for line in warnings)
 
 
@@ -571,12 +572,16 @@ def test_streams_share_each_epoch_evenly(tmp_path, shards, seed):
     files = find_files(save(tmp_path, [texts(count, start) for start, count in zip(starts, shards)]))
     reader = Reader(files, "text", "error", seed)
     for streams, epoch in itertools.product([1, 2, 3, 4, 6, 12, 24, 100], [0, 1]):
-        shares = [
-            [text for share in deal_epoch(epoch, len(files), stream, streams) for _, text in reader.texts(share)]
+        slices = [
+            [
+                text
+                for file_slice in deal_epoch(epoch, len(files), stream, streams)
+                for _, text in reader.texts(file_slice)
+            ]
             for stream in range(streams)
         ]
-        assert sorted(itertools.chain(*shares)) == sorted(texts(sum(shards)))
-        spread = max(map(len, shares)) - min(map(len, shares))
+        assert sorted(itertools.chain(*slices)) == sorted(texts(sum(shards)))
+        spread = max(map(len, slices)) - min(map(len, slices))
         if len(set(shards)) == 1:  # a stream can get one document more of each file that is dealt by documents
             assert spread <= (1 if shards[0] == 1 else len(shards) % streams)
 
@@ -883,7 +888,7 @@ def test_reading_from_any_record_on(extension, tmp_path):
     path.write_bytes(FORMATS[extension](documents))
     reader = Reader([str(path)], "text", "error")
     for record, step in itertools.product(range(12), (1, 3)):
-        found = list(reader.texts(Share(0, 0, 0, step, record)))
+        found = list(reader.texts(FileSlice(0, 0, 0, step, record)))
         expected = [(i, text) for i, text in enumerate(documents, 1) if i > record and i % step == 0]
         assert found == expected
 
@@ -898,13 +903,13 @@ def test_consumed_row_groups_are_not_read(tmp_path):
         start = column.dictionary_page_offset or column.data_page_offset
         content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     path.write_bytes(content)
-    found = Reader([str(path)], "text", "error").texts(Share(0, 0, record=9))
+    found = Reader([str(path)], "text", "error").texts(FileSlice(0, 0, record=9))
     assert [text for _, text in found] == texts(12)[9:]
 
 
 def test_consumed_lines_are_not_parsed(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"bad\nbad\n" + json_lines(["good"]))
-    found = Reader([str(tmp_path / "x.jsonl")], "text", "error").texts(Share(0, 0, record=2))
+    found = Reader([str(tmp_path / "x.jsonl")], "text", "error").texts(FileSlice(0, 0, record=2))
     assert list(found) == [(3, "good")]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import script
 
+from nt_hf.cli import compare as program
 from nt_hf.evaluation.comparison import Column, compare, comparison_table, paired_bootstrap, read_columns
 
 
@@ -167,7 +167,7 @@ def test_the_script_writes_table_json_and_plots(files, tmp_path, monkeypatch, ca
         a=report({"ensemble": 1}, {"piqa": 90, "boolq": 60}), b=report({"ensemble": 5}, {"piqa": 90, "boolq": 60})
     )
     monkeypatch.setattr(sys, "argv", ["compare.py", *paths, "--output", str(tmp_path / "out")])
-    script("eval/compare.py").main()
+    program.main()
     assert capsys.readouterr().out == (tmp_path / "out" / "comparison.md").read_text()
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["task"] for row in content["rows"]] == ["piqa", "boolq", "mean of 2"]

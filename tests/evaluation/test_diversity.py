@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, EOS, OFFSET, PAD, script, token_ids, trained
+from conftest import BOS, EOS, OFFSET, PAD, token_ids, trained
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
-from nt_hf.cli import program as _cli
+from nt_hf.cli import diversity as program
+from nt_hf.cli.program import run
 from nt_hf.evaluation import diversity
 from nt_hf.evaluation.diversity import BINS, LinearCKA, bin_sums, calibration, mask_overlap, measure_diversity
 from nt_hf.evaluation.plots import write_plots
@@ -436,7 +437,7 @@ def test_the_script_refuses_in_one_line(checkpoint, tmp_path, monkeypatch, optio
     options = {"--model": checkpoint, "--data": "sample:validation", "--output": "out", **options}
     monkeypatch.setattr(sys, "argv", ["eval/diversity.py", *(str(x) for item in options.items() for x in item)])
     with pytest.raises(SystemExit) as ended:
-        _cli.run(script("eval/diversity.py").main)
+        run(program.main)
     line = str(ended.value.code)
     assert line.startswith("error: ") and message in line and "\n" not in line
 
@@ -444,7 +445,7 @@ def test_the_script_refuses_in_one_line(checkpoint, tmp_path, monkeypatch, optio
 def test_one_head_is_tabled_and_plotted_and_plots_need_matplotlib(tmp_path, monkeypatch, caplog):
     result = measure_diversity(trained("dense"), BATCHES).to_dict()
     assert {file.name for file in write_plots(result, tmp_path)} == {"calibration.png", "calibration.svg"}
-    assert "pairs" not in script("eval/diversity.py").table({**result, "documents": 1})
+    assert "pairs" not in program.table({**result, "documents": 1})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write_plots(result, tmp_path) == []
     assert [record.message for record in caplog.records if "matplotlib is not installed" in record.message]

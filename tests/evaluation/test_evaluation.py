@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nt_hf.cli import perplexity as perplexity_program
 from nt_hf.data.streams import load_tokenizer
 from nt_hf.evaluation import perplexity as evaluation
 from nt_hf.evaluation.perplexity import (
@@ -292,7 +292,7 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path, damage, message):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, model):
-    """Calls eval/perplexity.py on a small checkpoint and a text with a bad line; returns the JSON it wrote."""
+    """Calls nt-hf evaluate perplexity on a small checkpoint and a text with a bad line; returns the JSON it wrote."""
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     lines = [json.dumps({"body": text}) for text in TEXTS]
@@ -301,7 +301,7 @@ def script(tmp_path, monkeypatch, model):
     def call(*options: object) -> dict:
         paths = ["--model", tmp_path / "model", "--data", tmp_path / "text.jsonl", "--output", tmp_path / "new" / "x"]
         monkeypatch.setattr(sys, "argv", ["eval/perplexity.py", *map(str, [*paths, *options])])
-        runpy.run_path(Path(__file__).parents[2] / "eval" / "perplexity.py")["main"]()
+        perplexity_program.main()
         return json.loads((tmp_path / "new" / "x").read_text())
 
     return call

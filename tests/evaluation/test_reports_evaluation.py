@@ -1,5 +1,6 @@
 """What bug reports of neighbouring projects found in evaluation and in the sparsifier; each test names its entry."""
 
+import importlib
 import json
 import os
 import sys
@@ -19,10 +20,11 @@ from nt_hf import (
     check_masks,
     draw_masks,
 )
-from nt_hf.cli.program import check_output, write_json
+from nt_hf.cli.program import check_output
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
 from nt_hf.evaluation.zero_shot import choose_scorers, log_likelihoods
+from nt_hf.files import write_json
 from nt_hf.models.masks import get_mask, masked_modules
 from nt_hf.sparsity.first_masks import weight_uses
 
@@ -35,10 +37,10 @@ def save(model, directory: Path, **options) -> Path:
     return directory
 
 
-def program(path: str, monkeypatch, *arguments: object):
-    """Calls a program in this process; returns its module."""
-    module = script(path)
-    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+def program(name: str, monkeypatch, *arguments: object):
+    """The module of a program, or an example by its path, whose ``main`` will see these arguments."""
+    module = script(name) if name.endswith(".py") else importlib.import_module(f"nt_hf.cli.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     return module
 
 
@@ -83,9 +85,9 @@ def test_a_weight_that_is_not_finite_is_named_when_a_checkpoint_is_loaded(model,
 
 
 PROGRAMS = {
-    "eval/perplexity.py": lambda text: ("--data", text),
-    "eval/diversity.py": lambda text: ("--data", text),
-    "eval/zero_shot.py": lambda text: ("--data_root", DATA, "--tasks", "arc_easy", "--limit", 2),
+    "perplexity": lambda text: ("--data", text),
+    "diversity": lambda text: ("--data", text),
+    "zero_shot": lambda text: ("--data_root", DATA, "--tasks", "arc_easy", "--limit", 2),
 }
 
 
@@ -120,7 +122,7 @@ def test_losses_of_finite_weights_that_are_not_finite_are_said(model):
 
 def test_a_task_whose_likelihoods_are_not_finite_has_no_score(model, tmp_path, monkeypatch, text, capsys):
     """D2"""
-    path, output = "eval/zero_shot.py", tmp_path / "scores.json"
+    path, output = "zero_shot", tmp_path / "scores.json"
     arguments = ("--model", save(overflowing(model), tmp_path / "model"), *PROGRAMS[path](text), "--output", output)
     with pytest.raises(ValueError, match="arc_easy failed"):
         program(path, monkeypatch, *arguments).main()
@@ -177,7 +179,7 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", PROGRAMS)
 def test_a_bad_output_is_told_before_a_model_is_loaded(path, model, text, tmp_path, monkeypatch):
     """D1"""
-    output = text if path == "eval/diversity.py" else tmp_path
+    output = text if path == "diversity" else tmp_path
     module = program(
         path, monkeypatch, "--model", save(model, tmp_path / "model"), *PROGRAMS[path](text), "--output", output
     )
@@ -201,14 +203,14 @@ def test_what_cannot_be_written_is_printed_nevertheless(path, model, text, tmp_p
     monkeypatch.setattr(module, "write_json", full)
     with pytest.raises(OSError, match="no space left"):
         module.main()
-    assert {"eval/zero_shot.py": "| arc_easy"}.get(path, "ensemble, logits") in capsys.readouterr().out
+    assert {"zero_shot": "| arc_easy"}.get(path, "ensemble, logits") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [("--heads", "7"), ("--batch_size", "0"), ("--max_tokens", "0"), ("--stride", "-1")])
 def test_bad_arguments_are_told_before_a_model_is_loaded(option, model, text, tmp_path, monkeypatch):
     """D1, its kind: programs that fail late."""
     arguments = ("--model", save(model, tmp_path / "model"), "--data", text, "--output", tmp_path / "out", *option)
-    module = program("eval/diversity.py", monkeypatch, *arguments)
+    module = program("diversity", monkeypatch, *arguments)
     monkeypatch.setattr(module, "load_for_evaluation", lambda _: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=option[0].removeprefix("--")):
         module.main()

@@ -14,10 +14,10 @@ from recipe_runs import call, start
 
 from experiments.suite import (
     budget,
+    fill,
     load_suite,
     main_runs,
     matching,
-    place,
     read_result,
     run_config,
     run_tree,
@@ -33,12 +33,16 @@ from experiments.suite_report import (
     refreshed,
     report_text,
 )
+from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
-from nt_hf.training.loop import EXIT_PREEMPTED, read_metrics
+from nt_hf.files import LockedError, only_writer
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
-compare = script("recipes/compare.py")
-SUITES = sorted((ROOT / "recipes" / "suites").glob("*.yaml"))
-RESULTS = sorted((ROOT / "docs" / "results").glob("*/report.md"))
+runner = script("experiments/run.py")
+SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
+PROGRAMS = {"recipes/prepare_c4.py": prepare, "recipes/train_tokenizer.py": tokenizer}
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*/report.md"))
 
 TINY = """
 preparation: {text: ["{data_root}"], vocab_size: 320}
@@ -146,8 +150,8 @@ def test_globs_choose_runs(tiny):
     assert matching(runs, []) == runs
 
 
-def test_places_are_filled_wherever_they_stand():
-    found = place({"a": ["{runs}/x", 1], "b": "prepared:{runs}/{data_root}"}, runs="R", data_root="D")
+def test_paths_are_filled_wherever_they_stand():
+    found = fill({"a": ["{runs}/x", 1], "b": "prepared:{runs}/{data_root}"}, runs="R", data_root="D")
     assert found == {"a": ["R/x", 1], "b": "prepared:R/D"}
 
 
@@ -212,7 +216,7 @@ def run(directory: Path, *arguments: str) -> list[str]:
     """Runs a suite without starting an interpreter for each program. Returns the programs that were called."""
     called = []
 
-    class Quick(compare.Programs):
+    class Quick(runner.Programs):
         def __post_init__(self):
             pass
 
@@ -223,19 +227,19 @@ def run(directory: Path, *arguments: str) -> list[str]:
                 process.join()
                 if process.exitcode:
                     raise ValueError(f"exit code {process.exitcode}")
-            elif program == "recipes/compare.py":
-                call(compare.main, *arguments)
+            elif program == "experiments/run.py":
+                call(runner.main, *arguments)
             else:
-                script(program).main(list(arguments))
+                PROGRAMS[program].main(list(arguments))
 
-    before, compare.Programs = compare.Programs, Quick
+    before, runner.Programs = runner.Programs, Quick
     try:
         call(
-            compare.main, "--suite", directory / "tiny.yaml", "--data_root", "sample:validation",
+            runner.main, "--suite", directory / "tiny.yaml", "--data_root", "sample:validation",
             "--runs", directory / "runs", "--results", directory / "results", *arguments,
         )  # fmt: skip
     finally:
-        compare.Programs = before
+        runner.Programs = before
     return called
 
 
@@ -262,7 +266,7 @@ def test_finished_runs_are_skipped_and_one_that_lost_its_result_is_only_evaluate
     before = (world / "results/runs/single/seed-0/result.json").read_bytes()
     metrics = (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes()
     (world / "results/runs/single/seed-0/result.json").unlink()
-    assert run(world)[1:] == ["recipes/pretrain_c4.py", "recipes/compare.py"]
+    assert run(world)[1:] == ["recipes/pretrain_c4.py", "experiments/run.py"]
     after = json.loads((world / "results/runs/single/seed-0/result.json").read_text())
     assert after["texts"] == json.loads(before)["texts"]
     assert (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes() == metrics
@@ -311,28 +315,28 @@ def test_a_run_that_is_not_there_is_named(world):
 
 def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
-    programs = compare.Programs()
+    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    programs = runner.Programs()
     running = type("Running", (), {"send_signal": lambda self, number: sent.append(number)})()
     sent = []
     programs.running.add(running)
     programs._stop()
-    assert sent == [compare.signal.SIGTERM]
-    with pytest.raises(compare.Stopped):
+    assert sent == [runner.signal.SIGTERM]
+    with pytest.raises(runner.Stopped):
         programs.call("recipes/prepare_c4.py")
-    monkeypatch.setattr(compare, "Programs", lambda: programs)
+    monkeypatch.setattr(runner, "Programs", lambda: programs)
     with pytest.raises(SystemExit) as left:
         call(
-            compare.main, "--suite", tmp_path / "tiny.yaml", "--data_root", "sample:validation",
+            runner.main, "--suite", tmp_path / "tiny.yaml", "--data_root", "sample:validation",
             "--runs", tmp_path / "runs", "--results", tmp_path / "r",
         )  # fmt: skip
     assert left.value.code == EXIT_PREEMPTED
 
 
-def test_two_comparisons_do_not_work_in_one_directory(world):
+def test_two_suites_do_not_work_in_one_directory(world):
     with (
-        compare.locked(world / "runs"),
-        pytest.raises(ValueError, match=r"another recipes/compare\.py is at work there"),
+        only_writer(world / "runs"),
+        pytest.raises(LockedError, match="another process writes there"),
     ):
         run(world)
     run(world, "--only", "runs/single/*")
@@ -340,7 +344,7 @@ def test_two_comparisons_do_not_work_in_one_directory(world):
 
 def test_the_last_line_of_a_program_that_fails_is_the_error(tmp_path):
     with pytest.raises(ValueError, match=r"recipes/prepare_c4.py: .*nowhere"):
-        compare.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
+        runner.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------- reports
@@ -372,8 +376,8 @@ def test_an_arm_of_one_head_has_no_gain_to_compare(world):
 
 
 def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
-    suite = load_suite(ROOT / "recipes" / "suites" / "cpu-mini.yaml")
-    arms = finished(suite, ROOT / "docs" / "results" / "cpu-mini")
+    suite = load_suite(ROOT / "experiments" / "suites" / "cpu-mini.yaml")
+    arms = finished(suite, ROOT / "experiments" / "results" / "cpu-mini")
     assert density_series({name: each for name, each in arms.items() if not each.arm.longer}) == [
         ["neurotrails-0.3", "neurotrails-0.5", "neurotrails-0.7", "neurotrails-0.9", "treenet"],
         ["neurotrails-4", "treenet-4"],
@@ -382,25 +386,33 @@ def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
 
 @pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
 def test_committed_tables_are_those_of_the_committed_files(report):
-    suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+    suite = load_suite(ROOT / "experiments" / "suites" / f"{report.parent.name}.yaml")
     assert report.read_text(encoding="utf-8") == report_text(suite, report.parent)
 
 
 def test_every_table_of_the_document_is_made_of_the_committed_files():
-    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    document = (ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8")
     for report in RESULTS:
-        suite = load_suite(ROOT / "recipes" / "suites" / f"{report.parent.name}.yaml")
+        suite = load_suite(ROOT / "experiments" / "suites" / f"{report.parent.name}.yaml")
         assert f"<!-- {suite.name}: Quality -->" in document
         assert refreshed(document, suite, report.parent) == document
     assert not re.search(r"^\|", re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", document, flags=re.DOTALL), re.MULTILINE)
 
 
+def test_every_figure_of_the_page_of_results_is_in_a_report():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    report = (ROOT / "experiments" / "results" / "cpu-mini" / "report.md").read_text(encoding="utf-8")
+    figures = set(re.findall(r"\d+\.\d{2,3}(?: ± \d+\.\d+)?", page))
+    assert len(figures) > 30 and not {figure for figure in figures if figure not in report}
+    assert page.count("\n") <= 50, "one screen"
+
+
 def test_every_figure_of_the_text_is_in_a_table_or_a_result():
-    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    document = (ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8")
     text = document[document.index("## cpu-mini") : document.index("### Before")]
     prose = re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", text, flags=re.DOTALL)
     figures = set(re.findall(r"(?<![\d.])\d+\.\d{2,3}(?![\d.])", prose))
-    results = ROOT / "docs" / "results"
+    results = ROOT / "experiments" / "results"
     pages = (results / "cpu-mini" / "report.md", results / "demo" / "explain.md")
     known = {number for page in pages for number in re.findall(r"\d+\.\d+", page.read_text(encoding="utf-8"))}
     for path in (results / "demo").glob("*.jsonl"):
@@ -427,8 +439,8 @@ def test_a_document_gets_the_tables_it_asks_for(world):
 
 
 def test_every_trial_that_the_document_quotes_is_what_its_file_says():
-    directory = ROOT / "docs" / "results" / "trials"
-    document = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    directory = ROOT / "experiments" / "results" / "trials"
+    document = " ".join((ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8").split())
     quoted = re.findall(r"`([\w.]+-?[\w.]*/[\w.-]+)` (\d+\.\d)", document)
     named = {line.split("|")[0] for line in (directory / "overrides.txt").read_text().splitlines()[1:]}
     assert len(quoted) > 10

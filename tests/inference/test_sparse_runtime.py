@@ -10,11 +10,11 @@ from conftest import draw_masks, trained
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nt_hf.inference import sparse_runtime
-from nt_hf.inference.sparse_runtime import fits_semi_structured, restore, specialize
+from nt_hf.inference import kernels, restore, specialization, specialize
+from nt_hf.inference.kernels import fits_semi_structured
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 
-COMPILED = sparse_runtime._library() is not None
+COMPILED = kernels._library() is not None
 compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiler here: g++ or $CXX builds the kernels")
 KERNELS = [pytest.param("compiled", marks=compiled_only), "csr"]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 130)
@@ -35,14 +35,14 @@ def choose(monkeypatch):
     """Makes one kernel win every measurement."""
 
     def force(name, wins=0.0):
-        measured = sparse_runtime._time
+        measured = specialization._time
 
         def fake(*args):
             return {kernel: wins if kernel == name else 1.0 for kernel in measured(*args)}
 
-        monkeypatch.setattr(sparse_runtime, "_time", fake)
-        monkeypatch.setattr(sparse_runtime, "ROUNDS", 1)
-        monkeypatch.setattr(sparse_runtime, "EVICTED_BYTES", 1)
+        monkeypatch.setattr(specialization, "_time", fake)
+        monkeypatch.setattr(specialization, "ROUNDS", 1)
+        monkeypatch.setattr(specialization, "EVICTED_BYTES", 1)
 
     return force
 
@@ -260,8 +260,8 @@ def test_the_report(choose):
 
 def test_layers_of_a_kind_are_timed_once(choose, monkeypatch):
     choose("csr")
-    calls, measured = [], sparse_runtime._time
-    monkeypatch.setattr(sparse_runtime, "_time", lambda *args: calls.append(args) or measured(*args))
+    calls, measured = [], specialization._time
+    monkeypatch.setattr(specialization, "_time", lambda *args: calls.append(args) or measured(*args))
     specialize(nn.Sequential(*layer(8, 6, 1.0), *layer(8, 6, 1.0), *layer(4, 8, 1.0)).eval(), (1, 4))
     assert len(calls) == 2 * 2
 
@@ -360,12 +360,12 @@ def test_a_copy_needs_to_be_specialized_anew(choose):
 def test_without_a_compiler_there_is_one_warning_and_torch_s_kernel(compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    sparse_runtime._library.cache_clear()
+    kernels._library.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING, logger=sparse_runtime.__name__):
+        with caplog.at_level(logging.WARNING, logger=kernels.__name__):
             report = specialize(nn.Sequential(*layer(8, 8), *layer(9, 8)).eval(), (1,))
     finally:
-        sparse_runtime._library.cache_clear()
+        kernels._library.cache_clear()
     assert [record.message.startswith("no compiled sparse kernels") for record in caplog.records] == [True]
     assert all(entry.seconds[1].keys() == {"dense", "csr"} for entry in report.layers)
 
@@ -373,15 +373,15 @@ def test_without_a_compiler_there_is_one_warning_and_torch_s_kernel(compiler, mo
 @compiled_only
 def test_the_library_is_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = sparse_runtime._build()
+    path = kernels._build()
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("built again"))
-    assert sparse_runtime._build() == path and list(path.parent.iterdir()) == [path]
+    assert kernels._build() == path and list(path.parent.iterdir()) == [path]
 
 
 @torch.no_grad()
 def test_a_wrong_kernel_is_left_out(monkeypatch, caplog):
-    monkeypatch.setattr(sparse_runtime._Csr, "__call__", lambda self, x: x @ self.weight.to_dense().T + 1)
-    with caplog.at_level(logging.WARNING, logger=sparse_runtime.__name__):
+    monkeypatch.setattr(kernels._Csr, "__call__", lambda self, x: x @ self.weight.to_dense().T + 1)
+    with caplog.at_level(logging.WARNING, logger=specialization.__name__):
         report = specialize(layer(8, 8), (1,))
     assert "csr" not in report.layers[0].seconds[1] and "the kernel csr is wrong" in caplog.text
 
@@ -417,7 +417,7 @@ def test_which_weights_the_semi_structured_kernels_take(weight, cutlass, cuspars
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the semi-structured kernels need a CUDA GPU")
-@pytest.mark.parametrize("kernel", sorted(sparse_runtime._semi_structured_backends()))
+@pytest.mark.parametrize("kernel", sorted(kernels._semi_structured_backends()))
 def test_semi_structured_on_a_gpu(kernel, choose):
     choose(kernel)
     model = nn.Sequential(nn.Linear(256, 128, bias=True)).eval()

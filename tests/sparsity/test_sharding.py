@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig
 from nt_hf.evaluation.perplexity import evaluate
 from nt_hf.models.masks import get_mask, local, masked_modules, set_mask
+from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sharding import full_state_dict, require_equal_replicas, shard_model
-from nt_hf.sparsity.sparsifier import draw_masks
 
 STEPS = 12
 # 36 rows on 4 processes, 18 on 5: uneven shards; 6 rows on 4: an empty one.

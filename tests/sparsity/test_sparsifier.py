@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules, set_mask
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, group_of, move_state, target_counts
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
+from nt_hf.sparsity.measures import group_of
+from nt_hf.sparsity.optimizer_state import move_state
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 VOCABULARY = 40
 
@@ -104,8 +108,13 @@ def moments(optimizer, parameter):
 # ----------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", [Net, Conv])
+# Every optimizer moves the same tensors, whatever holds them: on convolutions one of each kind will do.
+RARE = [pytest.param(Conv, name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in ("sgd", "drifting")]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [*((Net, name) for name in OPTIMIZERS), (Conv, "sgd"), (Conv, "drifting"), *RARE]
+)
 def test_what_holds_at_every_step(optimizer, model):
     net, optimizer, sparsifier = sparse(optimizer=optimizer, model=model)
     targets = target_counts(net, sparsifier.config)
@@ -128,21 +137,6 @@ def test_training_learns():
     net, optimizer, sparsifier = sparse()
     losses = [loss for _, loss in train(net, optimizer, sparsifier)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_keeps_dead_weights_at_zero():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(20, 30, bias=False), nn.ReLU(), nn.Linear(30, 10, bias=False))
-    config = SparsityConfig(density=0.3, update_interval=3)
-    draw_masks(net, config)
-    optimizer = torch.optim.Muon(net.parameters(), lr=0.02, weight_decay=0.1)
-    sparsifier = Sparsifier(net, optimizer, config, 20)
-    for _ in range(20):
-        net(torch.randn(8, 20)).square().mean().backward()
-        sparsifier.step()
-        optimizer.step()
-        assert check_masks(net) == []
 
 
 def test_update_reports_what_moved():
@@ -269,15 +263,6 @@ def test_updates_keep_to_their_window():
     assert updates[-1].drop_fraction < 0.05
 
 
-def test_a_frozen_weight_keeps_its_mask():
-    net, optimizer, sparsifier = sparse()
-    net.layers[0].weight.requires_grad_(False)
-    before = masks_of(net)
-    assert any(update for update, _ in train(net, optimizer, sparsifier, last=20))
-    changed = [name for name, mask in masks_of(net).items() if not torch.equal(mask, before[name])]
-    assert changed == ["embed.weight", "layers.1.weight", "head.weight"]
-
-
 def test_clipping_sees_active_weights_only():
     net, _, sparsifier = sparse(update_interval=0)
     backward(net, 0)
@@ -299,16 +284,6 @@ def test_dense_tensors_stay_dense_beside_sparse_ones():
     net, optimizer, sparsifier = sparse(density=0.5, densities={"embed.*": 1.0})
     for _ in train(net, optimizer, sparsifier, last=20):
         assert get_mask(net.embed).all()
-
-
-def test_an_error_at_an_update_leaves_all_masks():
-    net, _, sparsifier = sparse(update_interval=1)
-    before = copy.deepcopy(net.state_dict())
-    backward(net, 0)
-    net.head.weight.grad[3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"the gradient of head\.weight has values that are not finite"):
-        sparsifier.step()
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_wrapped_models_and_optimizers_get_the_same_masks():
@@ -429,32 +404,6 @@ def test_groups(name, group):
 # ------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rprop"])
-@pytest.mark.parametrize("stop", [12, 15])  # between updates and at one
-def test_a_resumed_run_is_the_uninterrupted_one(optimizer, stop):
-    net, whole, sparsifier = sparse(optimizer=optimizer)
-    expected = list(train(net, whole, sparsifier, last=40))
-
-    first, before, first_sparsifier = sparse(optimizer=optimizer)
-    done = list(train(first, before, first_sparsifier, last=stop))
-    saved = copy.deepcopy((first.state_dict(), before.state_dict(), first_sparsifier.state_dict()))
-
-    torch.manual_seed(99)
-    second = Net()
-    attach_masks(second, ["*"])
-    second.load_state_dict(saved[0])
-    after = OPTIMIZERS[optimizer](second.parameters())
-    after.load_state_dict(saved[1])
-    resumed = Sparsifier(second, after, sparsifier.config, 100)
-    resumed.load_state_dict(saved[2])
-    done += train(second, after, resumed, first=stop, last=40)
-
-    assert done == expected
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in net.state_dict().items())
-    final = sparsifier.state_dict()
-    assert all(torch.equal(value, final[name]) for name, value in resumed.state_dict().items())
-
-
 def test_state_is_loaded_after_the_model_even_when_the_sparsifier_came_first():
     net, optimizer, sparsifier = sparse()
     list(train(net, optimizer, sparsifier, last=12))
@@ -493,47 +442,6 @@ def test_a_foreign_state_is_refused(spoil, message):
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("density", 0, r"density is 0; accepted: a number in \(0, 1\]"),
-        ("density", 1.01, r"density is 1\.01"),
-        ("density", True, r"density is True"),
-        ("density", "0.5", r"density is '0\.5'"),
-        ("density", float("nan"), r"density is nan"),
-        ("distribution", "erg", r"distribution is 'erg'; accepted: er, erk, flops, uniform \(did you mean"),
-        ("densities", {"a": 0.0}, r"densities is \{'a': 0\.0\}; accepted: a mapping from globs"),
-        ("densities", ["a"], r"densities is \['a'\]"),
-        ("exclude", "embed.*", r"exclude is 'embed\.\*'; accepted: a list of globs"),
-        ("drop", "soft", r"drop is 'soft'; accepted: global_magnitude, magnitude, mest, set, soft_magnitude, taylor"),
-        (
-            "grow",
-            "gradients",
-            r"grow is 'gradients'; accepted: gradient, gradient_random, momentum, random \(did you mean 'gradient'\?\)",
-        ),
-        ("grow", None, r"grow is None; accepted: gradient, gradient_random, momentum, random"),
-        ("regrow", True, r"regrow is True; accepted: allow, forbid"),
-        ("drop_exponent", 0, r"drop_exponent is 0; accepted: a number above 0"),
-        ("drop_fraction", 1.1, r"drop_fraction is 1\.1; accepted: a number in \[0, 1\]"),
-        ("drop_fraction_end", -0.1, r"drop_fraction_end is -0\.1"),
-        (
-            "drop_schedule",
-            "cosin",
-            r"drop_schedule is 'cosin'; accepted: constant, cosine, cubic, linear \(did you mean 'cosine'",
-        ),
-        ("update_interval", -1, r"update_interval is -1; accepted: an integer from 0"),
-        ("update_interval", 2.5, r"update_interval is 2\.5"),
-        ("update_start", 1, r"update_start is 1; accepted: a share of the run in \[0, 1\)"),
-        ("update_end", 0, r"update_end is 0; accepted: a share of the run above update_start \(0\.0\), up to 1"),
-        ("update_end", 75, r"update_end is 75"),
-        ("seed", "x", r"seed is 'x'; accepted: an integer"),
-    ],
-)
-def test_bad_config(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        SparsityConfig(**{field: value})
 
 
 @pytest.mark.parametrize(
@@ -579,7 +487,7 @@ def test_sparse_gradients_are_refused():
 
 @pytest.mark.parametrize("total_steps", [0, -1, 2.5, None])
 def test_bad_total_steps(total_steps):
-    with pytest.raises(ValueError, match=r"total_steps is .*; accepted: an integer from 1"):
+    with pytest.raises(ValueError, match=r"total_steps=.*: accepted is a whole number from 1"):
         sparse(total_steps=total_steps)
 
 

@@ -3,18 +3,31 @@
 import copy
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from sparse_nets import (
+    NAMES,
+    STRUCTURES,
+    Net,
+    adamw,
+    assert_sound,
+    counts_of,
+    equal,
+    loss_of,
+    masks_of,
+    rprop,
+    sgd,
+    snapshot,
+    sparse,
+    train,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nt_hf.models.masks import (
     attach_masks,
     check_masks,
-    check_structure,
     count_active,
     get_mask,
     group_count,
@@ -23,114 +36,36 @@ from nt_hf.models.masks import (
     pack_mask,
     set_mask,
 )
+from nt_hf.sparsity import criteria, optimizer_state
 from nt_hf.sparsity import sparsifier as sparsifier_module
-from nt_hf.sparsity import topology
-from nt_hf.sparsity.first_masks import grasp, snip, weight_uses
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
+from nt_hf.sparsity.measures import head_overlap
 from nt_hf.sparsity.schedules import SCHEDULES
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, head_overlap, target_counts
-
-WORDS, LENGTH = 24, 8
-STRUCTURES = ["unstructured", "constant_fan_in", "2:4"]
-
-
-class Net(nn.Module):
-    """Every kind of module that can carry a mask, with inputs in fours, and two heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(WORDS, 8)
-        self.first = nn.Conv1d(8, 12, 3, padding=1)
-        self.second = nn.Conv2d(4, 8, 3, padding=1)
-        self.third = Conv1D(16, 24)
-        self.heads = nn.ModuleList([nn.Linear(16, WORDS), nn.Linear(16, WORDS, bias=False)])
-        with torch.no_grad():
-            self.third.weight.mul_(10)
-
-    def forward(self, ids):
-        x = self.first(self.embed(ids).transpose(1, 2)).relu()
-        x = self.second(x.view(-1, 4, 3, LENGTH)).relu().mean(-1).flatten(1)
-        x = self.third(x).relu()
-        return sum(head(x) for head in self.heads)
-
-
-NAMES = ["embed.weight", "first.weight", "second.weight", "third.weight", "heads.0.weight", "heads.1.weight"]
-
-
-def data(step):
-    return torch.randint(0, WORDS, (8, LENGTH), generator=torch.Generator().manual_seed(step))
-
-
-def loss_of(net, step=0):
-    ids = data(step)
-    return nn.functional.cross_entropy(net(ids), ids[:, 0])
-
-
-def adamw(net):
-    return torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
-
-
-def sgd(net):
-    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-
-
-def sparse(config=None, model=Net, optimizer=adamw, total_steps=26, **fields):
-    torch.manual_seed(0)
-    net = model()
-    config = config or SparsityConfig(**{"density": 0.5, "update_interval": 5, "distribution": "uniform"} | fields)
-    draw_masks(net, config)
-    optimizer = optimizer(net)
-    return net, optimizer, Sparsifier(net, optimizer, config, total_steps)
-
-
-def train(net, optimizer, sparsifier, first=0, last=21):
-    """Yields what each step did, gradients alive, then steps."""
-    for step in range(first, last):
-        loss_of(net, step).backward()
-        yield sparsifier.step()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def masks_of(net):
-    return {name: get_mask(module) for name, module in masked_modules(net).items()}
-
-
-def counts_of(net):
-    return {name: int(mask.sum()) for name, mask in masks_of(net).items()}
-
-
-def snapshot(net, optimizer=None):
-    return copy.deepcopy((net.state_dict(), optimizer.state_dict() if optimizer else None))
-
-
-def equal(one, other):
-    """Whether nested dictionaries, lists and tensors are the same, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def assert_sound(net, structure):
-    for module in masked_modules(net).values():
-        inactive = ~get_mask(module)
-        check_structure(~inactive, structure, is_transposed(module))
-        assert not (module.weight * inactive).any()
-        assert module.weight.grad is None or not (module.weight.grad * inactive).any()
-
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 # ---------------------------------------------------------------------------------------------------- every method
 
 
-@pytest.mark.parametrize("drop", topology.DROP)
-@pytest.mark.parametrize("grow", topology.GROW)
-@pytest.mark.parametrize("structure", [*STRUCTURES, "redistributed"])
-def test_what_holds_at_every_step_of_every_method(drop, grow, structure):
-    place = list(topology.DROP).index(drop) + list(topology.GROW).index(grow)
-    redistribute, regrow, last = "none", topology.REGROW[place % 2], 21
-    if structure == "redistributed":
-        structure, redistribute, last = "unstructured", topology.REDISTRIBUTE[1 + place // 2 % 2], 11
+def methods():
+    """Drops, growths and structures: a Latin square, in which each meets each, and the other combinations as slow.
+
+    One update in every combination is looked at in test_topology_properties.
+    """
+    structures = [*STRUCTURES, "redistributed"]
+    for d, drop in enumerate(criteria.DROP):
+        for g, grow in enumerate(criteria.GROW):
+            for s, structure in enumerate(structures):
+                regrow, redistribute = criteria.REGROW[(d // 2 + g) % 2], "none"
+                if structure == "redistributed":
+                    structure, redistribute = "unstructured", criteria.REDISTRIBUTE[1 + d % 2]
+                marks = [] if s == (d + g) % len(structures) else pytest.mark.slow
+                yield pytest.param(drop, grow, structure, redistribute, regrow, marks=marks)
+
+
+@pytest.mark.parametrize(("drop", "grow", "structure", "redistribute", "regrow"), methods())
+def test_what_holds_at_every_step_of_every_method(drop, grow, structure, redistribute, regrow):
+    last = 21 if redistribute == "none" else 11
     fields = {"structure": structure, "redistribute": redistribute, "regrow": regrow, "drop_fraction": 0.3}
     net, optimizer, sparsifier = sparse(drop=drop, grow=grow, **fields, optimizer=sgd)
     first, moved = counts_of(net), 0
@@ -150,7 +85,7 @@ def test_what_holds_at_every_step_of_every_method(drop, grow, structure):
 
 
 @pytest.mark.parametrize("redistribute", ["gradient", "momentum"])
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 @pytest.mark.parametrize("drop", ["soft_magnitude", "global_magnitude"])
 def test_redistribution_moves_counts_but_not_the_total(redistribute, regrow, drop):
     net, optimizer, sparsifier = sparse(redistribute=redistribute, regrow=regrow, drop=drop)
@@ -321,12 +256,12 @@ def test_dense_and_fixed_groups_under_a_falling_density():
 def test_the_exponent_goes_in_a_line_over_the_window(end, monkeypatch):
     seen = {}
 
-    class Spy(topology.SparseWeight):
+    class Spy(criteria.MaskedWeight):
         def __init__(self, *args, **fields):
             super().__init__(*args, **fields)
             seen.setdefault(fields["step"], set()).add(fields["exponent"])
 
-    monkeypatch.setattr(sparsifier_module, "SparseWeight", Spy)
+    monkeypatch.setattr(sparsifier_module, "MaskedWeight", Spy)
     net, optimizer, sparsifier = sparse(drop_exponent_end=end, update_start=0.2, update_end=0.8, total_steps=50)
     list(train(net, optimizer, sparsifier, last=45))
     expected = {step: 3.0 + ((end or 3.0) - 3.0) * (step - 10) / 30 for step in range(10, 40, 5)}
@@ -371,20 +306,24 @@ def test_momentum_is_averaged_where_it_is_needed(fields, needed):
 
 
 @pytest.mark.parametrize(
-    ("fields", "stop"),  # between updates and at one
+    ("fields", "optimizer", "stop"),  # between updates and at one
     [
-        ({"grow": "momentum"}, 12),
-        ({"redistribute": "momentum", "grow": "random"}, 15),
-        ({"density_start": 0.9, "drop_exponent_end": 1.0}, 12),
-        ({"density_start": 1.0, "structure": "2:4", "grow": "momentum"}, 15),
-        ({"redistribute": "gradient", "density_start": 0.9, "drop": "global_magnitude"}, 14),
-        ({"structure": "constant_fan_in", "grow": "gradient_random", "drop": "set"}, 10),
+        ({}, adamw, 15),
+        ({}, sgd, 12),
+        ({}, rprop, 10),
+        ({}, rprop, 14),
+        ({"grow": "momentum"}, adamw, 12),
+        ({"redistribute": "momentum", "grow": "random"}, adamw, 15),
+        ({"density_start": 0.9, "drop_exponent_end": 1.0}, sgd, 12),
+        ({"density_start": 1.0, "structure": "2:4", "grow": "momentum"}, adamw, 15),
+        ({"redistribute": "gradient", "density_start": 0.9, "drop": "global_magnitude"}, adamw, 14),
+        ({"structure": "constant_fan_in", "grow": "gradient_random", "drop": "set"}, sgd, 10),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(fields, stop):
-    net, whole, sparsifier = sparse(**fields)
+def test_a_resumed_run_is_the_uninterrupted_one(fields, optimizer, stop):
+    net, whole, sparsifier = sparse(**fields, optimizer=optimizer)
     expected = list(train(net, whole, sparsifier, last=26))
-    first, before, first_sparsifier = sparse(**fields)
+    first, before, first_sparsifier = sparse(**fields, optimizer=optimizer)
     done = list(train(first, before, first_sparsifier, last=stop))
     saved = snapshot(first, before), copy.deepcopy(first_sparsifier.state_dict())
 
@@ -392,13 +331,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(fields, stop):
     second = Net()
     attach_masks(second, ["*"])
     second.load_state_dict(saved[0][0])
-    after = adamw(second)
+    after = optimizer(second)
     after.load_state_dict(saved[0][1])
     resumed = Sparsifier(second, after, sparsifier.config, 26)
     resumed.load_state_dict(saved[1])
     done += train(second, after, resumed, first=stop, last=26)
     assert done == expected
     assert any(update.grown_kept for update in done[stop:] if update)
+    if optimizer is rprop:  # what it keeps of dead weights, which binding it clears, is not 0
+        whole = after = None
     assert equal(snapshot(net, whole), snapshot(second, after))
     assert equal(sparsifier.state_dict(), resumed.state_dict())
 
@@ -426,7 +367,7 @@ def units(name, mask):
     return outputs, inputs
 
 
-@pytest.mark.parametrize("regrow", topology.REGROW)
+@pytest.mark.parametrize("regrow", criteria.REGROW)
 def test_measures_equal_slow_ones(regrow):
     net, optimizer, sparsifier = sparse(density=0.12, distribution="uniform", regrow=regrow, drop_fraction=0.3)
     net.first.weight.requires_grad_(False)
@@ -491,332 +432,6 @@ def test_a_model_without_heads_has_no_overlap():
     assert sparsifier.step().head_overlap is None
 
 
-# ------------------------------------------------------------------------------------------------------- first masks
-
-
-def linear(weight):
-    module = nn.Linear(len(weight[0]), len(weight), bias=False)
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor(weight))
-    return module
-
-
-def test_snip_by_hand():
-    # One sample x = (1, 4), wanted 1: w = (3, 0.5) gives 5, so the gradient 2 * (5 - 1) * x is (8, 32).
-    net = linear([[3.0, 0.5]])
-    loss = lambda: (net(torch.tensor([[1.0, 4.0]])) - 1).square().mean()  # noqa: E731
-    assert snip({"weight": net.weight}, loss)["weight"].tolist() == [[24, 16]]
-    draw_masks(net, SparsityConfig(density=0.5, initial_masks="snip"), loss)
-    assert get_mask(net).tolist() == [[True, False]]
-    assert net.weight.tolist() == [[3, 0]]
-    assert net.weight.grad is None
-    # x = (1, 8) gives 7 and the gradient 12 * x: 36 and 48, though 3 is still the larger weight.
-    net = linear([[3.0, 0.5]])
-    loss = lambda: (net(torch.tensor([[1.0, 8.0]])) - 1).square().mean()  # noqa: E731
-    draw_masks(net, SparsityConfig(density=0.5, initial_masks="snip"), loss)
-    assert get_mask(net).tolist() == [[False, True]]
-
-
-def test_grasp_by_hand():
-    # The same: H = 2 x x^T = ((2, 8), (8, 32)), g = (8, 32), H g = (272, 1088), w * H g = (816, 544).
-    net = linear([[3.0, 0.5]])
-    loss = lambda: (net(torch.tensor([[1.0, 4.0]])) - 1).square().mean()  # noqa: E731
-    assert grasp({"weight": net.weight}, loss)["weight"][0].tolist() == pytest.approx([816, 544], rel=1e-2)
-    # A negative weight whose removal strengthens the gradient goes, however large: w = (-3, 2), g = 2 * 4 * (1, 4).
-    net = linear([[-3.0, 2.0]])
-    loss = lambda: (net(torch.tensor([[1.0, 4.0]])) - 1).square().mean()  # noqa: E731
-    assert grasp({"weight": net.weight}, loss)["weight"][0].tolist() == pytest.approx([-816, 2176], rel=1e-2)
-    assert net.weight.tolist() == [[-3, 2]]
-    draw_masks(net, SparsityConfig(density=0.5, initial_masks="grasp"), loss)
-    assert get_mask(net).tolist() == [[False, True]]
-
-
-def test_grasp_against_the_whole_hessian():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2, bias=False)).double()
-    x, y = torch.randn(6, 4).double(), torch.randn(6, 2).double()
-    bias = net[0].bias.detach()
-
-    def loss_at(flat):
-        hidden = torch.tanh(x @ flat[:12].view(3, 4).T + bias)
-        return (hidden @ flat[12:].view(2, 3).T - y).square().mean()
-
-    flat = torch.cat([net[0].weight.detach().flatten(), net[2].weight.detach().flatten()])
-    hessian = torch.autograd.functional.hessian(loss_at, flat)
-    step = 1e-4
-    grad = torch.stack([(loss_at(flat + step * e) - loss_at(flat - step * e)) / (2 * step) for e in torch.eye(18)])
-    expected = flat * (hessian @ grad)
-    weights = {"0.weight": net[0].weight, "2.weight": net[2].weight}
-    scores = grasp(weights, lambda: (net(x) - y).square().mean())
-    torch.testing.assert_close(
-        torch.cat([score.flatten() for score in scores.values()]), expected, rtol=1e-3, atol=1e-6
-    )
-    draw_masks(net, SparsityConfig(density=0.5, initial_masks="grasp"), lambda: (net(x) - y).square().mean())
-    mask = torch.cat([mask.flatten() for mask in masks_of(net).values()])
-    assert set(mask.nonzero().flatten().tolist()) == set(expected.argsort(descending=True)[:9].tolist())
-
-
-def slow_saliency(method, net):
-    """Scores by weight name, the Hessian's product by a second backward pass."""
-    weights = {name: module.weight for name, module in masked_or_all(net).items()}
-    grads = torch.autograd.grad(loss_of(net), list(weights.values()), create_graph=True)
-    if method == "snip":
-        return {name: (weight * grad).abs().detach() for (name, weight), grad in zip(weights.items(), grads)}
-    products = torch.autograd.grad(grads, list(weights.values()), [grad.detach() for grad in grads])
-    return {name: (weight * product).detach() for (name, weight), product in zip(weights.items(), products)}
-
-
-def masked_or_all(net):
-    return {name: net.get_submodule(name.removesuffix(".weight")) for name in NAMES}
-
-
-def assert_best(scores, masks, count):
-    """The masks hold the ``count`` largest scores over all of them, which are approximate where GraSP is."""
-    score = torch.cat([scores[name].flatten() for name in masks])
-    mask = torch.cat([each.flatten() for each in masks.values()])
-    assert mask.sum() == count
-    ours, largest = score[mask].sort().values, score.sort().values[-count:]
-    torch.testing.assert_close(ours, largest, rtol=1e-3, atol=1e-3 * float(score.abs().max()))
-
-
-@pytest.mark.parametrize("method", ["snip", "grasp"])
-def test_salient_weights_of_all_tensors_compete(method):
-    torch.manual_seed(0)
-    net = Net()
-    scores, size = slow_saliency(method, net), sum(module.weight.numel() for module in masked_or_all(net).values())
-    draw_masks(net, SparsityConfig(density=0.3, initial_masks=method), lambda: loss_of(net))
-    assert_best(scores, masks_of(net), round(0.3 * size))
-    assert_sound(net, "unstructured")
-
-
-@pytest.mark.parametrize("method", ["snip", "grasp"])
-def test_salient_weights_of_a_group_compete_alone(method):
-    torch.manual_seed(0)
-    net = Net()
-    scores, size = slow_saliency(method, net), sum(module.weight.numel() for module in masked_or_all(net).values())
-    densities = {"heads.*": 0.5, "embed.*": 1.0}
-    draw_masks(net, SparsityConfig(density=0.4, densities=densities, initial_masks=method), lambda: loss_of(net))
-    masks, total = masks_of(net), round(0.4 * size)
-    alone = {"embed.weight": 192, "heads.0.weight": 192, "heads.1.weight": 192}
-    for name, count in alone.items():
-        assert_best({name: scores[name]}, {name: masks.pop(name)}, count)
-    assert_best(scores, masks, total - sum(alone.values()))
-
-
-@pytest.mark.parametrize("method", ["snip", "grasp"])
-@pytest.mark.parametrize("structure", ["2:4", "constant_fan_in"])
-def test_salient_weights_of_a_structure(method, structure):
-    torch.manual_seed(0)
-    net = Net()
-    scores = slow_saliency(method, net)
-    config = SparsityConfig(density=0.5, distribution="uniform", structure=structure, initial_masks=method)
-    draw_masks(net, config, lambda: loss_of(net))
-    assert_sound(net, structure)
-    assert counts_of(net) == target_counts(net, config)
-    for name, mask in masks_of(net).items():
-        score, mask = (each.T if name == "third.weight" else each for each in (scores[name], mask))
-        score, mask = (each.movedim(1, -1) if structure == "2:4" else each for each in (score, mask))
-        length = 4 if structure == "2:4" else score[0].numel()
-        for values, chosen in zip(score.reshape(-1, length), mask.reshape(-1, length)):
-            assert values[chosen].min() >= values[~chosen].max() - 1e-3 * score.abs().max()
-
-
-def test_saliency_leaves_no_trace():
-    torch.manual_seed(0)
-    net = Net()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    draw_masks(net, SparsityConfig(density=0.5, initial_masks="grasp"), lambda: loss_of(net))
-    assert all(parameter.grad is None for parameter in net.parameters())
-    for name, mask in masks_of(net).items():
-        assert torch.equal(net.get_parameter(name), before[name].masked_fill(~mask, 0))
-    assert torch.equal(net.heads[0].bias, before["heads.0.bias"])
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("file", ["directory", "shards", "file", "wrapped"])
-def test_masks_of_a_checkpoint(structure, file, tmp_path):
-    source = sparse(structure=structure, seed=5)[0]
-    state = {name: value.clone() for name, value in source.state_dict().items()}
-    if file == "shards":
-        for i, names in enumerate((list(state)[::2], list(state)[1::2])):
-            save_file({name: state[name] for name in names}, tmp_path / f"model-0000{i}-of-00002.safetensors")
-    else:
-        prefix = "module._orig_mod." if file == "wrapped" else ""
-        save_file({prefix + name: value for name, value in state.items()}, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors" if file == "file" else tmp_path
-    torch.manual_seed(1)
-    net = Net()
-    weights = {name: value.clone() for name, value in net.state_dict().items()}
-    config = SparsityConfig(density=0.5, structure=structure, initial_masks=str(path), update_interval=5)
-    draw_masks(net, config)
-    assert equal(masks_of(net), masks_of(source))
-    for name, mask in masks_of(net).items():
-        assert torch.equal(net.get_parameter(name), weights[name].masked_fill(~mask, 0))
-    list(train(net, optimizer := adamw(net), Sparsifier(net, optimizer, config, 26), last=11))
-    assert_sound(net, structure)
-
-
-def test_masks_of_a_checkpoint_that_do_not_fit(tmp_path):
-    source = sparse()[0]
-    state = {name: value.clone() for name, value in source.state_dict().items()}
-    missing = {name: value for name, value in state.items() if name != "second.weight_mask"}
-    cut = state | {"third.weight_mask": state["third.weight_mask"][:, :1].clone()}
-    for name, tensors in (("missing", missing), ("cut", cut), ("whole", state)):
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-    (tmp_path / "text.safetensors").write_text("no tensors")
-    (tmp_path / "empty").mkdir()
-    config = SparsityConfig(density=0.5, initial_masks=str(tmp_path))
-    for path, structure, message in (
-        (
-            "missing.safetensors",
-            "unstructured",
-            r"the mask of second\.weight is missing in .*accepted: one of \[8, 5\]",
-        ),
-        ("cut.safetensors", "unstructured", r"third\.weight has the packed shape \[24, 1\] in .*: one of \[24, 2\]"),
-        ("whole.safetensors", "2:4", r"initial_masks: embed\.weight in .*: groups hold \d to \d active weights"),
-        ("whole.safetensors", "constant_fan_in", r"initial_masks: embed\.weight in .*: groups hold \d to \d active"),
-        ("text.safetensors", "unstructured", r"initial_masks: .*text\.safetensors is no safetensors file"),
-        ("", "unstructured", r"initial_masks: .*text\.safetensors is no safetensors file"),
-        ("empty", "unstructured", r"the mask of embed\.weight is missing in .*empty"),
-    ):
-        net = Net()
-        attach_masks(net, ["*"])
-        before = snapshot(net)
-        with pytest.raises(ValueError, match=message):
-            draw_masks(net, replace(config, initial_masks=str(tmp_path / path), structure=structure))
-        assert equal(snapshot(net), before)
-
-
-@pytest.mark.parametrize("method", ["snip", "grasp"])
-def test_saliency_needs_a_loss(method):
-    with pytest.raises(ValueError, match=rf"initial_masks='{method}' needs draw_masks\(model, config, loss=\.\.\.\)"):
-        draw_masks(Net(), SparsityConfig(density=0.5, initial_masks=method))
-
-
-def test_saliency_of_a_loss_that_is_not_finite():
-    net = Net()
-    with pytest.raises(ValueError, match=r"the saliency of .*weight is not finite on this batch; accepted"):
-        draw_masks(net, SparsityConfig(density=0.5, initial_masks="snip"), lambda: loss_of(net) * math.nan)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (
-            {"initial_masks": "snap"},
-            r"initial_masks is 'snap'; accepted: grasp, random, snip.*\(did you mean 'snip'\?\)",
-        ),
-        ({"initial_masks": None}, r"initial_masks is None; accepted"),
-        ({"initial_masks": "/no/such/path"}, r"initial_masks is '/no/such/path'; accepted: .*the path of a checkpoint"),
-        (
-            {"initial_masks": "snip", "density_start": 1.0},
-            r"initial_masks is 'snip'; accepted with density_start: rand",
-        ),
-        ({"structure": "5:4"}, r"structure is '5:4'; accepted: unstructured, constant_fan_in, or N:M"),
-        (
-            {"structure": "2:4", "redistribute": "gradient"},
-            r"redistribute is 'gradient'; accepted with structure 2:4: n",
-        ),
-        ({"redistribute": "grad"}, r"redistribute is 'grad'; accepted: gradient, momentum, none"),
-        ({"density_start": 0.4}, r"density_start is 0\.4; accepted: density \(0\.5\) to 1"),
-        ({"density_start": 1.1}, r"density_start is 1\.1"),
-        ({"density_schedule": "cubik"}, r"density_schedule is 'cubik'; .*\(did you mean 'cubic'\?\)"),
-        ({"random_share": -0.1}, r"random_share is -0\.1; accepted: a number in \[0, 1\]"),
-        ({"mest_lambda": -1}, r"mest_lambda is -1; accepted: a number from 0"),
-        ({"drop_exponent_end": 0}, r"drop_exponent_end is 0; accepted: a number above 0, or None"),
-    ],
-)
-def test_bad_config(fields, message):
-    with pytest.raises(ValueError, match=message):
-        SparsityConfig(**{"density": 0.5} | fields)
-
-
-# --------------------------------------------------------------------------------------------------- first counts
-
-
-def test_flops_counts_what_a_batch_uses():
-    torch.manual_seed(0)
-    net = Net()
-    draw_masks(net, SparsityConfig(density=0.4, distribution="flops"), lambda: loss_of(net))
-    # 8 rows of 8 words: a position of a convolution's output, or a row, is one use.
-    uses = {"embed": 0, "first": 64, "second": 8 * 3 * 8, "third": 8, "heads.0": 8, "heads.1": 8}
-    uses = {f"{name}.weight": count for name, count in uses.items()}
-    assert weight_uses(masked_modules(net), lambda: loss_of(net)) == uses
-    counts = counts_of(net)
-    assert get_mask(net.embed).all()
-    assert sum(counts.values()) == round(0.4 * sum(module.weight.numel() for module in masked_modules(net).values()))
-    open_ones = [n for n, module in masked_modules(net).items() if counts[n] < module.weight.numel() and uses[n]]
-    assert len(open_ones) >= 3
-    for one, other in itertools.combinations(open_ones, 2):
-        assert abs(counts[one] * uses[one] - counts[other] * uses[other]) < uses[one] + uses[other]
-
-
-def test_flops_of_a_module_that_is_used_twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False)
-
-        def forward(self, x):
-            return self.b(self.a(self.a(x)))
-
-    net = Twice()
-    draw_masks(net, SparsityConfig(density=0.3, distribution="flops"), lambda: net(torch.ones(5, 40)).sum())
-    assert counts_of(net) == {"a.weight": 320, "b.weight": 640}
-
-
-def test_flops_of_convolutions_needs_a_batch():
-    with pytest.raises(ValueError, match=r"distribution flops needs to know how often first\.weight is used; accepted"):
-        draw_masks(Net(), SparsityConfig(density=0.5, distribution="flops"))
-    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 20))
-    draw_masks(net, SparsityConfig(density=0.6, distribution="flops"))
-    assert counts_of(net) == {"0.weight": 80, "1.weight": 64}
-
-
-REFUSED = [
-    ({"structure": "2:4", "density": 0.4}, r"structure 2:4 has density 0\.5 in every tensor; density is 0\.4 and dens"),
-    ({"structure": "2:4", "densities": {"embed.*": 1.0}}, r"structure 2:4 has density 0\.5 .*; accepted: density 0\.5"),
-    ({"structure": "1:3", "density": 0.333}, r"structure 1:3 needs input dimensions divisible by 3; one is 8, of a"),
-    ({"structure": "2:16"}, r"structure 2:16 needs input dimensions divisible by 16; one is 8, of a weight \[24, 8\]"),
-    ({"structure": "constant_fan_in", "density": 0.01},
-     r"the density of .*weight \[.*\] leaves \d+ weights for \d+ groups; accepted: at least one each, density 0\.\d+"),
-    ({"densities": {"decoder.*": 0.5}}, r"densities: the pattern 'decoder\.\*' fits none of the 6 weights"),
-    ({"densities": {"embed.*": 1.0, "heads.*": 1.0}, "density": 0.2}, r"densities: the fixed groups take 960 of the"),
-    ({"initial_masks": "snip"}, r"initial_masks='snip' needs"),
-    ({"distribution": "flops"}, r"distribution flops needs to know how often first\.weight is used"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("fields", "message"), REFUSED)
-def test_a_refused_config_leaves_the_masks(fields, message):
-    net = sparse()[0]
-    before = snapshot(net)
-    with pytest.raises(ValueError, match=message):
-        draw_masks(net, SparsityConfig(**{"density": 0.5} | fields))
-    assert equal(snapshot(net), before)
-
-
-@pytest.mark.parametrize(("fields", "message"), REFUSED)
-def test_a_refused_config_leaves_a_fresh_model(fields, message):
-    net = Net()
-    before = snapshot(net)
-    with pytest.raises(ValueError, match=message):
-        draw_masks(net, SparsityConfig(**{"density": 0.5} | fields))
-    assert equal(snapshot(net), before)
-
-
-@pytest.mark.parametrize("structure", ["2:4", "1:4", "1:2", "4:4", "3:8"])
-def test_counts_of_n_of_m(structure):
-    n, m = map(int, structure.split(":"))
-    net = Net()
-    attach_masks(net, [name for name in NAMES if name != "second.weight" or m <= 4])
-    config = SparsityConfig(density=n / m, structure=structure)
-    for name, count in target_counts(net, config).items():
-        assert count == net.get_parameter(name).numel() * n // m
-    for name, count in target_counts(net, config, 0.9).items():
-        assert count == net.get_parameter(name).numel() * max(n, round(0.9 * m)) // m
-
-
 # ------------------------------------------------------------------------------------------------------ optimizers
 
 
@@ -868,7 +483,7 @@ def test_dead_weights_stay_at_zero(name, grow):
 
 def distances(second_moments, monkeypatch):
     """How far grown weights and old active ones move in 50 Adam steps under gradients that are noise."""
-    monkeypatch.setattr(sparsifier_module, "_SECOND_MOMENTS", second_moments)
+    monkeypatch.setattr(optimizer_state, "_SECOND_MOMENTS", second_moments)
     net = nn.Linear(120, 100, bias=False)
     config = SparsityConfig(
         density=0.5, drop="magnitude", regrow="forbid", drop_schedule="constant", update_interval=600
@@ -891,7 +506,7 @@ def distances(second_moments, monkeypatch):
 
 
 def test_noise_does_not_move_grown_weights_much_further(monkeypatch):
-    assert distances(sparsifier_module._SECOND_MOMENTS, monkeypatch) < 1.5
+    assert distances(optimizer_state._SECOND_MOMENTS, monkeypatch) < 1.5
     assert distances((), monkeypatch) > 1.5  # what it is for: with a second moment of 0
 
 

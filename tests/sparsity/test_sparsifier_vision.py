@@ -9,7 +9,9 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules
-from nt_hf.sparsity.sparsifier import Sparsifier, SparsityConfig, draw_masks, target_counts
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
+from nt_hf.sparsity.sparsifier import Sparsifier
 
 STEPS, KINDS = 50, 4
 
@@ -93,23 +95,29 @@ def equal(one, other):
 # ----------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"distribution": "uniform"},
-        {"distribution": "er", "drop": "magnitude", "grow": "random", "regrow": "forbid"},
-        {"distribution": "erk"},
-        {"distribution": "flops", "drop": "set", "grow": "gradient_random"},
-        {"initial_masks": "snip", "drop": "global_magnitude", "redistribute": "momentum"},
-        {"initial_masks": "grasp", "drop": "taylor"},
-        {"density_start": 1.0, "drop": "mest"},
-        {"structure": "constant_fan_in"},
-        {"structure": "2:4", "density": 0.5},
-        {"update_interval": 0},
-    ],
-    ids=lambda fields: "-".join(map(str, fields.values())),
-)
+METHODS = [
+    {"distribution": "uniform"},
+    {"distribution": "er", "drop": "magnitude", "grow": "random", "regrow": "forbid"},
+    {"distribution": "erk"},
+    {"distribution": "flops", "drop": "set", "grow": "gradient_random"},
+    {"initial_masks": "snip", "drop": "global_magnitude", "redistribute": "momentum"},
+    {"initial_masks": "grasp", "drop": "taylor"},
+    {"density_start": 1.0, "drop": "mest"},
+    {"structure": "constant_fan_in"},
+    {"structure": "2:4", "density": 0.5},
+    {"update_interval": 0},
+]
+
+
+def cases():
+    """Every method on one of the models in turn, structures on both; the other combinations are slow."""
+    for i, fields in enumerate(METHODS):
+        for m, name in enumerate(MODELS):
+            marks = [] if i % 2 == m or "structure" in fields else pytest.mark.slow
+            yield pytest.param(name, fields, marks=marks, id="-".join(map(str, (name, *fields.values()))))
+
+
+@pytest.mark.parametrize(("name", "fields"), cases())
 def test_what_holds_at_every_step(name, fields):
     if fields.get("structure") == "2:4":
         fields = fields | {"exclude": [STEM[name]]}
@@ -186,11 +194,6 @@ def test_distributions(name, distribution):
     assert all(abs(active[key] - scale * shares[key]) < 1.5 for key in partial)
     assert all(scale * shares[key] > active[key] - 1.5 for key in active)
     assert sum(active.values()) == round(0.2 * sum(mask.numel() for mask in masks_of(model).values()))
-
-
-def test_flops_of_convolutions_need_a_batch():
-    with pytest.raises(ValueError, match=r"distribution flops needs to know how often resnet\.\S* is used; accepted"):
-        draw_masks(fresh("resnet"), SparsityConfig(density=0.3, distribution="flops"))
 
 
 @pytest.mark.parametrize(

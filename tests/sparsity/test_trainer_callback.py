@@ -22,7 +22,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules
-from nt_hf.sparsity.sparsifier import SparsityConfig, draw_masks, target_counts
+from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.first_masks import draw_masks, target_counts
 from nt_hf.sparsity.trainer_callback import STATE_FILE, SparsityCallback
 
 VOCABULARY = 64

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from processes import finish, wait_for
-from recipe_runs import call, of, pretrain, start, train
+from recipe_runs import call, of, start, train
 from safetensors.torch import load_file
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.models.masks import check_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
-from nt_hf.training import checkpoint as training_checkpoint
-from nt_hf.training import loop as training
-from nt_hf.training.checkpoint import find_checkpoints, find_damage
-from nt_hf.training.loop import EXIT_PREEMPTED
+from nt_hf.training import manifest
+from nt_hf.training import run as training_run
+from nt_hf.training.manifest import find_checkpoints, find_damage
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 SAVES_OFTEN = ("--train.save_steps", 3, "--train.keep", 2)
 
@@ -34,7 +35,7 @@ def names(run_dir: Path) -> list[str]:
 
 def require_same_result(run_dir: Path, whole: Path) -> None:
     """The run's metrics and its last weights, masks and optimizer state are bit for bit those of the other one."""
-    records, expected = (training.read_metrics(path / "metrics.jsonl") for path in (run_dir, whole))
+    records, expected = (read_metrics(path / "metrics.jsonl") for path in (run_dir, whole))
     keys = ("step", "tokens", "head_losses", "lr", "grad_norm", "epoch")
     assert of(records, "train", *keys) == of(expected, "train", *keys)
     keys = ("step", "dropped", "grown", "grown_kept", "density", "density_by_group", "ever_active")
@@ -108,7 +109,7 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, number):
 
 @pytest.mark.parametrize("step", [0, 6, 12])
 def test_a_signal_during_an_evaluation_loses_neither_step_nor_evaluation(config, whole, tmp_path, monkeypatch, step):
-    evaluate = pretrain.evaluate
+    evaluate = training_run.evaluate
     calls = iter((0, 6, 12))
 
     def interrupted(*args, **kwargs):
@@ -117,7 +118,7 @@ def test_a_signal_during_an_evaluation_loses_neither_step_nor_evaluation(config,
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(pretrain, "evaluate", interrupted)
+        patch.setattr(training_run, "evaluate", interrupted)
         train(config, tmp_path / "run", *SAVES_OFTEN)
     if step:
         assert names(tmp_path / "run")[-1] == f"checkpoint-{step}"
@@ -198,7 +199,7 @@ def test_without_an_intact_checkpoint_nothing_is_begun(config, whole, tmp_path):
     for path in find_checkpoints(tmp_path / "run"):
         (path / "model.safetensors").unlink()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"checkpoint-9/model.safetensors is damaged \(missing.*begin anew in another"):
+    with pytest.raises(ValueError, match=r"checkpoint-9/model.safetensors is damaged \(missing.*start again in"):
         train(config, tmp_path / "run", *SAVES_OFTEN)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -214,7 +215,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(config, whole, tmp_path):
 def test_old_checkpoints_go_when_a_newer_one_is_verified(config, tmp_path, monkeypatch, caplog):
     train(config, tmp_path / "run", "--train.save_steps", 3, "--train.keep", 1)
     assert names(tmp_path / "run") == ["checkpoint-12"]
-    monkeypatch.setattr(training_checkpoint, "sync", lambda path: damage(path) if path.name == "config.json" else None)
+    monkeypatch.setattr(manifest, "sync", lambda path: damage(path) if path.name == "config.json" else None)
     with caplog.at_level(logging.WARNING):
         train(config, tmp_path / "other", "--train.save_steps", 6, "--train.keep", 1)
     # The disk changes each file behind the program's back: so no checkpoint is deleted.
@@ -222,7 +223,7 @@ def test_old_checkpoints_go_when_a_newer_one_is_verified(config, tmp_path, monke
     assert "older checkpoints stay" in caplog.text
 
 
-@pytest.mark.parametrize("where", ["save_file", "sync", "yaml.safe_dump", "os.rename"])
+@pytest.mark.parametrize("where", ["checkpoint.save_file", "manifest.sync", "yaml.safe_dump", "checkpoint.os.rename"])
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(config, whole, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(8, die, patch)
@@ -235,7 +236,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(config, whole, tmp_path
         if where == "yaml.safe_dump":  # the run's own configuration is written by then
             at_step(9, lambda: patch.setattr("yaml.safe_dump", full), patch)
         else:
-            patch.setattr(f"nt_hf.training.checkpoint.{where}", full)
+            patch.setattr(f"nt_hf.training.{where}", full)
         train(config, tmp_path / "run", *SAVES_OFTEN)
     assert names(tmp_path / "run") == ["checkpoint-3", "checkpoint-6"]
     assert not list((tmp_path / "run").glob(".partial*"))

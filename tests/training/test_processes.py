@@ -13,11 +13,11 @@ from recipe_runs import of, start, train
 from safetensors.torch import load_file
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
-from nt_hf.data.prepared import prepare
+from nt_hf.data.prepare import prepare
 from nt_hf.data.streams import load_tokenizer
 from nt_hf.models.masks import check_masks, count_active
-from nt_hf.training import loop as training
-from nt_hf.training.checkpoint import find_checkpoints, find_damage
+from nt_hf.training.manifest import find_checkpoints, find_damage
+from nt_hf.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -35,7 +35,7 @@ def train_on(processes: int, config: Path, run_dir: Path, *overrides: object, **
     """Runs the recipe on some processes; returns its metrics."""
     codes = finish(start(processes, "--config", config, "--output_dir", run_dir, *overrides, **environment))
     assert codes == [0] * processes
-    return training.read_metrics(run_dir / "metrics.jsonl")
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def masks_of(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def single(config, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("processes", "environment"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)])
 def test_several_processes_train_as_one(config, single, tmp_path, processes, environment):
-    one = training.read_metrics(single / "metrics.jsonl")
+    one = read_metrics(single / "metrics.jsonl")
     many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
     for key in ("head_losses", "grad_norm"):
         pairs = list(zip(of(one, "train", key), of(many, "train", key)))
@@ -82,9 +82,9 @@ def test_several_processes_train_as_one(config, single, tmp_path, processes, env
     assert not find_damage(last) and not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(last))
     shards = len(list((last / "training_state").glob("state-*.safetensors")))
     assert shards == (processes if environment else 1)
-    theirs = find_checkpoints(single)[-1]
-    assert {path.name for path in last.iterdir()} == {path.name for path in theirs.iterdir()}
-    assert (last / "config.json").read_text() == (theirs / "config.json").read_text()  # auto_map and all
+    expected = find_checkpoints(single)[-1]
+    assert {path.name for path in last.iterdir()} == {path.name for path in expected.iterdir()}
+    assert (last / "config.json").read_text() == (expected / "config.json").read_text()  # auto_map and all
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP2])
@@ -112,12 +112,12 @@ def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path
     moved = train_on(then[0], config, tmp_path / "run", *settings, **then[1])
     pairs = list(zip(of(moved, "train", "step", "head_losses"), of(expected, "train", "step", "head_losses")))
     assert len(pairs) == 40
-    for (step, ours), (same_step, theirs) in pairs:
-        assert step == same_step and ours == pytest.approx(theirs, rel=1e-3)
+    for (step, losses), (same_step, expected_losses) in pairs:
+        assert step == same_step and losses == pytest.approx(expected_losses, rel=1e-3)
     assert jaccard(masks_of(tmp_path / "single"), masks_of(tmp_path / "run")) >= 0.999
 
 
-def test_text_is_dealt_anew_to_another_number_of_processes(config, tmp_path):
+def test_text_is_dealt_again_to_another_number_of_processes(config, tmp_path):
     train_on(2, config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-12")
     records = train_on(4, config, tmp_path / "run", "--train.micro_batch_size", 1)

@@ -1,4 +1,4 @@
-"""recipes/pretrain_c4.py as a user runs it, on a tiny model and the embedded sample."""
+"""Training as a user runs it, on a tiny model and the embedded sample."""
 
 import importlib.util
 import json
@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
-from recipe_runs import call, of, pretrain, train
+from recipe_runs import call, of, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import tokenizer as train_tokenizer
 from nt_hf.data.streams import TokenBatches, load_tokenizer
 from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
 from nt_hf.models.masks import check_masks, count_active, masked_modules, overall_density, unpack_mask
-from nt_hf.training import checkpoint as training_checkpoint
-from nt_hf.training import loop as training
+from nt_hf.training import run as training_run
+from nt_hf.training.batches import limited
+from nt_hf.training.manifest import find_checkpoints
+from nt_hf.training.metrics import read_metrics
+from nt_hf.training.run_log import flat_numbers
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "small.jsonl"
@@ -49,12 +52,12 @@ def test_the_run_directory_is_complete(run):
     assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "run.yaml", "sparsity.json"}
     assert files >= {"modeling_neurotrails_llama.py", "configuration_neurotrails_llama.py", "masks.py"}
     card = (run / "checkpoint-12" / "README.md").read_text()
-    last = training.read_metrics(run / "metrics.jsonl")[-1]
+    last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["event"] == "eval" and f"{last['perplexity']:.2f}" in card
 
 
 def test_metrics_say_what_they_should(run):
-    records = training.read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run / "metrics.jsonl")
     trains = [record for record in records if record["event"] == "train"]
     assert [record["step"] for record in trains] == list(range(1, 13))
     assert all(record["tokens"] == record["step"] * 4 * 32 for record in trains)
@@ -98,8 +101,8 @@ def test_perplexity_of_the_checkpoint_is_that_of_the_run(run):
     path = run / "checkpoint-12"
     rows = TokenBatches("sample:validation", load_tokenizer(str(path)), batch_size=2, sequence_length=32, epochs=1)
     model = load_for_evaluation(path)
-    result = evaluate(model, training.limited(rows, 500, stop=lambda: False, multiple=2)).to_dict()
-    last = training.read_metrics(run / "metrics.jsonl")[-1]
+    result = evaluate(model, limited(rows, 500, stop=lambda: False, multiple=2)).to_dict()
+    last = read_metrics(run / "metrics.jsonl")[-1]
     assert result["tokens"] == last["tokens"] and overall_density(model) == last["density"]
     for key in ("head_perplexities", "disagreement", "perplexity"):
         assert result[key] == pytest.approx(last[key], rel=1e-6)
@@ -121,7 +124,7 @@ def exact_masks(checkpoint: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_the_demo_shows_what_it_should(tmp_path):
     command = ["--data", "sample:train", "--vocab_size", "2048", "--output", str(tmp_path / "tokenizer")]
-    call(script("recipes/train_tokenizer.py").main, *command)
+    call(train_tokenizer.main, *command)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     demo = ROOT / "recipes" / "configs" / "demo.yaml"
@@ -142,7 +145,7 @@ def test_a_finished_run_is_only_reported_again(config, run, caplog):
 
 def test_old_checkpoints_go_when_newer_ones_are_complete(config, tmp_path):
     train(config, tmp_path / "run", "--train.save_steps", 3, "--train.keep", 1)
-    assert [path.name for path in training_checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-12"]
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-12"]
 
 
 def test_a_bf16_checkpoint_is_half_as_large_and_keeps_its_masks(config, run, tmp_path):
@@ -222,7 +225,7 @@ def test_a_mask_that_lacks_the_declared_structure_is_refused(config, tmp_path):
 def test_trackers(config, tmp_path):
     train(config, tmp_path / "run", "--log_with", "tensorboard")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
-    assert dict(pretrain.numbers("eval", {"a": 1, "b": [2.5, None], "c": {"x": 3}, "d": "text"})) == {
+    assert dict(flat_numbers("eval", {"a": 1, "b": [2.5, None], "c": {"x": 3}, "d": "text"})) == {
         "eval/a": 1, "eval/b/0": 2.5, "eval/c/x": 3
     }  # fmt: skip
 
@@ -261,13 +264,13 @@ def test_training_from_local_files_needs_neither_datasets_nor_lm_eval(config, tm
         (("--sparsity.structure", "4:2"), "accepted: unstructured, constant_fan_in, or N:M with 1 <= N <= M"),
         (("--sparsity.structure", "2:4", "--sparsity.density", 0.6), "structure 2:4 has density 0.5 in every tensor"),
         (("--sparsity.structure", "3:6"), "needs input dimensions divisible by 6; one is 32"),
-        (("--sparsity.initial_masks", "no/such"), "accepted: grasp, random, snip, the path of a checkpoint"),
+        (("--sparsity.initial_masks", "no/such"), "accepted is random, snip, grasp, the path of a checkpoint"),
         (("--data.train", "no/such/*.jsonl"), "no/such"),
         (("--data.validation", "no/such/*.jsonl"), "no/such"),
         (("--data.tokenizer", "no/such"), "no/such"),
         (("--train.batch_size", 5), "batch_size=5"),
         (("--model.num_attention_heads", 0), "num_attention_heads=0"),
-        (("--resume", "no/such"), "accepted are auto, never, or a checkpoint"),
+        (("--resume", "no/such"), "accepted is auto, never, or a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(config, tmp_path, overrides, message):
@@ -304,13 +307,14 @@ def test_the_command_ends_with_one_line_and_a_failure(config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_broken(config, tmp_path, monkeypatch):
-    rate = training.learning_rate
-    monkeypatch.setattr(pretrain, "learning_rate", lambda step, train: rate(step, train) * (1e30 if step == 7 else 1))
+    rate = training_run.learning_rate
+    too_high = lambda step, train: rate(step, train) * (1e30 if step == 7 else 1)  # noqa: E731
+    monkeypatch.setattr(training_run, "learning_rate", too_high)
     with pytest.raises(FloatingPointError, match=r"not finite at step (9|10); the last good .*checkpoint-6"):
         train(config, tmp_path / "run", "--sparsity.update_interval", 5)
     with pytest.raises(FloatingPointError, match=r"not finite at step 8; .*checkpoint-6"):  # before it is saved
         train(config, tmp_path / "run", "--sparsity.update_interval", 5, "--train.save_steps", 8)
-    assert [path.name for path in training_checkpoint.find_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert not check_masks(NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-6"))
 
 

@@ -15,20 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
 from processes import SERVER, finish, wait_for
-from recipe_runs import call, of, pretrain, start, train
+from recipe_runs import call, of, start, train
 from safetensors import SafetensorError
 
 from experiments.suite import load_suite
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import prepare, tokenizer
 from nt_hf.cli.program import run as run_program
+from nt_hf.cli.train import main
 from nt_hf.config import TrainConfig, load_run_config, parse_overrides, read_yaml
 from nt_hf.files import LockedError, only_writer, write_whole
-from nt_hf.training import checkpoint as training_checkpoint
-from nt_hf.training import loop as training
+from nt_hf.training.batches import limited
 from nt_hf.training.launch import start_processes
-from nt_hf.training.loop import learning_rate, limited
+from nt_hf.training.manifest import find_checkpoints, find_damage
+from nt_hf.training.optimizer import learning_rate
+from nt_hf.training.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +107,7 @@ def test_numbers_count_wherever_one_is_expected():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.seed": "-1"}, "train.seed=-1: accepted is 0 to 4294967295"),
+        ({"train.seed": "-1"}, "train.seed=-1: accepted is a whole number from 0 to 4294967295"),
         ({"train.seed": "abc"}, "train.seed='abc': accepted is a whole number"),
         ({"train.betas": "[0.9, x]"}, "train.betas[1]='x': accepted is a finite number"),
     ],
@@ -240,10 +242,10 @@ def test_signals_to_all_processes_leave_the_loader_alive(config, tmp_path):
     wait_for(run_dir / "metrics.jsonl", '"step": 4')
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == training.EXIT_PREEMPTED, errors
+    assert process.returncode == EXIT_PREEMPTED, errors
     assert "Traceback" not in errors and "the same command continues from" in errors
-    (checkpoint,) = training_checkpoint.find_checkpoints(run_dir)
-    assert not training_checkpoint.find_damage(checkpoint)
+    (checkpoint,) = find_checkpoints(run_dir)
+    assert not find_damage(checkpoint)
 
 
 def test_a_dead_loader_worker_is_one_line(config, tmp_path, capsys, monkeypatch):
@@ -251,7 +253,7 @@ def test_a_dead_loader_worker_is_one_line(config, tmp_path, capsys, monkeypatch)
     worker_init, arguments = training_killer, ["--config", config, "--output_dir", tmp_path / "run"]
     monkeypatch.setattr("nt_hf.data.streams._leave_signals_to_parent", worker_init)
     with pytest.raises(SystemExit) as caught:
-        run_program(lambda: call(pretrain.main, *arguments, "--data.num_workers", 1))
+        run_program(lambda: call(main, *arguments, "--data.num_workers", 1))
     message = str(caught.value)
     assert message.startswith("error: DataLoader worker (pid") and message.endswith("fewer data.num_workers need less")
     assert "\n" not in message
@@ -263,7 +265,7 @@ def training_killer(_: int) -> None:
 
 FORKED = """
 import sys
-from nt_hf.data import TokenBatches, load_tokenizer, read_texts, tokenize
+from nt_hf.data.streams import TokenBatches, load_tokenizer, read_texts, tokenize
 tokenizer = load_tokenizer(sys.argv[1])
 tokenize(list(read_texts("sample:train"))[:200], tokenizer)
 batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
@@ -298,7 +300,7 @@ def full_text(*_, **__):
 @pytest.mark.parametrize(
     ("where", "error", "name"),
     [
-        ("nt_hf.training_checkpoint.save_file", full, r"training_state/state-00001-of-00001.safetensors"),
+        ("nt_hf.training.checkpoint.save_file", full, r"training_state/state-00001-of-00001.safetensors"),
         ("transformers.modeling_utils.safe_save_file", full, r"model.safetensors"),
         ("pathlib.Path.write_text", full_text, r"config.json"),
     ],
@@ -363,10 +365,8 @@ def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
 
 def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
     """C7"""
-    prepare = script("recipes/prepare_c4.py").main
-    trained = script("recipes/train_tokenizer.py").main
     with only_writer(tmp_path / "there"):
-        for main in (prepare, trained):
+        for main in (prepare.main, tokenizer.main):
             with pytest.raises(LockedError, match="there: another process writes there"):
                 call(main, "--data", "sample:validation", "--output", tmp_path / "there")
 

@@ -15,22 +15,15 @@ from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifie
 from nt_hf.config import TrainConfig, load_run_config
 from nt_hf.data.streams import load_tokenizer, pad_rows
 from nt_hf.models.masks import masked_modules
-from nt_hf.plan.planner import forward_flops_per_token, peak_tflops, training_flops_per_token
-from nt_hf.sparsity.sparsifier import target_counts
-from nt_hf.training.checkpoint import find_checkpoints, find_resume
-from nt_hf.training.loop import (
-    HostCopy,
-    Metrics,
-    accumulation_steps,
-    compile_blocks,
-    count_targets,
-    grouped,
-    learning_rate,
-    limited,
-    make_optimizer,
-    read_metrics,
-    to_device,
-)
+from nt_hf.plan.flops import forward_flops_per_token, training_flops_per_token
+from nt_hf.plan.hardware import peak_tflops
+from nt_hf.sparsity.first_masks import target_counts
+from nt_hf.training.batches import count_targets, grouped, limited, to_device
+from nt_hf.training.device import HostCopy, compile_blocks
+from nt_hf.training.manifest import find_checkpoints
+from nt_hf.training.metrics import Metrics, read_metrics
+from nt_hf.training.optimizer import learning_rate, make_optimizer
+from nt_hf.training.resume import find_resume
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 SHAPE = {
@@ -78,10 +71,10 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"sparsity.densty": "0.5"}, "unknown key --sparsity.densty: did you mean density?"),
         ({"model.num_heads": "2"}, "did you mean num_"),
         ({"data.tokeniser": "x"}, "did you mean tokenizer?"),
-        ({"train.zzzz": "1"}, "accepted are max_steps, batch_size"),
-        ({"train": "1"}, "accepted are keys of the form --section.key"),
+        ({"train.zzzz": "1"}, "accepted is max_steps, batch_size"),
+        ({"train": "1"}, "accepted is --section.key"),
         ({"train.max_steps": "many"}, "train.max_steps='many': accepted is a whole number"),
-        ({"train.max_steps": "0"}, "train.max_steps=0: accepted is 1 or more"),
+        ({"train.max_steps": "0"}, "train.max_steps=0: accepted is a whole number from 1"),
         ({"train.max_steps": "true"}, "train.max_steps=True: accepted is a whole number"),
         ({"train.warmup_ratio": "1"}, "train.warmup_ratio=1.0: accepted is a share of the run in [0, 1)"),
         ({"train.betas": "[a, b]"}, "train.betas[0]='a': accepted is a finite number"),
@@ -89,11 +82,11 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"train.eps": "0"}, "train.eps=0.0: accepted is a number above 0"),
         ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
         ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
-        ({"train.precision": "fp16"}, "train.precision='fp16': accepted is auto, fp32, bf16"),
+        ({"train.precision": "fp16"}, "train.precision='fp16': accepted is auto, fp32, bf16 (did you mean bf16?)"),
         ({"train.matmul_precision": "low"}, "train.matmul_precision='low': accepted is highest, high, medium"),
-        ({"train.weight_decay": "0.1"}, "train.weight_decay=0.1: accepted is 0, or a positive number with optimizer"),
-        ({"sparsity.density": "0"}, r"sparsity.density .*0.*\(0, 1\]"),
-        ({"sparsity.density": "1.5"}, r"sparsity.density .*1.5.*\(0, 1\]"),
+        ({"train.weight_decay": "0.1"}, "train.weight_decay=0.1: accepted is 0, or a number above 0 with optimizer"),
+        ({"sparsity.density": "0"}, r"sparsity.density=0.*\(0, 1\]"),
+        ({"sparsity.density": "1.5"}, r"sparsity.density=1.5.*\(0, 1\]"),
         ({"sparsity.drop": "magnitud"}, "magnitude"),
         ({"sparsity.grow": "grad"}, "gradient"),
         ({"sparsity.distribution": "er_k"}, "erk"),
@@ -171,6 +164,66 @@ def test_the_papers_sizes_and_larger_ones(name, hidden, inner, attention, depth,
     )
 
 
+SMALL = {"sequence_length": 256, "batch_size": 512, "gradient_checkpointing": False, "max_grad_norm": None}
+LARGE = {"gradient_checkpointing": True, "max_grad_norm": 1.0}
+SETTINGS = {
+    "9m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.003},
+    "20m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.003},
+    "60m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.002},
+    "130m": SMALL | {"max_steps": 11112, "micro_batch_size": 64, "learning_rate": 0.0015},
+    "350m": SMALL | {"max_steps": 22223, "micro_batch_size": 64, "learning_rate": 0.001},
+    "1b": LARGE | {"sequence_length": 1024, "batch_size": 512, "max_steps": 56000, "micro_batch_size": 4,
+                   "learning_rate": 0.0005},
+    "7b": LARGE | {"sequence_length": 2048, "batch_size": 1024, "max_steps": 71112, "micro_batch_size": 2,
+                   "learning_rate": 0.0003},
+}  # fmt: skip
+
+
+def test_the_sizes_differ_in_these_settings_and_in_no_others():
+    base = load_run_config([CONFIGS / "paper.yaml"])
+    assert dataclasses.replace(base.sparsity, density=1.0) == SparsityConfig(density=1.0)  # the library's defaults
+    assert base.sparsity.density == 0.9
+    for name, settings in SETTINGS.items():
+        config = load_run_config([name])
+        expected = copy.deepcopy(base)
+        for key, value in settings.items():
+            setattr(expected.data if hasattr(expected.data, key) else expected.train, key, value)
+        assert (config.data, config.sparsity, config.train) == (expected.data, expected.sparsity, expected.train), name
+
+
+def test_a_configuration_is_found_by_its_name_or_path(tmp_path, monkeypatch):
+    assert load_run_config(["demo"]) == load_run_config([CONFIGS / "demo.yaml"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a directory of this name is not meant
+    assert load_run_config(["demo", "treenet"]).sparsity.density == 1.0
+    (tmp_path / "own.yaml").write_text("train: {max_steps: 7}")
+    assert load_run_config(["own.yaml"]).train.max_steps == 7
+    with pytest.raises(
+        ValueError, match=r"^configuration demmo: accepted is a YAML file, or one of the names 130m, 1b"
+    ):
+        load_run_config(["demmo"])
+
+
+def test_a_file_lies_over_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text("train: {max_steps: 7, seed: 1}\nmodel: {hidden_size: 32}")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "above.yaml"
+    path.write_text("base: ../below.yaml\ntrain: {max_steps: 8}")
+    config = load_run_config([path], {"train.log_steps": "3"})
+    assert (config.train.max_steps, config.train.seed, config.train.log_steps) == (8, 1, 3)
+    assert config.model == {"hidden_size": 32} and "base" not in config.to_dict()
+    path.write_text("base: 60m\ntrain: {max_steps: 8}")  # by its name
+    assert load_run_config([path]).model == load_run_config(["60m"]).model
+    for text, message in (
+        ("base: nothing", "configuration nothing: accepted is a YAML file, or one of the names"),
+        ("base: [a]", r"above.yaml: base=\['a'\]: accepted is a text"),
+        ("base: above.yaml", r"above.yaml: base='above.yaml': accepted is a file that does not lie over this one"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_run_config([path])
+
+
 @pytest.mark.parametrize("name", ["dense", "treenet", "full_ensemble"])
 def test_the_baselines_are_laid_over_any_size(name):
     config = load_run_config([CONFIGS / "60m.yaml", CONFIGS / f"{name}.yaml"])
@@ -203,13 +256,13 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor():
     [(8, None, 1, (8, 1)), (8, None, 4, (2, 1)), (8, 2, 1, (2, 4)), (8, 2, 2, (2, 2)), (512, 64, 8, (64, 1))],
 )
 def test_a_batch_is_split_into_passes(batch, micro, processes, expected):
-    assert accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes) == expected
+    assert TrainConfig(batch_size=batch, micro_batch_size=micro).accumulation_steps(processes) == expected
 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(8, 3, 1), (8, 8, 2), (8, None, 3)])
 def test_a_batch_that_does_not_divide_is_refused(batch, micro, processes):
-    with pytest.raises(ValueError, match=f"batch_size={batch}: accepted are multiples"):
-        accumulation_steps(TrainConfig(batch_size=batch, micro_batch_size=micro), processes)
+    with pytest.raises(ValueError, match=f"batch_size={batch}: accepted is a multiple"):
+        TrainConfig(batch_size=batch, micro_batch_size=micro).accumulation_steps(processes)
 
 
 def test_groups_and_targets():
@@ -247,7 +300,7 @@ def test_checkpoints_are_found_and_chosen(tmp_path):
         find_resume(str(tmp_path / "checkpoint-5"), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         find_resume("never", tmp_path)
-    with pytest.raises(ValueError, match="accepted are auto, never, or a checkpoint"):
+    with pytest.raises(ValueError, match="accepted is auto, never, or a checkpoint"):
         find_resume(str(tmp_path / "model"), tmp_path)
 
 
@@ -316,12 +369,12 @@ def test_compiled_blocks_share_one_graph_that_outlives_topology_updates():
     compile_blocks(compiled)
     batch = token_ids()[:160].view(4, 40)
     losses = {}
-    for name, each in {"eager": eager, "compiled": compiled}.items():
-        optimizer = torch.optim.Adam(each.parameters(), lr=1e-3)
-        sparsifier = Sparsifier(each, optimizer, SparsityConfig(density=0.5, update_interval=2), total_steps=100)
+    for name, variant in {"eager": eager, "compiled": compiled}.items():
+        optimizer = torch.optim.Adam(variant.parameters(), lr=1e-3)
+        sparsifier = Sparsifier(variant, optimizer, SparsityConfig(density=0.5, update_interval=2), total_steps=100)
         losses[name] = []
         for _ in range(5):
-            output = each(batch, labels=batch, use_cache=False)
+            output = variant(batch, labels=batch, use_cache=False)
             output.loss.backward()
             assert (sparsifier.step() is not None) == (sparsifier.steps % 2 == 0)
             optimizer.step()
@@ -345,11 +398,13 @@ def test_learning_rate_factors_make_groups_and_the_last_fitting_glob_decides():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     factors = {"*.layers.*": 0.25, "model.layers.*": 0.5}
     optimizer = make_optimizer(model, TrainConfig(learning_rate_factors=factors))
-    found = {names[id(p)]: group["learning_rate_factor"] for group in optimizer.param_groups for p in group["params"]}
-    assert found.keys() == set(names.values())
-    for name, factor in found.items():
+    factor_of = {
+        names[id(p)]: group["learning_rate_factor"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert factor_of.keys() == set(names.values())
+    for name, factor in factor_of.items():
         assert factor == (0.5 if name.startswith("model.layers.") else 0.25 if ".layers." in name else 1.0), name
     with pytest.raises(ValueError, match=r"'model\.blocks\.\*' fits no parameter; accepted are globs of names such as"):
         make_optimizer(model, TrainConfig(learning_rate_factors={"model.blocks.*": 0.5}))
-    with pytest.raises(ValueError, match=r"learning_rate_factors=.*: accepted is numbers from 0, by glob"):
+    with pytest.raises(ValueError, match=r"learning_rate_factors=.*: accepted is a mapping from globs to numbers"):
         TrainConfig(learning_rate_factors={"*": -1})

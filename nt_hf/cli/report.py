@@ -1,0 +1,24 @@
+"""Writes the table and the plot of a run, also while the run is still training.
+
+    nt-hf report runs/demo
+
+They are in the run's folder report/; the table is printed, too.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..training.report import write_report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nt-hf report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the directory of a run of nt-hf train")
+    run_dir = parser.parse_args(argv).run
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{run_dir}: has no metrics.jsonl; accepted is the directory of a run")
+    table, files = write_report(run_dir)
+    print(f"{table}\n\nwritten: {', '.join(map(str, files))}")

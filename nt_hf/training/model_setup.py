@@ -1,0 +1,66 @@
+"""The model of a run: its configuration, its place on the devices, what is wrapped around it."""
+
+import copy
+import warnings
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedTokenizerBase
+
+from ..config import RunConfig, TrainConfig
+from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..sparsity.sharding import shard_model
+from .device import compile_blocks
+from .launch import wants_bf16
+
+
+def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaConfig:
+    """The model's configuration, with what follows from the data."""
+    return NeuroTrailsLlamaConfig(
+        **copy.deepcopy(config.model),  # the model completes rope_parameters; run.yaml keeps them as they were given
+        max_position_embeddings=config.data.sequence_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def place_model(
+    model: NeuroTrailsLlamaForCausalLM,
+    train: TrainConfig,
+    accelerator: Accelerator,
+    sharding: FullyShardedDataParallelPlugin | None,
+) -> None:
+    """Brings a model to the device, in training mode, and splits it over the processes under FSDP2."""
+    device = accelerator.device
+    if train.gradient_checkpointing:
+        # Transformers 5.23 knows it by the first name, earlier ones by the second.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.to(device).train()
+    if sharding:
+        shard_model(
+            model,
+            init_device_mesh(device.type, (accelerator.num_processes,)),
+            param_dtype=torch.bfloat16 if wants_bf16(train) else None,
+            reshard_after_forward=bool(sharding.reshard_after_forward),
+        )
+
+
+def wrap_model(
+    model: NeuroTrailsLlamaForCausalLM,
+    train: TrainConfig,
+    accelerator: Accelerator,
+    sharding: FullyShardedDataParallelPlugin | None,
+) -> nn.Module:
+    """What forward passes go through: the model, its blocks compiled if asked, within DDP unless FSDP2 has split it."""
+    if train.compile:
+        compile_blocks(model)
+    if sharding:
+        return model
+    with warnings.catch_warnings():  # PyTorch 2.13 has a new name for broadcast_buffers, Accelerate has not
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return accelerator.prepare(model)

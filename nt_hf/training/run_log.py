@@ -1,0 +1,126 @@
+"""What a run tells while it trains: metrics, trackers, a progress bar or lines of a log."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..config import RunConfig
+from ..evaluation.perplexity import perplexity
+from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..plan.flops import training_flops_per_token
+from ..plan.hardware import peak_tflops
+from .checkpoint import Progress
+from .launch import wants_bf16
+from .metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The records of a run, written by the main process.
+
+    Args:
+        path: of the metrics; its directory must exist.
+        config: of the run.
+        model: the model's configuration.
+        accelerator: of this process, with the trackers that also get all numbers.
+        progress: how far the run is when the log is opened.
+        continued: keep the records up to that step.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        model: NeuroTrailsLlamaConfig,
+        accelerator: Accelerator,
+        progress: Progress,
+        *,
+        continued: bool,
+    ):
+        train, device = config.train, accelerator.device
+        self.path, self._train, self._accelerator = path, train, accelerator
+        if accelerator.is_main_process:
+            self._metrics = Metrics(path, progress.step if continued else None)
+        self._tokens_per_step = train.batch_size * config.data.sequence_length
+        self._flops_per_token = training_flops_per_token(model, config.data.sequence_length, config.data.order_per_head)
+        peak = train.peak_tflops
+        if not peak and device.type == "cuda" and wants_bf16(train):
+            peak = peak_tflops(torch.cuda.get_device_name(device))
+        self._peak_flops = peak and peak * 1e12 * accelerator.num_processes
+        self.stopwatch = Stopwatch(progress.tokens)
+
+    def start_bar(self, step: int) -> None:
+        """Shows a progress bar on a terminal; a log file gets a line per logged step instead."""
+        show = self._accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=self._train.max_steps, initial=step, disable=not show, unit="step", dynamic_ncols=True)
+
+    def write(self, event: str, **values: Any) -> None:
+        """Writes a record to the metrics and to the trackers."""
+        if self._accelerator.is_main_process:
+            self._metrics.write(event, **values)
+            self._accelerator.log(dict(flat_numbers(event, values)), step=values["step"])
+
+    def write_step(self, record: Mapping[str, Any], head_losses: Sequence[float], grad_norm: float) -> None:
+        """Writes the record of a training step, completed by what was measured and by the speed since the last one.
+
+        Args:
+            record: with ``step``, ``tokens`` and ``data_wait``, the seconds that training has waited for data.
+            head_losses: mean loss of each head.
+            grad_norm: norm of the gradient before clipping.
+        """
+        train, step = self._train, record["step"]
+        loss = sum(head_losses) / len(head_losses)
+        seconds, speed = self.stopwatch.lap(record["tokens"])
+        self.write(
+            "train", **{**record, "data_wait": record["data_wait"] / seconds}, loss=loss, perplexity=perplexity(loss),
+            head_losses=head_losses, grad_norm=grad_norm, tokens_per_second=speed,
+            mfu=self._flops_per_token * speed / self._peak_flops if self._peak_flops else None,
+        )  # fmt: skip
+        status = f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(status)
+        if self.bar.disable:
+            left = tqdm.format_interval((train.max_steps - step) * self._tokens_per_step / speed)
+            logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, left)
+
+
+def flat_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in nested records as ``name/key/index``, for trackers."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flat_numbers(f"{name}/{key}", item)
+
+
+class Stopwatch:
+    """Time that training takes between two log lines; evaluations and saves do not count.
+
+    Args:
+        tokens: number of tokens that training has seen when it starts.
+    """
+
+    def __init__(self, tokens: int):
+        self._start, self._tokens = time.perf_counter(), tokens
+
+    def lap(self, tokens: int) -> tuple[float, float]:
+        """Seconds since the last lap, and tokens per second in it."""
+        seconds = time.perf_counter() - self._start
+        speed = (tokens - self._tokens) / seconds
+        self._start, self._tokens = time.perf_counter(), tokens
+        return seconds, speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time that the block takes."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
