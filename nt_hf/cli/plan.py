@@ -1,13 +1,15 @@
 """What a run costs before it starts: parameters, FLOPs, memory, time, checkpoints and communication.
 
-    python -m nt_hf.plan --config recipes/configs/350m.yaml --gpus 8 --gpu h100
-    python -m nt_hf.plan --config recipes/configs/1b.yaml --gpus 64 --gpu h100 --train.micro_batch_size 8
+    nt-hf plan --config 350m --gpus 8 --gpu h100
+    nt-hf plan --config 1b --gpus 64 --gpu h100 --train.micro_batch_size 8
 
-``--config`` and the overrides ``--section.key value`` are the recipe's. Nothing is measured and no GPU is needed.
+``--config`` and the overrides ``--section.key value`` are those of nt-hf train. Nothing is measured, and no GPU is
+needed.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from ..config import load_run_config, parse_overrides
 from ..plan.hardware import GPUS, find_gpu
@@ -15,9 +17,9 @@ from ..plan.planner import plan
 from ..plan.report import report
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m nt_hf.plan",
+        prog="nt-hf plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -27,7 +29,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100", help=", ".join(gpu.name for gpu in GPUS))
     parser.add_argument("--gpus_per_node", type=int, default=8)
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the bf16 peak (default: 0.4)")
-    args, overrides = parser.parse_known_args()
+    args, overrides = parser.parse_known_args(argv)
     run_config = load_run_config(args.config, parse_overrides(overrides))
     costs = plan(run_config, args.gpus, find_gpu(args.gpu), mfu=args.mfu, per_node=args.gpus_per_node)
     sys.stdout.write(report(costs) + "\n")

@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ValueError: ``vocab_size`` has no room for the special tokens and the 256 bytes.
     """
     if vocab_size < LEAST:
-        raise ValueError(f"vocab_size={vocab_size}: expected {LEAST} or more, for the special tokens and every byte")
+        raise ValueError(f"vocab_size={vocab_size}: accepted is {LEAST} or more, for the special tokens and every byte")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

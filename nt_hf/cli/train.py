@@ -22,7 +22,10 @@ from .program import run
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line ``argv`` asks for; ``None``: that of this process."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="nt-hf train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", required=True, help="files or names; later ones override earlier ones")
     parser.add_argument("--output_dir", required=True, help="the run's directory")

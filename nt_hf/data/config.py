@@ -2,10 +2,29 @@
 
 from dataclasses import dataclass, field
 
-from .checks import check_choice, check_int, check_source
+from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, optional
 
 PACKINGS = ("pack", "pad")
 ON_BAD_LINE = ("error", "skip")
+SOURCE = Rule(
+    lambda value: (
+        TEXT.valid(value) or (isinstance(value, list | tuple) and bool(value) and all(map(TEXT.valid, value)))
+    ),
+    "a text source or a list of them",
+)
+RULES = {
+    "train": SOURCE,
+    "validation": SOURCE,
+    "tokenizer": TEXT,
+    "sequence_length": integer(2),  # one token predicts nothing
+    "packing": choice(PACKINGS),
+    "shuffle_block": integer(0),
+    "order_per_head": SWITCH,
+    "num_workers": integer(0),
+    "on_bad_line": choice(ON_BAD_LINE),
+    "validation_tokens": optional(integer(1)),
+    "text_field": TEXT,
+}
 
 
 @dataclass
@@ -29,19 +48,6 @@ class DataConfig:
     text_field: str = "text"
 
     def __post_init__(self):
-        for name in ("train", "validation"):
-            check_source(name, getattr(self, name))
-        for name in ("tokenizer", "text_field"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a non-empty string")
-        check_choice("packing", self.packing, PACKINGS)
-        check_choice("on_bad_line", self.on_bad_line, ON_BAD_LINE)
-        check_int("sequence_length", self.sequence_length, 2)  # one token predicts nothing
-        check_int("shuffle_block", self.shuffle_block, 0)
-        check_int("num_workers", self.num_workers, 0)
-        if not isinstance(self.order_per_head, bool) or (self.order_per_head and not self.shuffle_block):
-            raise ValueError(
-                f"order_per_head={self.order_per_head!r}: expected true, with a shuffle_block above 0, or false"
-            )
-        if self.validation_tokens is not None:
-            check_int("validation_tokens", self.validation_tokens, 1)
+        check_fields(self, RULES)
+        ordered = Rule(lambda asked: not asked or self.shuffle_block > 0, "false where shuffle_block is 0")
+        check("order_per_head", self.order_per_head, ordered)

@@ -20,9 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import check, integer, one_line
 from ..files import only_writer, write_whole, writing
-from .checks import DataError, check_choice, check_int, one_line
-from .config import ON_BAD_LINE
+from .config import RULES
+from .errors import DataError
 from .prepared import FORMAT_VERSION, Shard, read_index, tokenizer_fingerprint
 from .sources import INDEX, Reader, find_files
 from .streams import TOKENIZE_AT_ONCE
@@ -58,8 +59,8 @@ def prepare(
         OSError: ``output`` cannot be written, or another process writes there.
         ValueError: an argument has a value that is not accepted.
     """
-    check_int("processes", processes, 1)
-    check_choice("on_bad_line", on_bad_line, ON_BAD_LINE)
+    check("processes", processes, integer(1))
+    check("on_bad_line", on_bad_line, RULES["on_bad_line"])
     files, output = find_files(source), Path(output)
     names = "\n".join(os.path.basename(file) for file in files)
     largest = max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, eos_id(tokenizer)])
@@ -118,7 +119,7 @@ def _require_same(output: Path, actual: dict, expected: dict) -> None:
     for key, value in expected.items():
         if actual.get(key) != value:
             raise DataError(
-                f"{output}: holds tokens with {key}={actual.get(key)!r}, expected {value!r}; "
+                f"{output}: holds tokens with {key}={actual.get(key)!r}; accepted is {value!r}; "
                 "take another output directory"
             )
 

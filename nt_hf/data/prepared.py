@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from .checks import DataError, one_line
+from ..checks import one_line
+from .errors import DataError
 from .sources import INDEX, PREPARED
 from .streams import TokenBatches, check_batches
 from .tokenizers import eos_id, tokenize
@@ -66,10 +67,12 @@ def token_batches(
     if not any(isinstance(entry, str) and entry.startswith(PREPARED) for entry in entries):
         return TokenBatches(source, tokenizer, **options)
     if len(entries) > 1:
-        raise DataError(f"{', '.join(entries)}: expected prepared tokens by themselves, or text only")
+        raise DataError(f"{', '.join(entries)}: accepted are prepared tokens by themselves, or text only")
     packing = options.pop("packing", "pack")
     if packing != "pack":
-        raise ValueError(f"packing={packing!r}: expected 'pack' for {entries[0]}, whose documents are joined already")
+        raise ValueError(
+            f"packing={packing!r}: accepted is 'pack' for {entries[0]}, whose documents are joined already"
+        )
     for name in ("num_workers", "on_bad_line", "text_field"):
         options.pop(name, None)
     shuffle = options.pop("shuffle_block", 0) > 0
@@ -103,12 +106,12 @@ def read_index(directory: str | Path) -> dict[str, Any]:
                 raise ValueError("fields of another type")
     except FileNotFoundError as error:
         raise DataError(
-            f"{PREPARED}{directory}: has no {INDEX}, expected a directory that nt-hf prepare has completed"
+            f"{PREPARED}{directory}: has no {INDEX}; accepted is a directory that nt-hf prepare has completed"
         ) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is no index of prepared tokens, or damaged ({one_line(error)})") from error
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version={version!r}, expected {FORMAT_VERSION}")
+        raise DataError(f"{path}: format_version={version!r}; accepted is {FORMAT_VERSION}")
     return index
 
 
@@ -204,8 +207,8 @@ class PreparedTokens:
         fingerprint = tokenizer_fingerprint(tokenizer)
         if index["tokenizer"] != fingerprint:
             raise DataError(
-                f"{PREPARED}{directory}: was prepared by another tokenizer ({index['tokenizer']}), "
-                f"expected {tokenizer.name_or_path!r} ({fingerprint})"
+                f"{PREPARED}{directory}: was prepared by another tokenizer ({index['tokenizer']}); "
+                f"accepted is {tokenizer.name_or_path!r} ({fingerprint})"
             )
         shards = [Shard(**shard) for shard in index["shards"]]
         slices = [_open_shard(directory / shard.file, shard) for shard in shards]
@@ -262,9 +265,11 @@ class PreparedTokens:
             raise ValueError(f"data state: not one that PreparedTokens wrote ({one_line(error)})") from error
         for found, (key, value) in itertools.product(settings, self._settings.items()):
             if found.get(key) != value:
-                raise ValueError(f"data state: was saved with {key}={found.get(key)!r}, expected {value!r} to resume")
+                raise ValueError(
+                    f"data state: was saved with {key}={found.get(key)!r}; accepted is {value!r} to resume"
+                )
         if len(used) > 1:
-            raise ValueError(f"data state: of ranks after {sorted(used)} rows, expected all after as many")
+            raise ValueError(f"data state: of ranks after {sorted(used)} rows; accepted are all after as many")
         (self._used,) = used
         self._resume = True
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from .checks import DataError, one_line
+from ..checks import one_line
+from .errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checks import DataError, check_source, one_line
+from ..checks import check, one_line
+from .config import SOURCE
+from .errors import DataError, reason
 from .remote import BUFFER, RemoteFile, retried
 from .slices import FileSlice
 
@@ -59,11 +61,11 @@ def find_files(source: str | Sequence[str]) -> list[str]:
         DataError: an entry matches nothing, cannot be resolved, is empty, or has an unknown extension.
         ValueError: ``source`` is neither a string nor a list of strings.
     """
-    check_source("source", source)
+    check("source", source, SOURCE)
     files = []
     for entry in [source] if isinstance(source, str) else source:
         if entry.startswith(PREPARED):
-            raise DataError(f"{entry}: prepared tokens, expected a source of text")
+            raise DataError(f"{entry}: prepared tokens; accepted is a source of text")
         if entry.startswith("sample:"):
             files += _sample_files(entry)
         elif entry.startswith("hub:"):
@@ -74,14 +76,16 @@ def find_files(source: str | Sequence[str]) -> list[str]:
             files += _local_files(entry)
     for file in files:
         if not file.endswith(_LINES + _PLAIN + _TABLES):
-            raise DataError(f"{file}: unknown extension, expected {EXTENSIONS}")
+            raise DataError(f"{file}: unknown extension; accepted is {EXTENSIONS}")
     return files
 
 
 def _sample_files(entry: str) -> list[str]:
     split = entry.removeprefix("sample:")
     if split not in SAMPLE_FILES:
-        raise DataError(f"{entry}: unknown sample, expected {' or '.join(f'sample:{name}' for name in SAMPLE_FILES)}")
+        raise DataError(
+            f"{entry}: unknown sample; accepted is {' or '.join(f'sample:{name}' for name in SAMPLE_FILES)}"
+        )
     return [str(SAMPLE / SAMPLE_FILES[split])]
 
 
@@ -92,9 +96,9 @@ def _local_files(entry: str) -> list[str]:
         raise DataError(f"{entry}: no such file, and no file matches it as a glob")
     for file in files:
         if os.path.isfile(os.path.join(file, INDEX)):
-            raise DataError(f"{file}: holds prepared tokens, expected {PREPARED}{file} for them")
+            raise DataError(f"{file}: holds prepared tokens; accepted is {PREPARED}{file} for them")
         if os.path.isdir(file):
-            raise DataError(f"{file}: is a directory, expected files, for example {os.path.join(file, '*.jsonl')}")
+            raise DataError(f"{file}: is a directory; accepted are files, for example {os.path.join(file, '*.jsonl')}")
         if os.path.getsize(file) == 0:
             raise DataError(f"{file}: is empty")
     return files
@@ -127,7 +131,7 @@ def _hub_files(entry: str) -> list[str]:
     repo, _, revision = name.partition("@")
     split = split or "train"
     if not repo or any(rest):
-        raise DataError(f"{entry}: expected hub:<repo>[@<revision>][:<config>[:<split>]]")
+        raise DataError(f"{entry}: accepted is hub:<repo>[@<revision>][:<config>[:<split>]]")
 
     def resolve():
         import datasets
@@ -136,7 +140,7 @@ def _hub_files(entry: str) -> list[str]:
 
     splits = _resolved(entry, resolve).config.data_files or {}
     if split not in splits:
-        raise DataError(f"{entry}: unknown split {split!r}, expected one of {', '.join(splits) or 'none'}")
+        raise DataError(f"{entry}: unknown split {split!r}; accepted is one of {', '.join(splits) or 'none'}")
     return sorted(splits[split])
 
 
@@ -146,7 +150,7 @@ def _resolved(entry: str, resolve: Callable[[], T]) -> T:
     except DataError:
         raise
     except Exception as error:  # not found, gated, no `datasets`: libraries raise errors of many types
-        raise DataError(f"{entry}: cannot be resolved ({one_line(error)})") from error
+        raise DataError(f"{entry}: cannot be resolved ({reason(error)})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ def _records(path: str, text_field: str, after: int) -> Iterator[tuple[int, int,
     except DataError:
         raise
     except Exception as error:  # each codec and each file system raises errors of its own
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def _open(path: str) -> io.BufferedReader:
@@ -299,7 +303,7 @@ def _rows(path: str, file: io.BufferedReader, text_field: str, after: int) -> It
     of = column.value_type if pyarrow.types.is_dictionary(column) else column
     types = pyarrow.types
     if not (types.is_string(of) or types.is_large_string(of) or types.is_string_view(of)):
-        raise DataError(f"{path}: column {text_field!r} is of type {column}, expected strings")
+        raise DataError(f"{path}: column {text_field!r} is of type {column}; accepted are strings")
     for batch in batches:
         skip = min(max(after - count, 0), batch.num_rows)
         for row, text in enumerate(batch.column(text_field).slice(skip).to_pylist(), count + skip + 1):
@@ -328,14 +332,14 @@ def _text(raw: Any, text_field: str) -> str:
         try:
             raw = json.loads(raw) if isinstance(raw, bytes) else raw
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON ({one_line(error)}), expected one object a line") from error
+            raise ValueError(f"is not JSON ({one_line(error)}); accepted is one object a line") from error
         if not isinstance(raw, dict) or text_field not in raw:
-            raise ValueError(f'has no field {text_field!r}, expected an object like {{"{text_field}": "…"}}')
+            raise ValueError(f'has no field {text_field!r}; accepted is an object like {{"{text_field}": "…"}}')
         raw = raw[text_field]
     if not isinstance(raw, str):
-        raise ValueError(f"field {text_field!r} is {raw!r:.40}, expected a string")
+        raise ValueError(f"field {text_field!r} is {raw!r:.40}; accepted is a string")
     try:
         raw.encode()  # json can spell half a surrogate pair, on which tokenizers fail
     except UnicodeEncodeError:
-        raise ValueError(f"field {text_field!r} holds half a surrogate pair, expected Unicode text") from None
+        raise ValueError(f"field {text_field!r} holds half a surrogate pair; accepted is Unicode text") from None
     return raw

@@ -20,9 +20,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import Rule, check, integer, one_line, optional
 from ..models.losses import IGNORE_INDEX
-from .checks import DataError, check_choice, check_int, one_line
-from .config import ON_BAD_LINE, PACKINGS, DataConfig
+from .config import ON_BAD_LINE, PACKINGS, RULES, DataConfig
+from .errors import DataError
 from .slices import StreamState, deal_epoch, redistribute
 from .sources import Reader, find_files, read_texts
 from .tokenizers import check_vocabulary, eos_id, load_tokenizer, tokenize
@@ -63,13 +64,13 @@ def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokeni
 
 def check_batches(batch_size: int, sequence_length: int, epochs: int | None, rank: int, world_size: int) -> None:
     """Raises ValueError unless batches can be so large and so many, and divided so."""
-    check_int("batch_size", batch_size, 1)
-    check_int("sequence_length", sequence_length, 2)
-    check_int("world_size", world_size, 1)
-    if epochs is not None:
-        check_int("epochs", epochs, 1)
-    if rank not in range(world_size):
-        raise ValueError(f"rank={rank!r}: expected 0 to {world_size - 1} (world_size={world_size})")
+    check("batch_size", batch_size, integer(1))
+    check("sequence_length", sequence_length, RULES["sequence_length"])
+    check("world_size", world_size, integer(1))
+    check("epochs", epochs, optional(integer(1)))
+    check(
+        "rank", rank, Rule(lambda rank: rank in range(world_size), f"0 to {world_size - 1} (world_size={world_size})")
+    )
 
 
 class TokenBatches:
@@ -132,10 +133,10 @@ class TokenBatches:
         on_bad_line: str = "error",
         text_field: str = "text",
     ):
-        check_choice("packing", packing, PACKINGS)
-        check_choice("on_bad_line", on_bad_line, ON_BAD_LINE)
-        check_int("shuffle_block", shuffle_block, 0)
-        check_int("num_workers", num_workers, 0)
+        check("packing", packing, RULES["packing"])
+        check("on_bad_line", on_bad_line, RULES["on_bad_line"])
+        check("shuffle_block", shuffle_block, RULES["shuffle_block"])
+        check("num_workers", num_workers, RULES["num_workers"])
         check_batches(batch_size, sequence_length, epochs, rank, world_size)
         self.eos_id = eos_id(tokenizer)
         self.source = source
@@ -203,12 +204,13 @@ class TokenBatches:
             next_workers = [int(state["next_worker"]) for state in states]
             world_size, workers = settings[0]["world_size"], max(1, settings[0]["num_workers"])
             if any(len(rank_states) != workers for rank_states in streams):
-                raise ValueError(f"expected {workers} worker(s) a rank")
+                raise ValueError(f"accepted are {workers} worker(s) per rank")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"data state: not one that TokenBatches wrote ({one_line(error)})") from error
         if ranks != list(range(world_size)):
             raise ValueError(
-                f"data state: of ranks {', '.join(map(str, ranks))}, expected those of all {world_size} in their order"
+                f"data state: of ranks {', '.join(map(str, ranks))}; "
+                f"accepted are those of all {world_size} in their order"
             )
         for key, value in self._settings().items():
             for found in settings:
@@ -216,7 +218,7 @@ class TokenBatches:
                 wanted = settings[0].get(key) if key in ("world_size", "num_workers") else value
                 if found.get(key) != wanted:
                     raise ValueError(
-                        f"data state: was saved with {key}={found.get(key)!r}, expected {wanted!r} to resume"
+                        f"data state: was saved with {key}={found.get(key)!r}; accepted is {wanted!r} to resume"
                     )
         if (world_size, workers) == (self.world_size, self._workers):
             self._states, self._next_worker = streams[self.rank], next_workers[self.rank]
@@ -330,8 +332,8 @@ class TokenBatches:
                 state.index, state.record, state.taken, state.offset = state.index + 1, 0, 0, 0
             if not any_document and self.epochs is None:
                 raise DataError(
-                    f"{self.source}: no document for stream {stream} of {streams} in a whole pass, "
-                    "expected more documents or fewer processes and loader workers"
+                    f"{self.source}: no document for stream {stream} of {streams} in a whole pass; "
+                    "accepted are more documents or fewer processes and loader workers"
                 )
             state.next_epoch()
 

@@ -7,7 +7,7 @@ import tempfile
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .checks import one_line
+from ..checks import one_line
 from .sources import SAMPLE
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         missing = "" if os.path.exists(name) or name == "sample" else "there is no such directory, and "
         raise ValueError(
             f"tokenizer={name!r}: {missing}it cannot be loaded ({one_line(error)}): "
-            "expected 'sample', a tokenizer's directory or its name on the hub"
+            "accepted is 'sample', a tokenizer's directory or its name on the hub"
         ) from error
     eos_id(tokenizer)
     if _adds_tokens(tokenizer):
@@ -84,7 +84,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
     largest = max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder])
     if largest >= vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size}: the tokenizer emits ids up to {largest}, expected {largest + 1} or more"
+            f"vocab_size={vocab_size}: the tokenizer emits ids up to {largest}; accepted is {largest + 1} or more"
         )
 
 
@@ -103,6 +103,6 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"tokenizer={tokenizer.name_or_path!r}: has no eos_token, expected one to end every document with"
+            f"tokenizer={tokenizer.name_or_path!r}: has no eos_token; accepted is one to end every document with"
         )
     return tokenizer.eos_token_id

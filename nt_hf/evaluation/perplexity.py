@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..checks import check, integer, optional
 from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..models.lm_heads import by_head
@@ -140,15 +141,11 @@ class DocumentWindows:
         batch_size: int = 8,
         max_tokens: int | None = None,
     ):
-        if length < 2:
-            raise ValueError(f"length={length}: expected 2 or more, one token of context and one to score")
+        check("length", length, integer(2))  # one token of context and one to score
         stride = length // 2 if stride is None else stride
-        if not 0 < stride < length:
-            raise ValueError(f"stride={stride}: expected 1 to {length - 1}, less than the window's length")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens}: expected 1 or more")
+        check("stride", stride, integer(1, length - 1))
+        check("batch_size", batch_size, integer(1))
+        check("max_tokens", max_tokens, optional(integer(1)))
         self.eos_id = eos_id(tokenizer)
         self.texts = texts
         self.tokenizer = tokenizer

@@ -15,6 +15,8 @@ import datasets
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from ..checks import one_line
+
 #: The paper's seven tasks and MMLU.
 DEFAULT_TASKS = (
     "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "mmlu",
@@ -109,7 +111,7 @@ def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str
                 if item and task in (_set_of(task), f"mmlu_{item.get('subject')}"):
                     items.append(item)
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({_one_line(error)})") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
     if not items:
         raise ValueError(f"{path} holds no items of {task}")
     return items
@@ -121,11 +123,11 @@ def _item(line: str, fields: Mapping[str, type], place: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error})") from None
     if not isinstance(item, dict):
-        raise ValueError(f"{place}: expected an object with {', '.join(fields)}")
+        raise ValueError(f"{place}: accepted is an object with {', '.join(fields)}")
     for name, kind in fields.items():
         if not isinstance(item.get(name), kind):
             found = "is missing" if name not in item else f"is {item[name]!r:.40}"
-            raise ValueError(f"{place}: field {name!r} {found}, expected {kind.__name__}")
+            raise ValueError(f"{place}: field {name!r} {found}; accepted is {kind.__name__}")
     return item
 
 
@@ -196,7 +198,7 @@ class Tasks:
                 task = self._manager.load([{"group": "one", "task": [changes]}])["tasks"][name]
         except Exception as error:  # no network, a changed data set, a field of the wrong form: as many types as causes
             hint = "" if self.data_root else "; data_root reads local files instead of the hub"
-            raise ValueError(f"task {name!r}: its data cannot be read ({_one_line(error)}){hint}") from error
+            raise ValueError(f"task {name!r}: its data cannot be read ({one_line(error)}){hint}") from error
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise ValueError(
                 f"task {name!r} is of the kind {task.OUTPUT_TYPE}; accepted are tasks scored by the likelihood of "
@@ -209,7 +211,3 @@ class Tasks:
 
 def _unknown(name: str) -> str:
     return f"unknown task {name!r}; accepted: {', '.join(DEFAULT_TASKS)}, and what `lm_eval ls tasks` lists"
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -22,8 +22,10 @@ from ..data.streams import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
 from ..files import write_whole
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..sparsity.first_masks import draw_masks
+from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import require_equal_replicas
-from ..sparsity.sparsifier import Sparsifier, TopologyUpdate, draw_masks
+from ..sparsity.sparsifier import Sparsifier
 from .batches import (
     Batch,
     count_targets,

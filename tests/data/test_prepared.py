@@ -245,13 +245,13 @@ def test_state_is_small_and_its_owner_checked(directory, source, tmp_path):
     for name, value in {"shuffle": False, "seed": 1, "sequence_length": 9}.items():
         options = {"shuffle": True, name: value}
         with pytest.raises(
-            ValueError, match=rf"^data state: was saved with {name}=[^\n]*, expected {value!r} to resume$"
+            ValueError, match=rf"^data state: was saved with {name}=[^\n]*; accepted is {value!r} to resume$"
         ):
             open_tokens(directory, **options).load_state_dict([state])
     prepare(source.replace("*", "02"), Characters(), tmp_path / "other")
     with pytest.raises(ValueError, match=r"^data state: was saved with tokens=[^\n]*$"):
         open_tokens(tmp_path / "other", shuffle=True).load_state_dict([state])
-    with pytest.raises(ValueError, match=r"^data state: of ranks after \[3, 4\] rows, expected all after as many$"):
+    with pytest.raises(ValueError, match=r"^data state: of ranks after \[3, 4\] rows; accepted are all after as many$"):
         open_tokens(directory, shuffle=True).load_state_dict([state, {**state, "rows": 4}])
     text = TokenBatches(source, Characters(), batch_size=3, sequence_length=LENGTH)
     for wrong in ([], state, [{}], [text.state_dict()], [{**state, "rows": "3"}]):
@@ -328,7 +328,9 @@ def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 9, done.stderr
     assert len(list(output.glob("tokens-*"))) == min(writes, 3) and len(list(output.glob(".*.partial"))) == 1
-    with pytest.raises(DataError, match=r"^prepared:.*: has no index.json, expected a directory that [^\n]*completed$"):
+    with pytest.raises(
+        DataError, match=r"^prepared:.*: has no index.json; accepted is a directory that [^\n]*completed$"
+    ):
         open_tokens(output)
     new = []
     prepare(source, Characters(), output, progress=lambda shard, total, is_new: new.append(is_new))
@@ -458,7 +460,9 @@ def test_tokenizers_are_told_apart(tmp_path):
 
 def test_bad_directories_are_named(directory):
     shard = directory / "tokens-00002-of-00003.safetensors"
-    with pytest.raises(DataError, match=r"^prepared:[^\n]*: was prepared by another tokenizer \(\w+\), expected 'char"):
+    with pytest.raises(
+        DataError, match=r"^prepared:[^\n]*: was prepared by another tokenizer \(\w+\); accepted is 'char"
+    ):
         PreparedTokens(directory, Characters(999), batch_size=1, sequence_length=8)
     with pytest.raises(
         DataError, match=r"^prepared:[^\n]*: holds \d+ tokens, too few for a row \(sequence_length=9999\)$"
@@ -481,7 +485,7 @@ def test_bad_directories_are_named(directory):
         with pytest.raises(DataError, match=rf"^{index}: is no index of prepared tokens, or damaged \([^\n]*\)$"):
             open_tokens(directory)
     index.write_text(whole.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(DataError, match=rf"^{index}: format_version=2, expected 1$"):
+    with pytest.raises(DataError, match=rf"^{index}: format_version=2; accepted is 1$"):
         open_tokens(directory)
 
 
@@ -495,13 +499,13 @@ def test_a_damaged_shard_of_a_begun_preparation_is_named(source, directory):
 
 def test_factory_refuses(source, directory):
     options = {"batch_size": 2, "sequence_length": LENGTH}
-    with pytest.raises(ValueError, match=r"^packing='pad': expected 'pack' for prepared:"):
+    with pytest.raises(ValueError, match=r"^packing='pad': accepted is 'pack' for prepared:"):
         token_batches(f"prepared:{directory}", Characters(), packing="pad", **options)
-    with pytest.raises(DataError, match=r"expected prepared tokens by themselves, or text only$"):
+    with pytest.raises(DataError, match=r"accepted are prepared tokens by themselves, or text only$"):
         token_batches([source, f"prepared:{directory}"], Characters(), **options)
-    with pytest.raises(DataError, match=r"^prepared:x: prepared tokens, expected a source of text$"):
+    with pytest.raises(DataError, match=r"^prepared:x: prepared tokens; accepted is a source of text$"):
         find_files("prepared:x")
-    with pytest.raises(ValueError, match=r"^train=\[\]: expected|^source=\[\]: expected"):
+    with pytest.raises(ValueError, match=r"^source=\[\]: accepted is a text source"):
         token_batches([], Characters(), **options)
     shuffled_ = token_batches([f"prepared:{directory}"], Characters(), shuffle_block=5, packing="pack", **options)
     assert shuffled_.shuffle and not token_batches(f"prepared:{directory}", Characters(), **options).shuffle
@@ -511,5 +515,5 @@ def test_factory_refuses(source, directory):
     ("field", "value"), [("batch_size", 0), ("epochs", 0), ("world_size", 0), ("rank", 1), ("sequence_length", 1)]
 )
 def test_prepared_tokens_refuse(directory, field, value):
-    with pytest.raises(ValueError, match=rf"^{field}={value}: expected "):
+    with pytest.raises(ValueError, match=rf"^{field}={value}: accepted is "):
         open_tokens(directory, **{field: value})

@@ -228,7 +228,7 @@ def test_dictionary_columns_are_strings(tmp_path, name):
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=7)
     assert list(read_texts(str(path))) == TEXTS * 2
-    with pytest.raises(DataError, match=r"column 'n' is of type int64, expected strings$"):
+    with pytest.raises(DataError, match=r"column 'n' is of type int64; accepted are strings$"):
         list(read_texts(str(path), "n"))
 
 
@@ -238,4 +238,4 @@ def test_prepared_tokens_without_their_prefix_are_recognised(config, tmp_path):
     with pytest.raises(DataError) as caught:
         read_texts(str(tmp_path / "tokens"))
     where = tmp_path / "tokens"
-    assert str(caught.value) == f"{where}: holds prepared tokens, expected prepared:{where} for them"
+    assert str(caught.value) == f"{where}: holds prepared tokens; accepted is prepared:{where} for them"

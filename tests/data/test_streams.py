@@ -137,7 +137,7 @@ def test_sample_tokenizer_is_t5_without_extras(tokenizer):
 
 def test_vocabulary_is_checked_by_the_largest_id(tokenizer):
     check_vocabulary(tokenizer, 32_000)
-    with pytest.raises(ValueError, match=r"^vocab_size=31999: .* 31999, expected 32000 or more$"):
+    with pytest.raises(ValueError, match=r"^vocab_size=31999: .* 31999; accepted is 32000 or more$"):
         check_vocabulary(tokenizer, 31_999)
 
 
@@ -293,7 +293,7 @@ print(json.dumps([found, errors]))
     shards = [line for line in log if line.startswith("GET") and "c4-train" in line]
     assert shards and all("bytes=" in line for line in shards), "shards are read in ranges, not downloaded"
     for error, part in zip(
-        errors, ("'de' not found", "expected one of train, validation", "allenai/c5", "expected hub:")
+        errors, ("'de' not found", "accepted is one of train, validation", "allenai/c5", "accepted is hub:")
     ):
         assert part in error and "\n" not in error
 
@@ -692,7 +692,9 @@ def test_each_iter_starts_anew_but_for_a_loaded_state(tokenizer, tmp_path):
 def test_state_of_another_stream_is_refused(tokenizer, tmp_path, name, value):
     source = save(tmp_path, [texts(20)])
     states = [batches(source, tokenizer, world_size=2, rank=rank).state_dict() for rank in range(2)]
-    with pytest.raises(ValueError, match=rf"^data state: was saved with {name}=[^\n]*, expected {value!r} to resume$"):
+    with pytest.raises(
+        ValueError, match=rf"^data state: was saved with {name}=[^\n]*; accepted is {value!r} to resume$"
+    ):
         batches(source, tokenizer, **{name: value}).load_state_dict(states)
 
 
@@ -700,7 +702,9 @@ def test_states_of_all_ranks_are_needed(tokenizer, tmp_path):
     source = save(tmp_path, [texts(20)])
     states = [batches(source, tokenizer, world_size=3, rank=rank).state_dict() for rank in range(3)]
     for wrong in (states[:1], states[1:], states[::-1]):
-        with pytest.raises(ValueError, match=r"^data state: of ranks [\d, ]+, expected those of all 3 in their order$"):
+        with pytest.raises(
+            ValueError, match=r"^data state: of ranks [\d, ]+; accepted are those of all 3 in their order$"
+        ):
             batches(source, tokenizer, world_size=2).load_state_dict(wrong)
 
 
@@ -708,7 +712,7 @@ def test_state_of_other_files_is_refused(tokenizer, tmp_path):
     source = save(tmp_path, [texts(4)] * 2)
     state = batches(source, tokenizer).state_dict()
     batches(str(shutil.copytree(tmp_path, tmp_path / "moved") / "part-*.jsonl"), tokenizer).load_state_dict([state])
-    with pytest.raises(ValueError, match=r"^data state: was saved with files='2 .*, expected '1 "):
+    with pytest.raises(ValueError, match=r"^data state: was saved with files='2 .*; accepted is '1 "):
         batches(find_files(source)[:1], tokenizer).load_state_dict([state])
     with pytest.raises(ValueError, match=r"^data state: not one that TokenBatches wrote"):
         batches(source, tokenizer).load_state_dict({"step": 3})
@@ -920,8 +924,8 @@ BAD_LINES = {
     "not json": (b"{broken", "is not JSON"),
     "not an object": (b'["text"]', "has no field 'text'"),
     "without text": (b'{"url": ""}', "has no field 'text'"),
-    "null": (b'{"text": null}', "field 'text' is None, expected a string"),
-    "number": (b'{"text": 3}', "field 'text' is 3, expected a string"),
+    "null": (b'{"text": null}', "field 'text' is None; accepted is a string"),
+    "number": (b'{"text": 3}', "field 'text' is 3; accepted is a string"),
     "not utf-8": (b'{"text": "\xff"}', "is not JSON"),
     "surrogate": (b'{"text": "\\ud800"}', "field 'text' holds half a surrogate pair"),
     "nested": (b"[" * 100_000, "is not JSON"),
@@ -970,9 +974,9 @@ BAD_FILES = {
     "plain.jsonl.xz": (lambda: GOOD, BROKEN),
     "plain.jsonl.zst": (lambda: GOOD, BROKEN),
     "plain.parquet": (lambda: GOOD, BROKEN),
-    "column.parquet": (lambda: parquet_bytes([1, 2]), "column 'text' is of type int64, expected strings"),
-    "x.csv": (lambda: GOOD, "unknown extension, expected .json"),
-    "x.gz": (lambda: gzip.compress(GOOD), "unknown extension, expected .json"),
+    "column.parquet": (lambda: parquet_bytes([1, 2]), "column 'text' is of type int64; accepted are strings"),
+    "x.csv": (lambda: GOOD, "unknown extension; accepted is .json"),
+    "x.gz": (lambda: gzip.compress(GOOD), "unknown extension; accepted is .json"),
 }
 
 
@@ -997,11 +1001,11 @@ def test_column_must_exist(tmp_path):
     ("source", "problem"),
     [
         ("none-*.jsonl", "no such file, and no file matches it as a glob"),
-        (".", "is a directory, expected files, for example"),
-        ("sample:test", "expected sample:train or sample:validation"),
+        (".", "is a directory; accepted are files, for example"),
+        ("sample:test", "accepted is sample:train or sample:validation"),
         ("file:///none-*.jsonl", "no file matches it"),
         ("nosuch://x.jsonl", "cannot be resolved"),
-        ("hub:", "expected hub:<repo>"),
+        ("hub:", "accepted is hub:<repo>"),
     ],
 )
 def test_source_that_leads_nowhere_is_named(source, problem):
@@ -1022,30 +1026,30 @@ def test_source_without_any_document_ends_with_an_error(tokenizer, tmp_path, wor
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
-        ("packing", "concat", "'pack' or 'pad'"),
-        ("on_bad_line", "ignore", "'error' or 'skip'"),
-        ("sequence_length", 1, "at least 2"),
-        ("sequence_length", 2.0, "an integer"),
-        ("shuffle_block", -1, "at least 0"),
-        ("order_per_head", 1, "true, with a shuffle_block above 0, or false"),
-        ("num_workers", -1, "at least 0"),
-        ("num_workers", True, "an integer"),
-        ("validation_tokens", 0, "at least 1"),
+        ("packing", "concat", "pack, pad"),
+        ("on_bad_line", "ignore", "error, skip"),
+        ("sequence_length", 1, "a whole number from 2"),
+        ("sequence_length", 2.0, "a whole number"),
+        ("shuffle_block", -1, "a whole number from 0"),
+        ("order_per_head", 1, "true or false"),
+        ("num_workers", -1, "a whole number from 0"),
+        ("num_workers", True, "a whole number"),
+        ("validation_tokens", 0, "a whole number from 1"),
         ("train", [], "a text source or a list"),
         ("validation", ["x", 3], "a text source or a list"),
-        ("tokenizer", "", "a non-empty string"),
-        ("text_field", None, "a non-empty string"),
+        ("tokenizer", "", "a text that is not empty"),
+        ("text_field", None, "a text that is not empty"),
     ],
 )
 def test_config_refuses(field, value, accepted):
     with pytest.raises(ValueError) as raised:
         DataConfig(**{field: value})
-    assert str(raised.value).startswith(f"{field}={value!r}: expected ") and accepted in str(raised.value)
+    assert str(raised.value).startswith(f"{field}={value!r}: accepted is ") and accepted in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("batch_size", 0), ("epochs", 0), ("world_size", 0), ("rank", 1), ("rank", -1)]
 )
 def test_batches_refuse(tokenizer, field, value):
-    with pytest.raises(ValueError, match=rf"^{field}={value}: expected "):
+    with pytest.raises(ValueError, match=rf"^{field}={value}: accepted is "):
         batches("sample:train", tokenizer, **{field: value})

@@ -166,11 +166,11 @@ def test_bits_per_byte_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 1, "stride": None}, "length=1: expected 2 or more"),
-        ({"stride": LENGTH}, f"stride={LENGTH}: expected 1 to {LENGTH - 1}"),
-        ({"stride": 0}, "stride=0: expected 1 to"),
-        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
-        ({"max_tokens": 0}, "max_tokens=0: expected 1 or more"),
+        ({"length": 1, "stride": None}, "length=1: accepted is a whole number from 2"),
+        ({"stride": LENGTH}, f"stride={LENGTH}: accepted is a whole number from 1 to {LENGTH - 1}"),
+        ({"stride": 0}, "stride=0: accepted is a whole number from 1 to"),
+        ({"batch_size": 0}, "batch_size=0: accepted is a whole number from 1"),
+        ({"max_tokens": 0}, "max_tokens=0: accepted is a whole number from 1"),
     ],
 )
 def test_windows_refuse_what_they_cannot_do(options, message):
@@ -336,7 +336,7 @@ def test_the_script_writes_and_prints_what_was_measured(script, model, capsys):
     [
         (("--sequence_length", 129), "--sequence_length 129: accepted are 2 to 128, the model's trained length"),
         (("--sequence_length", 1), "--sequence_length 1: accepted are 2 to 128"),
-        (("--stride", 128), "stride=128: expected 1 to 127"),
+        (("--stride", 128), "stride=128: accepted is a whole number from 1 to 127"),
         (("--text_field", "body"), "line 4: is not JSON"),
     ],
 )

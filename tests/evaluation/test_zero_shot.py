@@ -368,9 +368,9 @@ def test_average_is_over_tasks_not_items(scored):
     ("line", "problem"),
     [
         ("{", "line 2: not JSON"),
-        ("[1]", "line 2: expected an object with goal, sol1, sol2, label"),
-        ('{"goal": "a", "sol1": "b", "sol2": "c"}', "line 2: field 'label' is missing, expected int"),
-        ('{"goal": "a", "sol1": 7, "sol2": "c", "label": 1}', "line 2: field 'sol1' is 7, expected str"),
+        ("[1]", "line 2: accepted is an object with goal, sol1, sol2, label"),
+        ('{"goal": "a", "sol1": "b", "sol2": "c"}', "line 2: field 'label' is missing; accepted is int"),
+        ('{"goal": "a", "sol1": 7, "sol2": "c", "label": 1}', "line 2: field 'sol1' is 7; accepted is str"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
