@@ -112,7 +112,7 @@ def _resident(key: str) -> int:
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """Of fp32 products, for a while; see ``train.matmul_precision`` in docs/training.md."""
+    """Of fp32 products, for a while; see ``train.matmul_precision`` in docs/train.md."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:

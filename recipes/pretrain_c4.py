@@ -5,7 +5,7 @@
         --output_dir runs/treenet-60m --train.max_steps 20000 --data.train 'my/text/*.jsonl.gz'
 
 It is the program of nt_hf/cli/train.py, as a file for launchers that start files. `--help` explains the arguments, and
-docs/training.md the rest.
+docs/train.md the rest.
 """
 
 # nt_hf comes before torch: it sets how idle threads wait, which torch reads when it is loaded.

@@ -112,6 +112,133 @@ def accept(
     return torch.where(accepted, token, torch.multinomial(rest, 1).squeeze(1)), accepted
 
 
+class _Decoding:
+    """The state of one call of ``generate_speculatively``: the tokens so far, the rows that go on, the cache."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        draft: int,
+        heads: Sequence[int],
+        combine: Callable[[list[torch.Tensor]], torch.Tensor],
+        input_ids: torch.LongTensor,
+        logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        stopping_criteria: Callable,
+        config,
+        streamer,
+    ):
+        self.model, self.draft, self.heads, self.combine = model, draft, heads, combine
+        self.others = [head for head in heads if head != draft]
+        self.input_ids = input_ids
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.config, self.streamer = config, streamer
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.stops_early = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.scores: list[torch.Tensor] = []
+        self.raw_logits: list[torch.Tensor] = []
+
+    def prefill(self, model_kwargs: dict, observe: Callable[[list[torch.Tensor], int], None] | None) -> None:
+        """Runs the prompt through all heads and emits the first token."""
+        attention_mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        outputs = self.model._prefill(
+            self.input_ids, self.config, model_kwargs | {"output_head_logits": observe is not None}
+        )
+        self.emit(outputs.logits[:, -1:])
+        if observe is not None:
+            observe(list(outputs.head_logits[:, :, -1:]), 1)
+        self.cache = outputs[CACHE]
+        if position_ids is not None:
+            self.next_position = position_ids[..., -1:] + 1
+        elif attention_mask is not None:
+            self.next_position = attention_mask.sum(-1, keepdim=True)
+        else:
+            # Not from the ids, which are empty after a prompt of embeddings.
+            seen = max(layer.get_seq_length() for layer in self.cache.layers)
+            self.next_position = torch.full((1, 1), seen, device=self.input_ids.device)
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # attention without a mask is faster
+        self.attention_mask = attention_mask
+
+    def process(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The logits ``[batch, vocab]`` that the next token of ``ids`` is chosen by."""
+        return self.logits_processor(ids, logits.to(copy=True, dtype=torch.float32, device=ids.device))
+
+    def emit(
+        self, logits: torch.Tensor, drafts: Sequence[torch.Tensor] = (), proposals: Sequence[torch.Tensor | None] = ()
+    ) -> tuple[int, bool]:
+        """Appends the tokens of logits ``[batch, k, vocab]`` up to the first refused draft.
+
+        Returns:
+            How many tokens were appended, and whether a draft was refused.
+        """
+        for i in range(logits.shape[1]):
+            processed = self.process(self.input_ids, logits[:, i])
+            token, proposal = (drafts[i], proposals[i]) if i < len(drafts) else (None, None)
+            if self.config.do_sample:
+                tokens, accepted = accept(processed.softmax(-1), proposal, token)
+            else:
+                tokens = processed.argmax(-1)
+                accepted = self.unfinished if token is None else tokens == token
+            if self.stops_early:
+                tokens = torch.where(self.unfinished, tokens, self.config._pad_token_tensor)
+            self.input_ids = torch.cat([self.input_ids, tokens[:, None]], 1)
+            if self.config.output_scores:
+                self.scores.append(processed)
+            if self.config.output_logits:
+                self.raw_logits.append(logits[:, i].float())
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            refused = bool((self.unfinished & ~accepted).any())
+            self.unfinished = self.unfinished & ~self.stopping_criteria(self.input_ids, tuple(self.scores))
+            if refused or not self.unfinished.any():
+                break
+        return i + 1, refused
+
+    def run(self, position: int, count: int, heads: Sequence[int], **inputs) -> object:
+        """The base model over ``count`` positions of a round, from its ``position`` on."""
+        mask = None if self.attention_mask is None else _with_ones(self.attention_mask, position + count)
+        positions = self.next_position + position + torch.arange(count, device=self.next_position.device)
+        return self.model.model(
+            **inputs, attention_mask=mask, position_ids=positions, cache=self.cache, use_cache=True,
+            active_heads=heads, return_dict=True,
+        )  # fmt: skip
+
+    def round(self, k: int) -> tuple[list[torch.Tensor], int, bool]:
+        """Drafts up to ``k`` tokens with one trail, verifies them with the other heads, and emits what stands.
+
+        Returns:
+            Each head's logits ``[batch, k, vocab]``, how many tokens were emitted, and whether a draft was refused.
+        """
+        states, logits, drafts, proposals = [], [], [], []
+        ids = self.input_ids
+        for i in range(k):
+            output = self.run(i, 1, [self.draft], input_ids=ids[:, -1:])
+            states.append(output.backbone_states)
+            logits.append(self.model.lm_heads[self.draft](output.last_hidden_state))
+            if i < k - 1:
+                processed = self.process(ids, logits[-1][:, -1])
+                sampling = self.config.do_sample
+                proposals.append(processed.softmax(-1) if sampling else None)
+                token = torch.multinomial(proposals[-1], 1).squeeze(1) if sampling else processed.argmax(-1)
+                drafts.append(token)
+                ids = torch.cat([ids, token[:, None]], 1)
+        logits_of = {self.draft: torch.cat(logits, 1)}
+        if self.others:
+            # Heads with embeddings of their own share no states.
+            known = {"input_ids": ids[:, -k:]} if states[0] is None else {"backbone_states": torch.cat(states, 1)}
+            hidden = by_head(self.run(0, k, self.others, **known).last_hidden_state, self.model.config.hidden_size)
+            logits_of |= {head: self.model.lm_heads[head](x) for head, x in zip(self.others, hidden)}
+        head_logits = [logits_of[head] for head in self.heads]
+        emitted, refused = self.emit(self.combine(head_logits), drafts, proposals)
+        for layer in self.cache.layers:
+            if layer.is_initialized:  # those of inactive heads are not
+                layer.crop(emitted - k)
+        self.next_position = self.next_position + emitted
+        if self.attention_mask is not None:
+            self.attention_mask = _with_ones(self.attention_mask, emitted)
+        return head_logits, emitted, refused
+
+
 @torch.no_grad()
 def generate_speculatively(
     model: nn.Module,
@@ -152,105 +279,16 @@ def generate_speculatively(
             f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded"
         )
 
-    others = [h for h in heads if h != draft]
-    length = DraftLength(verification_cost(model, draft, others))
+    decoding = _Decoding(model, draft, heads, combine, input_ids, logits_processor, stopping_criteria, config, streamer)
+    length = DraftLength(verification_cost(model, draft, decoding.others))
     speculation = Speculation()
-    scores, raw_logits = [], []
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    stops_early = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    pad = config._pad_token_tensor
-
-    def process(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return logits_processor(ids, logits.to(copy=True, dtype=torch.float32, device=ids.device))
-
-    def emit(
-        logits: torch.Tensor, drafts: Sequence[torch.Tensor] = (), proposals: Sequence[torch.Tensor | None] = ()
-    ) -> tuple[int, bool]:
-        """Appends the tokens of logits ``[batch, k, vocab]`` up to the first refused draft; how many, and whether one
-        was refused."""
-        nonlocal input_ids, unfinished
-        for i in range(logits.shape[1]):
-            processed = process(input_ids, logits[:, i])
-            token, proposal = (drafts[i], proposals[i]) if i < len(drafts) else (None, None)
-            if config.do_sample:
-                tokens, accepted = accept(processed.softmax(-1), proposal, token)
-            else:
-                tokens = processed.argmax(-1)
-                accepted = unfinished if token is None else tokens == token
-            if stops_early:
-                tokens = torch.where(unfinished, tokens, pad)
-            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-            if config.output_scores:
-                scores.append(processed)
-            if config.output_logits:
-                raw_logits.append(logits[:, i].float())
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            refused = bool((unfinished & ~accepted).any())
-            unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores))
-            if refused or not unfinished.any():
-                break
-        return i + 1, refused
-
-    attention_mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    outputs = model._prefill(input_ids, config, model_kwargs | {"output_head_logits": observe is not None})
-    emit(outputs.logits[:, -1:])
-    if observe is not None:
-        observe(list(outputs.head_logits[:, :, -1:]), 1)
-    cache = outputs[CACHE]
-    del outputs
-
-    if position_ids is not None:
-        next_position = position_ids[..., -1:] + 1
-    elif attention_mask is not None:
-        next_position = attention_mask.sum(-1, keepdim=True)
-    else:
-        # Not from the ids, which are empty after a prompt of embeddings.
-        seen = max(layer.get_seq_length() for layer in cache.layers)
-        next_position = torch.full((1, 1), seen, device=input_ids.device)
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None  # attention without a mask is faster
-
-    def run(position: int, count: int, heads: Sequence[int], **inputs) -> object:
-        """The inner model over ``count`` positions of a round, from its ``position`` on."""
-        mask = None if attention_mask is None else _with_ones(attention_mask, position + count)
-        positions = next_position + position + torch.arange(count, device=next_position.device)
-        return model.model(
-            **inputs, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True,
-            active_heads=heads, return_dict=True,
-        )  # fmt: skip
-
-    while unfinished.any():
-        room = config.max_length - input_ids.shape[1] if config.max_length is not None else MAX_DRAFT
+    decoding.prefill(model_kwargs, observe)
+    while decoding.unfinished.any():
+        room = config.max_length - decoding.input_ids.shape[1] if config.max_length is not None else MAX_DRAFT
         k = length.choose(max(1, room))
-        states, logits, drafts, proposals = [], [], [], []
-        ids = input_ids
-        for i in range(k):
-            output = run(i, 1, [draft], input_ids=ids[:, -1:])
-            states.append(output.backbone_states)
-            logits.append(model.lm_heads[draft](output.last_hidden_state))
-            if i < k - 1:
-                processed = process(ids, logits[-1][:, -1])
-                proposals.append(processed.softmax(-1) if config.do_sample else None)
-                token = torch.multinomial(proposals[-1], 1).squeeze(1) if config.do_sample else processed.argmax(-1)
-                drafts.append(token)
-                ids = torch.cat([ids, token[:, None]], 1)
-        each = {draft: torch.cat(logits, 1)}
-        if others:
-            # Heads with embeddings of their own share no states.
-            known = {"input_ids": ids[:, -k:]} if states[0] is None else {"backbone_states": torch.cat(states, 1)}
-            hidden = by_head(run(0, k, others, **known).last_hidden_state, model.config.hidden_size)
-            each |= {h: model.lm_heads[h](x) for h, x in zip(others, hidden)}
-        each = [each[h] for h in heads]
-        emitted, refused = emit(combine(each), drafts, proposals)
+        head_logits, emitted, refused = decoding.round(k)
         if observe is not None:
-            observe(each, emitted)
-        for layer in cache.layers:
-            if layer.is_initialized:  # those of inactive heads are not
-                layer.crop(emitted - k)
-        next_position = next_position + emitted
-        if attention_mask is not None:
-            attention_mask = _with_ones(attention_mask, emitted)
+            observe(head_logits, emitted)
         length.add(emitted - 1, refused)
         speculation.drafted.append(k)
         speculation.emitted.append(emitted)
@@ -259,12 +297,12 @@ def generate_speculatively(
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
-        return input_ids
+        return decoding.input_ids
     output = GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=tuple(scores) if config.output_scores else None,
-        logits=tuple(raw_logits) if config.output_logits else None,
-        **{CACHE: cache},
+        sequences=decoding.input_ids,
+        scores=tuple(decoding.scores) if config.output_scores else None,
+        logits=tuple(decoding.raw_logits) if config.output_logits else None,
+        **{CACHE: decoding.cache},
     )
     output["speculation"] = speculation
     return output

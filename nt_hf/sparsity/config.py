@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checks import TEXT, Rule, check, check_fields, choice, integer, list_of, mapping_to, number, optional
+from ..checks import TEXT, Rule, check, check_fields, choice, integer, list_of, look_up, mapping_to, number, optional
 from ..models.masks import parse_structure
 from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
 from .densities import DISTRIBUTIONS
@@ -14,7 +14,6 @@ RULES = {
     "density": number("(0, 1]"),
     "density_start": optional(number("(0, 1]")),
     "density_schedule": choice(SCHEDULES),
-    "distribution": choice(DISTRIBUTIONS),
     "densities": mapping_to(number("(0, 1]"), "a mapping from globs of weight names to numbers in (0, 1]"),
     "exclude": list_of(TEXT, "a list of globs of weight names"),
     "initial_masks": Rule(
@@ -22,11 +21,9 @@ RULES = {
         f"random, {', '.join(SALIENCY)}, the path of a checkpoint",
         ("random", *SALIENCY),
     ),
-    "drop": choice(DROP),
     "drop_exponent": number("(0, inf)"),
     "drop_exponent_end": optional(number("(0, inf)")),
     "mest_lambda": number("[0, inf)"),
-    "grow": choice(GROW),
     "random_share": number("[0, 1]"),
     "regrow": choice(REGROW),
     "redistribute": choice(REDISTRIBUTE),
@@ -38,11 +35,13 @@ RULES = {
     "update_end": number("(0, 1]", "a share of the run"),
     "seed": integer(),
 }
+# Looked up when a configuration is made, because users add methods of their own.
+REGISTRIES = {"distribution": DISTRIBUTIONS, "drop": DROP, "grow": GROW}
 
 
 @dataclass
 class SparsityConfig:
-    """What is sparse, how sparse, and how the masks move. ``docs/topology.md`` compares the named choices.
+    """What is sparse, how sparse, and how the masks move. ``docs/sparsify-your-model.md`` compares the named choices.
 
     Attributes:
         density: share of active weights among all masked ones, in (0, 1]; 1 without ``densities`` means dense.
@@ -104,6 +103,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, RULES)
+        for name, registry in REGISTRIES.items():
+            look_up(registry, name, getattr(self, name))
         parse_structure(self.structure)
         start = Rule(lambda density: density is None or density >= self.density, f"density ({self.density:g}) to 1")
         check("density_start", self.density_start, start)

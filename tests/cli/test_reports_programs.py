@@ -178,7 +178,7 @@ def test_names_that_lm_eval_does_not_have_are_told_without_reading_all_of_its_ta
 
 
 def test_generation_tasks_of_lm_eval_need_fewer_tokens_than_the_trained_length(model):
-    """D4: docs/evaluation.md names the option; without it lm-eval asks for 256 tokens."""
+    """D4: docs/evaluate.md names the option; without it lm-eval asks for 256 tokens."""
     lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=2)
 
     def generate(**options) -> list[str]:

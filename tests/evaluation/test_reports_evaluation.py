@@ -216,19 +216,6 @@ def test_bad_arguments_are_told_before_a_model_is_loaded(option, model, text, tm
         module.main()
 
 
-def test_the_html_page_is_looked_at_before_and_written_last(model, tmp_path, monkeypatch, capsys):
-    """D1"""
-    example = script("examples/uncertainty.py")
-    for bad in (tmp_path, tmp_path / "none" / "page.html"):
-        with pytest.raises(ValueError, match=f"--html {bad}: accepted is a file to write"):
-            example.main(["--model", "none", "--text", "abc", "--html", str(bad)])
-    monkeypatch.setattr(example, "load", lambda _: (model, byte_tokenizer()))
-    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
-        example.main(["--model", "any", "--text", "abc", "--html", str(tmp_path / "page.html")])
-    assert "mutual_information of 2 tokens" in capsys.readouterr().out
-
-
 # ------------------------------------------------------------------------------------------------------ D3: padding
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,23 +107,6 @@ def test_perplexity_of_the_checkpoint_is_that_of_the_run(run):
     for key in ("head_perplexities", "disagreement", "perplexity"):
         assert result[key] == pytest.approx(last[key], rel=1e-6)
     assert result["ensemble_perplexities"] == pytest.approx(last["ensemble_perplexities"], rel=1e-6)
-
-
-def test_the_code_of_the_readme_runs(run, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    loads, uses, asks, sparsifies = blocks
-    names: dict = {}
-    for block in (loads, uses):
-        exec(block.replace("runs/demo/checkpoint-1400", str(run / "checkpoint-12")), names)
-    assert names["output"].head_logits.shape[0] == 3 and not names["check_masks"](names["model"])
-    exec(asks, names)
-    assert names["output"].uncertainty.mutual_information.shape == names["inputs"]["input_ids"].shape
-    model = torch.nn.Linear(16, 16)
-    exec(sparsifies, {"model": model, "torch": torch, "loss": model(torch.ones(16)).square().sum()})
-    assert 0 < model.weight.count_nonzero() <= round(0.2 * 256)
-    for path in re.findall(r"\]\((?!http)([^)]+)\)|((?:recipes|eval|examples|docs)/[\w/.-]+\.\w+)", readme):
-        assert (ROOT / (path[0] or path[1])).exists(), path
 
 
 def exact_masks(checkpoint: Path) -> dict[str, int]:
