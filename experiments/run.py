@@ -30,8 +30,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.suite import (
-    METRICS,
-    RESULT,
+    METRICS_FILE,
+    RESULT_FILE,
     Run,
     Suite,
     budget,
@@ -218,7 +218,7 @@ def check_evaluation(suite: Suite, paths: Paths) -> None:
 def listing(suite: Suite, results: Path, runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
-        cost, done = budget(suite, run), "done" if (results / run.name / RESULT).is_file() else ""
+        cost, done = budget(suite, run), "done" if (results / run.name / RESULT_FILE).is_file() else ""
         lines.append(
             f"{run.name:40} {cost.tokens / 1e6:8.2f}M tokens {cost.flops / 1e15:9.3f} PFLOP, "
             f"{cost.active / 1e6:.2f}M of {cost.stored / 1e6:.2f}M parameters active  {done}"
@@ -293,7 +293,7 @@ def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Prog
 def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     """Scores a trained run and writes its result and metrics."""
     run_dir, directory = paths.runs / run.name, paths.results / run.name
-    records = read_metrics(run_dir / METRICS)
+    records = read_metrics(run_dir / METRICS_FILE)
     steps = run_tree(suite, run)["train"]["max_steps"]
     last = next((record for record in reversed(records) if record["event"] == "eval"), None)
     if last is None or last["step"] < steps:
@@ -303,8 +303,8 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
         result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
     made = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / METRICS, (run_dir / METRICS).read_text())
-    write_json(directory / RESULT, result_record(suite, run, **result, machine=machine(), **made))
+    write_whole(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
+    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **made))
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:

@@ -316,7 +316,7 @@ def budget(suite: Suite, run: Run) -> Budget:
 
 # ------------------------------------------------------------------------------------------------------ results
 
-RESULT, METRICS = "result.json", "metrics.jsonl"
+RESULT_FILE, METRICS_FILE = "result.json", "metrics.jsonl"
 
 
 def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
@@ -325,7 +325,7 @@ def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged, or of another configuration.
     """
-    path = results / run.name / RESULT
+    path = results / run.name / RESULT_FILE
     if not path.is_file():
         return None
     try:

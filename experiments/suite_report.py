@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.suite import METRICS, RESULT, Arm, Suite, main_runs, read_result, tuned, tuning_runs
+from experiments.suite import METRICS_FILE, RESULT_FILE, Arm, Suite, main_runs, read_result, tuned, tuning_runs
 from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from nt_hf.text import markdown_table, pyplot, score_text
 from nt_hf.training.metrics import read_metrics
@@ -43,7 +43,7 @@ def finished(suite: Suite, results: Path) -> dict[str, Finished]:
         if result := read_result(results, suite, run):
             arm = arms.setdefault(run.arm.name, Finished(run.arm, {}, []))
             arm.by_seed[run.seed] = result
-            arm.curves.append([r for r in read_metrics(results / run.name / METRICS) if r["event"] == "eval"])
+            arm.curves.append([r for r in read_metrics(results / run.name / METRICS_FILE) if r["event"] == "eval"])
     return arms
 
 
@@ -92,9 +92,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def paired_ratios(ours: Finished, theirs: Finished, read: Callable[[Result], float]) -> list[float]:
-    """``ours / theirs`` for every seed that both have."""
-    return [read(ours.by_seed[s]) / read(theirs.by_seed[s]) for s in ours.by_seed if s in theirs.by_seed]
+def paired_ratios(runs: Finished, others: Finished, read: Callable[[Result], float]) -> list[float]:
+    """``runs / others`` for every seed that both have."""
+    return [read(runs.by_seed[s]) / read(others.by_seed[s]) for s in runs.by_seed if s in others.by_seed]
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -109,17 +109,17 @@ def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
             f"/ {suite.arms[suite.rival].label}", "gain (nats)", "disagreement", "mask overlap", "ECE",
         ]
     ]  # fmt: skip
-    for each in arms.values():
+    for runs in arms.values():
         ratios = [
-            spread(paired_ratios(each, arms[other], read), 3) if other in arms else ""
+            spread(paired_ratios(runs, arms[other], read), 3) if other in arms else ""
             for other in (suite.baseline, suite.rival)
         ]
         rows.append(
             [
-                each.arm.label, str(len(each.by_seed)), spread(each.values(read)),
-                spread(each.values(head_mean(first))),
-                *ratios, spread(each.values(gain), 3), spread(each.values(disagreement), 3),
-                spread(each.values(overlap), 3), spread(each.values(calibration), 3),
+                runs.arm.label, str(len(runs.by_seed)), spread(runs.values(read)),
+                spread(runs.values(head_mean(first))),
+                *ratios, spread(runs.values(gain), 3), spread(runs.values(disagreement), 3),
+                spread(runs.values(overlap), 3), spread(runs.values(calibration), 3),
             ]
         )  # fmt: skip
     return markdown_table(rows)
@@ -130,17 +130,17 @@ def budget_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
         ["arm", "learning rate", "steps", "tokens (M)", "PFLOP executed", "PFLOP sparse-counted", "stored (M)",
          "active (M)", "machine", "seconds"]
     ]  # fmt: skip
-    for each in arms.values():
-        cost, result = each.budget, next(iter(each.by_seed.values()))
-        machines = sorted({r["machine"]["gpu"] or f"{r['machine']['cores']} cores" for r in each.by_seed.values()})
+    for runs in arms.values():
+        cost, result = runs.budget, next(iter(runs.by_seed.values()))
+        machines = sorted({r["machine"]["gpu"] or f"{r['machine']['cores']} cores" for r in runs.by_seed.values()})
         rows.append(
             [
-                each.arm.label, f"{result['learning_rate']:g}", str(cost["steps"]), f"{cost['tokens'] / 1e6:.2f}",
+                runs.arm.label, f"{result['learning_rate']:g}", str(cost["steps"]), f"{cost['tokens'] / 1e6:.2f}",
                 f"{cost['flops'] / 1e15:.3f}", f"{cost['sparse_flops'] / 1e15:.3f}", f"{cost['stored'] / 1e6:.2f}",
                 f"{cost['active'] / 1e6:.2f}", ", ".join(machines),
             ]
         )  # fmt: skip
-        rows[-1].append(f"{each.mean(lambda r: r['train_seconds']):.0f}")
+        rows[-1].append(f"{runs.mean(lambda r: r['train_seconds']):.0f}")
     return markdown_table(rows)
 
 
@@ -148,12 +148,12 @@ def texts_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
     rows = [["arm"]]
     for name in suite.evaluation.texts:
         rows[0] += [f"{name}: perplexity", f"{name}: bits per byte"]
-    for each in arms.values():
-        cells = [each.arm.label]
+    for runs in arms.values():
+        cells = [runs.arm.label]
         for name in suite.evaluation.texts:
             cells += [
-                spread(each.values(perplexity_on(name))),
-                spread(each.values(lambda r, name=name: r["texts"][name]["bits_per_byte"]), 4),
+                spread(runs.values(perplexity_on(name))),
+                spread(runs.values(lambda r, name=name: r["texts"][name]["bits_per_byte"]), 4),
             ]
         rows.append(cells)
     return markdown_table(rows)
@@ -163,15 +163,15 @@ def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
     """What one change does: each arm that takes its learning rate from another, against that one, seed by seed."""
     read = perplexity_on(first := next(iter(suite.evaluation.texts)))
     rows = [["arm", "against", "seeds", f"ratio, {first}", "ratio, mean head", "gain (nats) more"]]
-    for each in arms.values():
-        if each.arm.learning_rate_of in arms:
-            source = arms[each.arm.learning_rate_of]
-            ratios = paired_ratios(each, source, read)
-            pairs = [(gain(each.by_seed[s]), gain(source.by_seed[s])) for s in each.by_seed if s in source.by_seed]
-            gains = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
-            heads = paired_ratios(each, source, head_mean(first))
+    for runs in arms.values():
+        if runs.arm.learning_rate_of in arms:
+            source = arms[runs.arm.learning_rate_of]
+            ratios = paired_ratios(runs, source, read)
+            pairs = [(gain(runs.by_seed[s]), gain(source.by_seed[s])) for s in runs.by_seed if s in source.by_seed]
+            gains = [new - old for new, old in pairs if None not in (new, old)]
+            heads = paired_ratios(runs, source, head_mean(first))
             cells = [spread(ratios, 3), spread(heads, 3), spread(gains, 3)]
-            rows.append([each.arm.label, source.arm.label, str(len(ratios)), *cells])
+            rows.append([runs.arm.label, source.arm.label, str(len(ratios)), *cells])
     return markdown_table(rows) if len(rows) > 1 else None
 
 
@@ -179,10 +179,10 @@ def averaging_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
     """The same models with the mean of the heads' logits and with the mean of their probabilities."""
     first = next(iter(suite.evaluation.texts))
     rows = [["arm", *(f"mean of {mode}" for mode in ENSEMBLE_MODES)]]
-    for each in arms.values():
-        if each.values(gain):
-            scores = each.values(lambda result: result["texts"][first]["ensemble_perplexities"])
-            rows.append([each.arm.label, *(spread([score[mode] for score in scores]) for mode in ENSEMBLE_MODES)])
+    for runs in arms.values():
+        if runs.values(gain):
+            scores = runs.values(lambda result: result["texts"][first]["ensemble_perplexities"])
+            rows.append([runs.arm.label, *(spread([score[mode] for score in scores]) for mode in ENSEMBLE_MODES)])
     return markdown_table(rows) if len(rows) > 1 else None
 
 
@@ -201,7 +201,7 @@ def tuning_table(suite: Suite, results: Path) -> str:
 
 def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
     scored = {
-        each.arm.label: [r["zero_shot"] for r in each.by_seed.values() if "zero_shot" in r] for each in arms.values()
+        runs.arm.label: [r["zero_shot"] for r in runs.by_seed.values() if "zero_shot" in r] for runs in arms.values()
     }
     scored = {label: found[0] for label, found in scored.items() if found}
     if not scored:
@@ -210,21 +210,21 @@ def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
     rows = [["arm", *tasks, "mean"]]
     for label, found in scored.items():
         # The first scorer is the ensemble, or the only head.
-        each = [next(iter(found["results"][task].values()))["acc"] for task in tasks]
-        cells = [score_text(accuracy["value"], accuracy["stderr"]) for accuracy in each]
-        rows.append([label, *cells, f"{statistics.fmean(accuracy['value'] for accuracy in each):.3f}"])
+        accuracies = [next(iter(found["results"][task].values()))["acc"] for task in tasks]
+        cells = [score_text(accuracy["value"], accuracy["stderr"]) for accuracy in accuracies]
+        rows.append([label, *cells, f"{statistics.fmean(accuracy['value'] for accuracy in accuracies):.3f}"])
     return markdown_table(rows)
 
 
 def heads_table(arms: Mapping[str, Finished]) -> str | None:
     """Perplexity of the ensemble of some of the heads."""
-    most = max(len(r["diversity"]["heads_used"]) for each in arms.values() for r in each.by_seed.values())
+    most = max(len(r["diversity"]["heads_used"]) for runs in arms.values() for r in runs.by_seed.values())
     rows = [["arm", *(f"{n} head{'s' * (n > 1)}" for n in range(1, most + 1))]]
-    for each in arms.values():
-        used = [r["diversity"]["heads_used"] for r in each.by_seed.values()]
+    for runs in arms.values():
+        used = [r["diversity"]["heads_used"] for r in runs.by_seed.values()]
         if len(used[0]) > 1:
             cells = [spread([seed[n]["mean"] for seed in used]) for n in range(len(used[0]))]
-            rows.append([each.arm.label, *cells, *[""] * (most - len(cells))])
+            rows.append([runs.arm.label, *cells, *[""] * (most - len(cells))])
     return markdown_table(rows) if len(rows) > 1 else None
 
 
@@ -249,7 +249,7 @@ def tables(suite: Suite, results: Path) -> dict[str, str]:
 def report_text(suite: Suite, results: Path) -> str:
     """A page of all tables."""
     runs = main_runs(suite, dict.fromkeys(suite.arms, 1.0))
-    done = sum((results / run.name / RESULT).is_file() for run in runs)
+    done = sum((results / run.name / RESULT_FILE).is_file() for run in runs)
     parts = [
         f"# {suite.name}",
         f"{done} of {len(runs)} runs are finished. `python experiments/run.py --suite "
@@ -286,7 +286,7 @@ def write_report(suite: Suite, results: Path) -> str:
     (results / "report.md").write_text(text, encoding="utf-8")
     if arms and (plt := pyplot()):
         # Arms from one seed would bury the others; their places are in the tables.
-        main = {name: each for name, each in arms.items() if len(each.by_seed) > 1} or arms
+        main = {name: runs for name, runs in arms.items() if len(runs.by_seed) > 1} or arms
         plot_curves(plt, main, results / "curves.png")
         plot_quality(plt, suite, main, results / "quality.png")
         plot_diversity(plt, suite, arms, results / "diversity.png")
@@ -311,12 +311,12 @@ def plot_curves(plt: Any, arms: Mapping[str, Finished], path: Path) -> None:
     }
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
     for axis, (key, label) in zip(axes, axes_of.items()):
-        for (_name, each), look in zip(arms.items(), style(arms).values()):
-            scale = each.budget[key] / each.budget["tokens"] / (1e6 if key == "tokens" else 1e15)
-            points = list(zip(*each.curves))[1:]  # not of the untrained model
+        for (_name, runs), look in zip(arms.items(), style(arms).values()):
+            scale = runs.budget[key] / runs.budget["tokens"] / (1e6 if key == "tokens" else 1e15)
+            points = list(zip(*runs.curves))[1:]  # not of the untrained model
             x = [point[0]["training_tokens"] * scale for point in points]
             y = [statistics.fmean(record["perplexity"] for record in point) for point in points]
-            axis.plot(x, y, label=each.arm.label if axis is axes[0] else None, markersize=4, **look)
+            axis.plot(x, y, label=runs.arm.label if axis is axes[0] else None, markersize=4, **look)
         axis.set(xlabel=label, yscale="log")
         axis.grid(color="0.9", which="both")
     axes[0].set_ylabel("validation perplexity, mean of seeds")
@@ -328,13 +328,13 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
     """In-domain perplexity against active parameters, training FLOPs and the number of heads."""
     text = next(iter(suite.evaluation.texts))
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
-    for (_name, each), look in zip(arms.items(), style(arms).values()):
-        values = each.values(perplexity_on(text))
-        for axis, x in zip(axes, (each.budget["active"] / 1e6, each.budget["flops"] / 1e15)):
+    for (_name, runs), look in zip(arms.items(), style(arms).values()):
+        values = runs.values(perplexity_on(text))
+        for axis, x in zip(axes, (runs.budget["active"] / 1e6, runs.budget["flops"] / 1e15)):
             error = statistics.stdev(values) if len(values) > 1 else None
-            label = each.arm.label if axis is axes[0] else None
+            label = runs.arm.label if axis is axes[0] else None
             axis.errorbar(x, statistics.fmean(values), yerr=error, capsize=3, linestyle="", label=label, **look)
-        used = [result["diversity"]["heads_used"] for result in each.by_seed.values()]
+        used = [result["diversity"]["heads_used"] for result in runs.by_seed.values()]
         heads = range(1, len(used[0]) + 1)
         axes[2].plot(heads, [statistics.fmean(seed[n - 1]["mean"] for seed in used) for n in heads], **look)
     for axis, label in zip(axes, ("active parameters (M)", "training PFLOP, executed", "heads of the model in use")):
@@ -349,16 +349,16 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
 def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
     """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first."""
     series: dict[str, dict[float, str]] = {}
-    for name, each in arms.items():
+    for name, runs in arms.items():
         rest = {
             f"{section}.{key}": value
-            for section, values in each.arm.config.items()
+            for section, values in runs.arm.config.items()
             for key, value in values.items()
             if key not in ("density", "learning_rate_factors")
         }
         # The first arm of a density: a later one differs in its rates alone.
-        series.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(round(each.mean(density), 3), name)
-    return [[names[each] for each in sorted(names)] for names in series.values() if len(names) > 1]
+        series.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(round(runs.mean(density), 3), name)
+    return [[names[value] for value in sorted(names)] for names in series.values() if len(names) > 1]
 
 
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
@@ -367,7 +367,7 @@ def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: P
     Arms that differ in density alone are a line; the others from one seed are grey.
     """
     text = next(iter(suite.evaluation.texts))
-    several = {name: each for name, each in arms.items() if each.values(gain) and not each.arm.longer}
+    several = {name: runs for name, runs in arms.items() if runs.values(gain) and not runs.arm.longer}
     if not several:
         return
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.comparison import compare, comparison_table, plot_comparison, read_columns
+from ..evaluation.comparison import compare_columns, comparison_table, plot_comparison, read_columns
 from ..files import write_json, write_whole
 from .program import check_output, provenance
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_output(args.output, directory=True)
     columns = read_columns(args.results)
-    rows, notes = compare(columns)
+    rows, notes = compare_columns(columns)
     text = "\n".join([comparison_table(columns, rows), "", *(f"- {note}" for note in notes)]).rstrip()
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)

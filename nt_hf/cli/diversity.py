@@ -14,6 +14,7 @@ from ..evaluation.diversity import measure_diversity
 from ..evaluation.perplexity import load_for_evaluation
 from ..evaluation.plots import write_plots
 from ..files import write_json
+from ..text import plain_table
 from .program import check_output, provenance
 from .scored_text import add_text_arguments, open_text, text_record
 
@@ -49,35 +50,33 @@ def parse_heads(text: str | None, count: int) -> Sequence[int] | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = [
-        f"{result['documents']:,} documents, {result['tokens']:,} tokens, ensemble mode {result['ensemble_mode']}",
-        "",
-        f"{'':20}{'perplexity':>11}{'loss':>9}{'accuracy':>10}{'ECE':>8}",
-    ]
-    named = {f"head {head}": score for head, score in zip(result["heads"], result["head_scores"])}
-    named |= {f"ensemble, {mode}": score for mode, score in result["ensemble_scores"].items()}
-    for name, score in named.items():
-        figures = f"{score['perplexity']:11.3f}{score['loss']:9.4f}{score['accuracy']:10.4f}"
-        lines.append(f"  {name:<18}{figures}{score['calibration']['error']:8.4f}")
+    """What is printed: the figures of ``result`` but for those of single pairs, bins and modules."""
+    scores = {f"head {head}": score for head, score in zip(result["heads"], result["head_scores"])}
+    scores |= {f"ensemble, {mode}": score for mode, score in result["ensemble_scores"].items()}
+    rows = [["", "perplexity", "loss", "accuracy", "ECE"]]
+    for name, score in scores.items():
+        loss, accuracy, error = score["loss"], score["accuracy"], score["calibration"]["error"]
+        rows.append([name, f"{score['perplexity']:.3f}", f"{loss:.4f}", f"{accuracy:.4f}", f"{error:.4f}"])
+    title = f"{result['documents']:,} documents, {result['tokens']:,} tokens, ensemble mode {result['ensemble_mode']}"
     if len(result["heads"]) == 1:
-        return "\n".join(lines)
+        return f"{title}\n\n{plain_table(rows)}"
     for key, name in (("vote_accuracy", "majority vote"), ("oracle_accuracy", "any head right")):
-        lines.append(f"  {name:<38}{result[key]:10.4f}")
-    lines += ["", f"{'gain':20}{'mean head loss':>15} - {'diversity':>9} = {'ensemble loss':>13}{'residual':>11}"]
+        rows.append([name, "", "", f"{result[key]:.4f}"])
+    gains = [["gain", "mean head loss", "- diversity", "= ensemble loss", "residual"]]
     for mode, gain in result["gains"].items():
-        split = f"{gain['mean_head_loss']:15.4f} - {gain['diversity']:9.4f} = {gain['ensemble_loss']:13.4f}"
-        lines.append(f"  {mode:<18}{split}{gain['residual']:11.1e}")
-    lines += ["", f"{'heads used':20}{'perplexity':>11}{'lowest':>11}{'highest':>11}"]
+        split = (f"{gain['mean_head_loss']:.4f}", f"- {gain['diversity']:.4f}", f"= {gain['ensemble_loss']:.4f}")
+        gains.append([mode, *split, f"{gain['residual']:.1e}"])
+    used = [["heads used", "perplexity", "lowest", "highest"]]
     for row in result["heads_used"]:
-        lines.append(f"  {row['heads']:<18}{row['mean']:11.3f}{row['lowest']:11.3f}{row['highest']:11.3f}")
+        used.append([str(row["heads"]), *(f"{row[key]:.3f}" for key in ("mean", "lowest", "highest"))])
     overlap = result["mask_overlap"]
     means = {
         "disagreement": result["disagreement"]["mean"],
-        "KL, nats a token": result["kl"]["mean"],
+        "KL, nats per token": result["kl"]["mean"],
         "correlation of errors": result["error_correlation"]["mean"],
         **{f"CKA after {depth}": pairs["mean"] for depth, pairs in result["similarity"].items()},
         "overlap (Jaccard) of masks": overlap and overlap["overall"],
     }
-    lines += ["", "mean over pairs of heads"]
-    lines += [f"  {name:<27}{'none' if value is None else f'{value:.4f}':>8}" for name, value in means.items()]
-    return "\n".join(lines)
+    pairs = [["mean over pairs of heads"]]
+    pairs += [[name, "none" if value is None else f"{value:.4f}"] for name, value in means.items()]
+    return "\n\n".join([title, *map(plain_table, (rows, gains, used, pairs))])

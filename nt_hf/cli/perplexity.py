@@ -14,6 +14,7 @@ from pathlib import Path
 from ..evaluation.perplexity import evaluate, load_for_evaluation
 from ..files import write_json
 from ..models.masks import overall_density
+from ..text import plain_table
 from .program import check_output, provenance
 from .scored_text import add_text_arguments, open_text, text_record
 
@@ -37,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         **provenance(),
     }
     print(f"{result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
-    print(f"{'':20}{'perplexity':>10} {'bits per byte':>15}")
-    for head, values in enumerate(zip(result["head_perplexities"], result["head_bits_per_byte"])):
-        print("  head {:<12} {:10.3f} {:15.4f}".format(head, *values))
+    scores = [
+        (f"head {head}", *values)
+        for head, values in enumerate(zip(result["head_perplexities"], result["head_bits_per_byte"]))
+    ]
     for mode, value in result["ensemble_perplexities"].items():
-        print(f"  ensemble, {mode:<7} {value:10.3f} {result['ensemble_bits_per_byte'][mode]:15.4f}")
+        scores.append((f"ensemble, {mode}", value, result["ensemble_bits_per_byte"][mode]))
+    rows = [(name, f"{value:.3f}", f"{bits:.4f}") for name, value, bits in scores]
+    print(plain_table([("", "perplexity", "bits per byte"), *rows]))
     print(f"disagreement between heads {result['disagreement']:.3f}, unknown tokens {result['unknown_share']:.2%}")
     write_json(args.output, result)
     print(f"written to {args.output}")

@@ -263,10 +263,10 @@ class PreparedTokens:
                 raise ValueError(f"rows={sorted(map(str, used))}")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"data state: not one that PreparedTokens wrote ({one_line(error)})") from error
-        for found, (key, value) in itertools.product(settings, self._settings.items()):
-            if found.get(key) != value:
+        for saved, (key, value) in itertools.product(settings, self._settings.items()):
+            if saved.get(key) != value:
                 raise ValueError(
-                    f"data state: was saved with {key}={found.get(key)!r}; accepted is {value!r} to resume"
+                    f"data state: was saved with {key}={saved.get(key)!r}; accepted is {value!r} to resume"
                 )
         if len(used) > 1:
             raise ValueError(f"data state: of ranks after {sorted(used)} rows; accepted are all after as many")

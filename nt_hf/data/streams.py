@@ -213,12 +213,12 @@ class TokenBatches:
                 f"accepted are those of all {world_size} in their order"
             )
         for key, value in self._settings().items():
-            for found in settings:
+            for saved in settings:
                 # Ranks differ in nothing; a run may differ in how many share the work.
-                wanted = settings[0].get(key) if key in ("world_size", "num_workers") else value
-                if found.get(key) != wanted:
+                own = settings[0].get(key) if key in ("world_size", "num_workers") else value
+                if saved.get(key) != own:
                     raise ValueError(
-                        f"data state: was saved with {key}={found.get(key)!r}; accepted is {wanted!r} to resume"
+                        f"data state: was saved with {key}={saved.get(key)!r}; accepted is {own!r} to resume"
                     )
         if (world_size, workers) == (self.world_size, self._workers):
             self._states, self._next_worker = streams[self.rank], next_workers[self.rank]

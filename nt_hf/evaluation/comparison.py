@@ -29,7 +29,7 @@ def paired_bootstrap(
 ) -> Difference:
     """The difference between two systems that were scored on the same items (Efron & Tibshirani 1993, ch. 13 and 16).
 
-    Items are drawn anew, with replacement, within each task; both systems keep their values on an item, so what makes
+    Items are drawn with replacement, within each task; both systems keep their values on an item, so what makes
     it hard for both cancels. The interval is the percentile interval, and ``p`` is twice the share of draws on the far
     side of 0, at most 1.
 
@@ -41,8 +41,8 @@ def paired_bootstrap(
     weights = np.full(len(pairs), 1 / len(pairs)) if weights is None else np.asarray(weights) / np.sum(weights)
     generator = np.random.default_rng(seed)
     value, drawn = 0.0, np.zeros(DRAWS)
-    for (ours, theirs), weight in zip(pairs, weights):
-        differences, counts = np.unique(np.asarray(ours, float) - np.asarray(theirs, float), return_counts=True)
+    for (first, second), weight in zip(pairs, weights):
+        differences, counts = np.unique(np.asarray(first, float) - np.asarray(second, float), return_counts=True)
         size = counts.sum()
         # How often each value is among the items drawn: the same as drawing them one by one, and much faster.
         times = generator.multinomial(size, counts / size, size=DRAWS)
@@ -68,8 +68,8 @@ class Column:
 
     def score(self, name: str, metric: str) -> tuple[float, float | None] | None:
         """Value and standard error of a task or group, ``None`` where there is none."""
-        found = self.report["results"].get(name, {}).get(self.scorer, {}).get(metric)
-        return found and (found["value"], found["stderr"])
+        score = self.report["results"].get(name, {}).get(self.scorer, {}).get(metric)
+        return score and (score["value"], score["stderr"])
 
 
 def read_columns(arguments: Sequence[str]) -> list[Column]:
@@ -78,7 +78,7 @@ def read_columns(arguments: Sequence[str]) -> list[Column]:
     A file alone stands for its first scorer, the ensemble; if it is the only argument, for all of its scorers.
 
     Raises:
-        ValueError: a file is missing or not of `eval/zero_shot.py`, or has no such scorer.
+        ValueError: a file is missing or not of ``nt-hf evaluate zero-shot``, or has no such scorer.
     """
     columns = []
     parts = [(argument, "", "") if Path(argument).is_file() else argument.rpartition(":") for argument in arguments]
@@ -105,7 +105,7 @@ def _short_names(paths: Collection[Path]) -> dict[Path, str]:
     """A name for each path without its extension: the file's, with as many of its folders as tell all apart."""
     parts = {path: Path(os.path.abspath(path)).with_suffix("").parts for path in paths}
     for count in range(1, max(map(len, parts.values())) + 1):
-        names = {path: "/".join(each[-count:]) for path, each in parts.items()}
+        names = {path: "/".join(folders[-count:]) for path, folders in parts.items()}
         if len(set(names.values())) == len(names):
             return names
     return {path: str(path) for path in paths}
@@ -115,11 +115,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         report = strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); accepted: a file of eval/zero_shot.py") from error
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); accepted: a file of nt-hf evaluate zero-shot"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); accepted: a file of eval/zero_shot.py") from error
+        raise ValueError(f"{path}: not JSON ({error}); accepted: a file of nt-hf evaluate zero-shot") from error
     if not isinstance(report, dict) or not {"scorers", "results", "tasks", "members"} <= report.keys():
-        raise ValueError(f"{path}: accepted is a file of eval/zero_shot.py")
+        raise ValueError(f"{path}: accepted is a file of nt-hf evaluate zero-shot")
     return report
 
 
@@ -134,7 +136,7 @@ class Row:
     differences: list[Difference]
 
 
-def compare(columns: Sequence[Column]) -> tuple[list[Row], list[str]]:
+def compare_columns(columns: Sequence[Column]) -> tuple[list[Row], list[str]]:
     """The rows of the tasks that every column has, then the mean accuracy over them.
 
     Returns:
@@ -147,9 +149,9 @@ def compare(columns: Sequence[Column]) -> tuple[list[Row], list[str]]:
     shared = []  # for each task in the mean: its (tasks, weights)
     names = list(dict.fromkeys(name for column in columns for name in column.report["results"]))
     for name in names:
-        lacking = [column.name for column in columns if name not in column.report["results"]]
-        if lacking:
-            notes.append(f"{name}: left out, {', '.join(lacking)} lacks it.")
+        missing = [column.name for column in columns if name not in column.report["results"]]
+        if missing:
+            notes.append(f"{name}: left out, {', '.join(missing)} lacks it.")
             continue
         members, weights = base.report["members"][name]["tasks"], base.report["members"][name]["weights"]
         if any(_fingerprints(column, members) != _fingerprints(base, members) for column in columns):
@@ -171,7 +173,7 @@ def compare(columns: Sequence[Column]) -> tuple[list[Row], list[str]]:
             error = None if None in errors else float(np.sqrt(np.sum(np.square(errors))) / len(errors))
             means.append((float(np.mean([value for value, _ in scores])), error))
         members = [member for tasks, _ in shared for member in tasks]
-        weights = [float(weight) for _, each in shared for weight in each]
+        weights = [float(weight) for _, shares in shared for weight in shares]
         rows.append(_row(columns, f"mean of {len(shared)}", "acc", means, members, weights))
     return rows, notes
 
@@ -212,20 +214,20 @@ def plot_comparison(columns: Sequence[Column], rows: Sequence[Row], path: Path) 
     labels = [f"{row.task}, {row.metric}" for row in rows]
     height = 1.8 + 0.32 * len(rows) + 0.12 * len(rows) * len(columns)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
-    places = np.arange(len(rows))[::-1]
+    heights = np.arange(len(rows))[::-1]
     for number, column in enumerate(columns):
         offset = 0.6 * ((len(columns) - 1) / 2 - number) / len(columns)
         values = [row.scores[number][0] for row in rows]
         errors = [row.scores[number][1] or 0 for row in rows]
         color = f"C{number}"
-        left.errorbar(values, places + offset, xerr=errors, fmt="o", color=color, capsize=2, label=column.name)
+        left.errorbar(values, heights + offset, xerr=errors, fmt="o", color=color, capsize=2, label=column.name)
         if number:
             gaps = [row.differences[number - 1] for row in rows]
             spans = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
             right.errorbar(
-                [gap.value for gap in gaps], places + offset, xerr=spans, fmt="o", color=color, capsize=2,
+                [gap.value for gap in gaps], heights + offset, xerr=spans, fmt="o", color=color, capsize=2,
             )  # fmt: skip
-    left.set(yticks=places, yticklabels=labels, xlabel="score (bar: standard error)", title="Scores")
+    left.set(yticks=heights, yticklabels=labels, xlabel="score (bar: standard error)", title="Scores")
     right.axvline(0, color="0.5", linewidth=1)
     right.set(xlabel=f"difference from {columns[0].name} (bar: 95 %)", title="Differences on the same items")
     figure.legend(loc="outside lower center", ncols=min(4, len(columns)), frameon=False)

@@ -13,8 +13,9 @@ import torch
 
 from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from ..models.lm_heads import by_head
+from ..models.losses import IGNORE_INDEX
 from ..models.masks import masked_modules
-from ..models.modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
+from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from ..sparsity.measures import head_overlap
 from .perplexity import CHUNK, check_finite, perplexity
 
@@ -92,7 +93,7 @@ class HeadsUsed:
 
 @dataclass(frozen=True)
 class MaskOverlap:
-    """Mean Jaccard overlap of the masks of every two heads, see `nt_hf.sparsifier.head_overlap`.
+    """Mean Jaccard overlap of the masks of every two heads, see `nt_hf.sparsity.measures.head_overlap`.
 
     Two random masks of density ``s`` overlap by ``s / (2 - s)``. ``by_kind``: of all modules of one name ("q_proj");
     ``by_block``: of each block of a head; ``by_module``: of each module ("layers.0.self_attn.q_proj").
@@ -181,9 +182,9 @@ def measure_diversity(
         for similarity, states in zip(similarities, hidden):
             similarity.add(states)
         for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            each = [model.lm_heads[h](x[part]).float() for h, x in zip(heads, hidden[-1])]
-            for key, value in _prediction_sums(each, targets[part], model.config.ensemble_mode).items():
+            chunk = slice(start, start + CHUNK)
+            head_logits = [model.lm_heads[h](states[chunk]).float() for h, states in zip(heads, hidden[-1])]
+            for key, value in _prediction_sums(head_logits, targets[chunk], model.config.ensemble_mode).items():
                 sums[key] = sums.get(key, 0) + value
     model.train(training)
     if not sums:
@@ -216,20 +217,20 @@ def _scored_states(
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE_INDEX
     blocks = model.config.blocks_in_head
-    own = output.hidden_states[len(output.hidden_states) - len(heads) * blocks :]  # head after head, see the model
+    in_heads = output.hidden_states[len(output.hidden_states) - len(heads) * blocks :]  # head after head, see the model
     last = by_head(output.last_hidden_state, model.config.hidden_size)
-    depths = [*(own[depth::blocks] for depth in range(blocks)), last]
+    depths = [*(in_heads[depth::blocks] for depth in range(blocks)), last]
     return [torch.stack([states[:, :-1][keep] for states in depth]) for depth in depths], labels[keep]
 
 
 # --------------------------------------------------------------------------------------------------- predictions
 
 
-def _prediction_sums(each: Sequence[torch.Tensor], targets: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
+def _prediction_sums(head_logits: Sequence[torch.Tensor], targets: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
     """What all figures about predictions are made of, summed over tokens, float64.
 
     Args:
-        each: fp32 logits ``[n, vocab]`` of the M heads.
+        head_logits: fp32 logits ``[n, vocab]`` of the M heads.
         targets: the right tokens, ``[n]``.
         mode: the ensemble mode of ``windows``.
 
@@ -239,9 +240,9 @@ def _prediction_sums(each: Sequence[torch.Tensor], targets: torch.Tensor, mode: 
         ``disagreeing``, ``both_wrong`` and ``cross`` (negative cross-entropies, relative to the first head's);
         ``windows`` [M - 2, M], the losses of 2 to M - 1 neighbouring heads.
     """
-    count = len(each)
-    log_probs = torch.log_softmax(torch.stack(list(each)), -1)
-    predictors = [*log_probs, *(torch.log_softmax(combine_logits(each, mode), -1) for mode in ENSEMBLE_MODES)]
+    count = len(head_logits)
+    log_probs = torch.log_softmax(torch.stack(list(head_logits)), -1)
+    predictors = [*log_probs, *(torch.log_softmax(combine_logits(head_logits, mode), -1) for mode in ENSEMBLE_MODES)]
     right = torch.stack([_at(predictor, targets) for predictor in predictors]).double()
     best = [predictor.max(-1) for predictor in predictors]
     confidences, guesses = torch.stack([x.values for x in best]).exp(), torch.stack([x.indices for x in best])
@@ -264,7 +265,7 @@ def _prediction_sums(each: Sequence[torch.Tensor], targets: torch.Tensor, mode: 
     windows = torch.zeros(max(0, count - 2), count, dtype=torch.float64, device=targets.device)
     for size in range(2, count):
         for first in range(count):
-            combined = combine_logits([each[(first + i) % count] for i in range(size)], mode)
+            combined = combine_logits([head_logits[(first + i) % count] for i in range(size)], mode)
             losses = torch.logsumexp(combined, -1) - _at(combined, targets)
             windows[size - 2, first] = losses.double().sum()
     return {
@@ -298,8 +299,8 @@ def _predictions(sums: Mapping[str, torch.Tensor], mode: str) -> dict[str, Any]:
     mean = math.fsum(losses[:count]) / count
     diversity = dict(zip(ENSEMBLE_MODES, (sums["diversity"] / tokens).tolist()))
     gains = {
-        each: Gain(mean, diversity[each], score.loss, mean - diversity[each] - score.loss)
-        for each, score in ensembles.items()
+        name: Gain(mean, diversity[name], score.loss, mean - diversity[name] - score.loss)
+        for name, score in ensembles.items()
     }
     windows = [losses[:count], *(sums["windows"] / tokens).tolist()]
     if count > 1:
@@ -418,8 +419,8 @@ def mask_overlap(model: NeuroTrailsLlamaForCausalLM, heads: Sequence[int]) -> Ma
         groups: dict[str | None, dict[str, torch.Tensor]] = {}
         for name, mask in masks.items():
             groups.setdefault(group_of(name.split(".")[2:-1]), {})[name] = mask
-        found = {group: head_overlap(members) for group, members in groups.items() if group is not None}
-        return {group: overlap for group, overlap in found.items() if overlap is not None}
+        by_group = {group: head_overlap(members) for group, members in groups.items() if group is not None}
+        return {group: overlap for group, overlap in by_group.items() if overlap is not None}
 
     overall = head_overlap(masks)
     if overall is None:

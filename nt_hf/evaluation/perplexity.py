@@ -15,7 +15,8 @@ from ..checks import check, integer, optional
 from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from ..models.lm_heads import by_head
-from ..models.modeling_neurotrails_llama import IGNORE_INDEX, NeuroTrailsLlamaForCausalLM, combine_logits
+from ..models.losses import IGNORE_INDEX
+from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits
 from ..sparsity.sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
@@ -68,7 +69,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:  # damaged files: as many types as causes
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -76,8 +77,8 @@ def _is_llama(path: Path) -> bool:
     """Whether a checkpoint is a stock Llama, rather than a NeuroTrails Llama."""
     accepted = "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
     if not (path / "config.json").is_file():
-        found = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {found}; {accepted}")
+        problem = "has no config.json" if path.is_dir() else "is no directory"
+        raise ValueError(f"{path} {problem}; {accepted}")
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in (NeuroTrailsLlamaConfig.model_type, LlamaConfig.model_type):
         raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
@@ -114,7 +115,7 @@ class DocumentWindows:
     padded on the right; ``BUFFER`` batches are held at a time.
 
     Args:
-        texts: the documents; each ``iter()`` of this object goes over them anew.
+        texts: the documents; each ``iter()`` of this object goes over them again.
         tokenizer: any with an end-of-sequence token; special tokens that it adds by itself are not used.
         length: tokens of a window, 2 or more.
         stride: tokens between the starts of two windows, 1 to ``length - 1``; half the length by default.
@@ -123,7 +124,7 @@ class DocumentWindows:
 
     Attributes:
         documents: documents read, complete (as the other counts) when the iteration is.
-        tokens: tokens of theirs, each of which is scored.
+        tokens: tokens of these documents, each of which is scored.
         unknown: those that are the tokenizer's unknown token.
         bytes: UTF-8 bytes of the documents as they were before tokenization, those without a token left out.
 
@@ -315,10 +316,10 @@ def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Te
             for start in range(0, labels.numel(), CHUNK)
         )
     total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)
-    for each, targets in zip(chunks, labels[:, None].split(CHUNK)):
-        ensembles = [combine_logits(each, mode) for mode in ("logits", "probs")]
-        losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*each, *ensembles]]
-        guesses = torch.stack([logits.argmax(-1) for logits in each])
+    for head_logits, targets in zip(chunks, labels[:, None].split(CHUNK)):
+        ensembles = [combine_logits(head_logits, mode) for mode in ("logits", "probs")]
+        losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*head_logits, *ensembles]]
+        guesses = torch.stack([logits.argmax(-1) for logits in head_logits])
         disagreeing = (guesses[:, None] != guesses[None]).sum() / 2
         total += torch.stack([x.double() for x in [*losses, disagreeing, targets.new_tensor(len(targets))]])
     return total

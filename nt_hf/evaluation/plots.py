@@ -1,4 +1,4 @@
-"""Figures of what `nt_hf.diversity` measures."""
+"""Plots of what the module `diversity` measures."""
 
 import math
 from collections.abc import Mapping

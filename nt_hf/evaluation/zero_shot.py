@@ -194,8 +194,8 @@ def _score(
     count = sum(len(row.answers) for row in rows)
     scores, misses = torch.zeros(2, len(scorers), count, dtype=torch.float64, device=device)
 
-    def record(scorer: int, logits: torch.Tensor, wanted: torch.Tensor) -> None:
-        spot, answer, token = wanted.T
+    def record(scorer: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        spot, answer, token = targets.T
         log_probs = logits.log_softmax(-1)
         chosen, best = log_probs[spot, token], log_probs.amax(-1)[spot]
         scores[scorer].index_add_(0, answer, chosen.double())
@@ -203,19 +203,19 @@ def _score(
 
     trails = {scorer.heads[0]: k for k, scorer in enumerate(scorers) if k}
 
-    def each_head(part: slice, wanted: torch.Tensor) -> Iterator[torch.Tensor]:
+    def chunk_logits(chunk: slice, targets: torch.Tensor) -> Iterator[torch.Tensor]:
         for head, states in zip(heads, hidden):
-            logits = model.lm_heads[head](states[part]).float()
+            logits = model.lm_heads[head](states[chunk]).float()
             if head in trails:
-                record(trails[head], logits, wanted)
+                record(trails[head], logits, targets)
             yield logits
 
     size = POSITIONS.get(device.type, POSITIONS["cuda"])
     for start in range(0, len(spots), size):
-        here = (answers[:, 0] >= start) & (answers[:, 0] < start + size)
-        wanted = (answers[here] - torch.tensor([start, 0, 0])).to(device)
-        logits = each_head(slice(start, start + size), wanted)
-        record(0, combine_logits(logits, model.config.ensemble_mode), wanted)
+        in_chunk = (answers[:, 0] >= start) & (answers[:, 0] < start + size)
+        targets = (answers[in_chunk] - torch.tensor([start, 0, 0])).to(device)
+        logits = chunk_logits(slice(start, start + size), targets)
+        record(0, combine_logits(logits, model.config.ensemble_mode), targets)
     return scores.cpu(), misses.cpu() == 0
 
 
@@ -257,7 +257,7 @@ class TrailsLM(HFLM):
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """Mean of a metric over a task's items and the standard error of that mean, ``None`` where there is none."""
 
     value: float
@@ -280,7 +280,7 @@ class TaskResult:
 
     items: int
     fingerprint: str
-    scores: dict[str, dict[str, Score]]
+    scores: dict[str, dict[str, TaskScore]]
     per_item: dict[str, dict[str, list[float] | str]]
     requests: int
     truncated: int
@@ -300,8 +300,8 @@ def score_task(lm: TrailsLM, task: Any, limit: int | None = None) -> TaskResult:
     began = time.perf_counter()
     name = task.config.task
     with quiet():
-        found = lm_eval.evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        evaluation = lm_eval.evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
+    samples = sorted(evaluation["samples"][name], key=lambda sample: sample["doc_id"])
     metrics = samples[0]["metrics"]
     per_item: dict[str, dict[str, list[float]]] = {}
     for scorer in lm.scorers:
@@ -327,50 +327,50 @@ def score_task(lm: TrailsLM, task: Any, limit: int | None = None) -> TaskResult:
     )
 
 
-def _score_of(task: Any, metric: str, values: Sequence[float]) -> Score:
+def _score_of(task: Any, metric: str, values: Sequence[float]) -> TaskScore:
     aggregate = task.aggregation()[metric]
     error = stderr_for_metric(metric=aggregate, bootstrap_iters=1000) if len(values) > 1 else None
-    return Score(float(aggregate(values)), float(error(values)) if error else None)
+    return TaskScore(float(aggregate(values)), float(error(values)) if error else None)
 
 
 def _compact(values: Sequence[float]) -> list[float] | str:
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
 
 
-def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str, dict[str, Score]]:
-    """Score of a group from those of its tasks, by lm-eval's rules, for each scorer and each metric they share."""
-    parts = list(results.values())
-    sizes = [part.items for part in parts]
-    combined: dict[str, dict[str, Score]] = {}
-    for scorer in parts[0].scores:
-        shared = [m for m in parts[0].scores[scorer] if all(m in part.scores[scorer] for part in parts)]
+def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str, dict[str, TaskScore]]:
+    """The score of a group from those of its tasks, by lm-eval's rules, for each scorer and each metric they share."""
+    tasks = list(results.values())
+    sizes = [task.items for task in tasks]
+    combined: dict[str, dict[str, TaskScore]] = {}
+    for scorer in tasks[0].scores:
+        shared = [m for m in tasks[0].scores[scorer] if all(m in task.scores[scorer] for task in tasks)]
         combined[scorer] = {}
         for metric in shared:
-            scores = [part.scores[scorer][metric] for part in parts]
+            scores = [task.scores[scorer][metric] for task in tasks]
             value = aggregate_subtask_metrics([score.value for score in scores], sizes, by_size)
             errors, error = [score.stderr for score in scores], None
             if None not in errors:
                 error = float(pooled_sample_stderr(errors, sizes) if by_size else unweighted_mean_stderr(errors))
-            combined[scorer][metric] = Score(value, error)
+            combined[scorer][metric] = TaskScore(value, error)
     return combined
 
 
-def average(results: Mapping[str, Mapping[str, Mapping[str, Score]]], metric: str = "acc") -> dict[str, Score]:
+def average(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]], metric: str = "acc") -> dict[str, TaskScore]:
     """Unweighted mean of a metric over tasks, for each scorer; tasks without the metric do not count."""
-    found: dict[str, list[Score]] = {}
+    by_scorer: dict[str, list[TaskScore]] = {}
     for scores in results.values():
         for scorer, by_metric in scores.items():
             if metric in by_metric:
-                found.setdefault(scorer, []).append(by_metric[metric])
+                by_scorer.setdefault(scorer, []).append(by_metric[metric])
     means = {}
-    for scorer, scores in found.items():
+    for scorer, scores in by_scorer.items():
         errors = [score.stderr for score in scores]
         value = sum(score.value for score in scores) / len(scores)
-        means[scorer] = Score(value, None if None in errors else float(unweighted_mean_stderr(errors)))
+        means[scorer] = TaskScore(value, None if None in errors else float(unweighted_mean_stderr(errors)))
     return means
 
 
-def results_table(results: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:
+def results_table(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]]) -> str:
     """Markdown: a row for each task and metric and one for the average, a column for each scorer."""
     rows = [
         (task, metric, {scorer: by_metric[metric] for scorer, by_metric in scores.items()})

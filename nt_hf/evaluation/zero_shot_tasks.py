@@ -1,4 +1,4 @@
-"""lm-eval's tasks for `nt_hf.zero_shot`: by name, with data from the hub or from local files of json lines."""
+"""lm-eval's tasks for the module `zero_shot`: by name, with data from the hub or from local files of json lines."""
 
 import contextlib
 import gzip
@@ -32,16 +32,16 @@ SEED = 1234
 def quiet() -> Iterator[None]:
     """Without the running commentary and the progress bars of lm-eval and datasets."""
     loggers = [logging.getLogger("lm_eval"), logging.getLogger("transformers")]
-    levels, bars_were_off = [each.level for each in loggers], datasets.are_progress_bars_disabled()
-    for each in loggers:
-        each.setLevel(logging.ERROR)
+    levels, bars_were_off = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars cannot be switched off
             yield
     finally:
-        for each, level in zip(loggers, levels):
-            each.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
         if not bars_were_off:
             datasets.enable_progress_bars()
 
@@ -117,17 +117,17 @@ def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str
     return items
 
 
-def _item(line: str, fields: Mapping[str, type], place: str) -> dict[str, Any]:
+def _item(line: str, fields: Mapping[str, type], where: str) -> dict[str, Any]:
     try:
         item = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(item, dict):
-        raise ValueError(f"{place}: accepted is an object with {', '.join(fields)}")
+        raise ValueError(f"{where}: accepted is an object with {', '.join(fields)}")
     for name, kind in fields.items():
         if not isinstance(item.get(name), kind):
-            found = "is missing" if name not in item else f"is {item[name]!r:.40}"
-            raise ValueError(f"{place}: field {name!r} {found}; accepted is {kind.__name__}")
+            problem = "is missing" if name not in item else f"is {item[name]!r:.40}"
+            raise ValueError(f"{where}: field {name!r} {problem}; accepted is {kind.__name__}")
     return item
 
 
@@ -142,7 +142,7 @@ class Tasks:
             self._manager = TaskManager(include_path=[str(_ALL / name) for name in _FOLDERS], include_defaults=False)
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuses names that stand nowhere in lm-eval's files, which is found out in a second.
+        """Refuses names that are nowhere in lm-eval's files; this takes a second.
 
         [`leaves`] knows for certain, but reads and understands all of its 14,000 files to find a rare one.
 
@@ -150,8 +150,8 @@ class Tasks:
             ValueError: lm-eval knows no such name.
         """
         rare = {name for name in names if name not in self._manager.task_index}
-        places = (path for path in _ALL.rglob("*") if path.suffix in ("", ".yaml", ".yml") and path.is_file())
-        while rare and (path := next(places, None)):
+        files = (path for path in _ALL.rglob("*") if path.suffix in ("", ".yaml", ".yml") and path.is_file())
+        while rare and (path := next(files, None)):
             text = path.read_text(encoding="utf-8", errors="replace")
             rare = {name for name in rare if not (name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text))}
         if rare:
@@ -196,7 +196,7 @@ class Tasks:
             # Changes to a task that lm-eval knows are made within a group.
             with quiet():
                 task = self._manager.load([{"group": "one", "task": [changes]}])["tasks"][name]
-        except Exception as error:  # no network, a changed data set, a field of the wrong form: as many types as causes
+        except Exception as error:  # no network, a changed data set, a field of the wrong form: errors of many types
             hint = "" if self.data_root else "; data_root reads local files instead of the hub"
             raise ValueError(f"task {name!r}: its data cannot be read ({one_line(error)}){hint}") from error
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..models.masks import canonical_name, check_masks, masked_modules
+from ..text import plain_table
 from .kernels import Kernel, usable_kernels
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,8 @@ class Report:
                 times = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in layer.seconds[rows].items())
                 shape = "x".join(map(str, layer.shape))
                 lines.append((layer.name, shape, f"{layer.density:.3f}", str(rows), kernel, times))
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-        return "\n".join([*table, f"sparse copies: {self.extra_bytes / 2**20:.1f} MiB, made in {self.seconds:.1f} s"])
+        table = plain_table(lines, align="<", indent="")
+        return "\n".join([table, f"sparse copies: {self.extra_bytes / 2**20:.1f} MiB, made in {self.seconds:.1f} s"])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A plan as plain text."""
 
+from ..text import plain_table
 from .hardware import GIB, RESERVE
 from .parameters import Parameters
 from .planner import Plan
@@ -17,12 +18,6 @@ def report(plan: Plan) -> str:
             _describe_communication(plan),
         )
     )
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Columns two spaces apart, the first one to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def _millions(number: float) -> str:
@@ -43,7 +38,7 @@ def _describe_parameters(parameters: Parameters) -> list[str]:
     for name, count in {**parameters.parts, "all": parameters.all, **trails}.items():
         density = count.active / count.total if count.total else 1.0
         rows.append([name, _millions(count.total), _millions(count.active), f"{density:.4f}"])
-    return ["Parameters (a trail is the path through the backbone and one head)", *_table(rows)]
+    return ["Parameters (a trail is the path through the backbone and one head)", plain_table(rows)]
 
 
 def _describe_flops(plan: Plan) -> list[str]:
@@ -57,7 +52,7 @@ def _describe_flops(plan: Plan) -> list[str]:
     read = (weights + flops.cache_bytes) / (plan.gpu.memory_gb_s * 1e9)
     return [
         "FLOPs per token, all heads (zeros are multiplied like any weight: only the first column is time)",
-        *_table(rows),
+        plain_table(rows),
         f"  one token decoded reads {_gib(weights)} GiB of bf16 weights and {_gib(flops.cache_bytes)} GiB of cache: "
         f"at least {read * 1e3:.2f} ms",
     ]
@@ -80,7 +75,7 @@ def _describe_memory(plan: Plan) -> list[str]:
     lines = [
         f"Memory of a rank in GiB, {plan.schedule.rows} x {columns[0].settings.length} tokens a pass, "
         f"{'bf16 autocast' if plan.bf16 else 'fp32'}, at the fullest moment of a step",
-        *_table(rows),
+        plain_table(rows),
         *(f"  fullest at: {name} ({', '.join(labels)})" for name, labels in moments.items()),
         f"  usable: {usable:.1f} of {plan.gpu.memory_gib:g} GiB, {RESERVE:.0%} kept for CUDA, NCCL and fragmentation",
         "  ckpt: gradient checkpointing"
@@ -128,6 +123,6 @@ def _describe_communication(plan: Plan) -> list[str]:
         f"Communication of a step, {nodes} of {min(plan.gpus, plan.per_node)} GPUs "
         f"({plan.gpu.node_gb_s:g} GB/s within, {plan.gpu.network_gb_s:g} GB/s a GPU between them, each direction), "
         "at full bandwidth",
-        *_table(rows),
+        plain_table(rows),
         "  overlap: share of the computing that communication can at best run beside; hidden: it does",
     ]

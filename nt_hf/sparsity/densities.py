@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from ..checks import look_up
+from ..checks import check, integer, look_up, number
 
 
 def uniform(shape: Sequence[int], uses: int) -> int:
@@ -68,10 +68,10 @@ def active_counts(
             leaves a remainder that the other tensors cannot hold.
     """
     share_of = look_up(DISTRIBUTIONS, "distribution", distribution)
-    _check_density("density", density)
+    check("density", density, number("(0, 1]"))
     fixed, uses = fixed or {}, uses or {}
     for name, value in fixed.items():
-        _check_density(f"densities: the density of {name}", value)
+        check(f"densities: {name}", value, number("(0, 1]"))
         if name not in shapes:
             raise ValueError(f"densities: {name} is no tensor among {', '.join(shapes) or 'none'}")
 
@@ -122,8 +122,7 @@ def allocate(budget: int, shares: Mapping[str, float | Fraction], room: Mapping[
     Raises:
         ValueError: infinite shares ask for more than the budget, or there is not enough room.
     """
-    if not 0 <= budget <= sum(room.values()):
-        raise ValueError(f"budget is {budget}; accepted: 0 to {sum(room.values())}, the room there is")
+    check("budget", budget, integer(0, sum(room.values())))
     allocated = {name: room[name] for name, share in shares.items() if share == math.inf}
     budget -= sum(allocated.values())
     if budget < 0:
@@ -217,8 +216,3 @@ def redistribute(
     """
     grown = allocate(total - sum(kept.values()), shares, room)
     return {name: kept[name] + grown[name] for name in kept}
-
-
-def _check_density(field: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{field} is {value!r}; accepted: a number in (0, 1]")

@@ -5,14 +5,13 @@ nothing here knows modules or optimizers, and nothing draws from a random genera
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
-from ..checks import look_up
+from ..checks import check, check_fields, choice, integer, look_up, number
 from ..models.masks import check_structure
 from .criteria import DROP, GROW, REGROW, Chunk, Criterion, Drop, MaskedWeight
 from .selection import (
@@ -32,6 +31,8 @@ from .selection import (
 )
 
 logger = logging.getLogger(__name__)
+
+_RULES = {"exponent": number("(0, inf)"), "mest_lambda": number("[0, inf)"), "random_share": number("[0, 1]")}
 
 
 def move_counts(
@@ -121,9 +122,8 @@ def keep_weights(
         ValueError: see [`update_mask`].
     """
     method = look_up(DROP, "drop", drop)
-    look_up(dict.fromkeys(REGROW), "regrow", regrow)
-    if not 0 <= drop_fraction <= 1:
-        raise ValueError(f"drop_fraction is {drop_fraction}; accepted: a number in [0, 1]")
+    check("regrow", regrow, choice(REGROW))
+    check("drop_fraction", drop_fraction, number("[0, 1]"))
     for weight, target in zip(weights, targets):
         _check(weight, target)
     moves = [move_counts(w.active, w.size, drop_fraction, regrow, target) for w, target in zip(weights, targets)]
@@ -131,6 +131,7 @@ def keep_weights(
     if all(kept == weight.active for weight, (kept, _) in zip(weights, moves)):
         return [weight.mask.clone() for weight in weights]
 
+    # First the weights that a structure or ``regrow`` makes stay, then the best of the others: as many as are missing.
     scores = [_score(weight, method.score, mask, "drop") for weight, mask in zip(weights, masks)]
     safe = [_unavoidable(*arguments, method, regrow) for arguments in zip(weights, scores, targets)]
     numbers = [kept - weight.count(mask)[0] for weight, (kept, _), mask in zip(weights, moves, safe)]
@@ -195,8 +196,7 @@ def random_mask(
     """
     empty = torch.zeros(tuple(shape), dtype=torch.bool, device=device)
     weight = MaskedWeight(empty, empty, name=name, seed=seed, structure=structure, transposed=transposed)
-    if not 0 <= active <= empty.numel():
-        raise ValueError(f"active is {active} for a tensor of shape {list(shape)}; accepted: 0 to {empty.numel()}")
+    check("active", active, integer(0, empty.numel()))
     return grow_weights(weight, empty, active, grow="random")
 
 
@@ -344,20 +344,13 @@ def _round_at_random(weight: MaskedWeight, counts: torch.Tensor) -> torch.Tensor
 
 def _check(weight: MaskedWeight, target: int) -> None:
     label = weight.name or "the weight"
-    for name, low, high in (("exponent", 0, math.inf), ("mest_lambda", 0, math.inf), ("random_share", 0, 1)):
-        value = getattr(weight, name)
-        if not low <= value <= high or (name == "exponent" and value == 0):
-            accepted = {"exponent": "a number above 0", "mest_lambda": "a number from 0"}.get(
-                name, "a number in [0, 1]"
-            )
-            raise ValueError(f"{name} is {value}; accepted: {accepted}")
+    check_fields(weight, _RULES)
     if weight.mask.dtype != torch.bool or weight.mask.shape != weight.weight.shape:
         raise ValueError(
             f"the mask of {label} is {weight.mask.dtype} {list(weight.mask.shape)}; "
             f"accepted: torch.bool {list(weight.weight.shape)}"
         )
-    if not 0 <= target <= weight.size:
-        raise ValueError(f"target is {target} for {weight.size} weights; accepted: 0 to {weight.size}")
+    check("target", target, integer(0, weight.size))
     try:
         check_structure(weight.mask, weight.structure, weight.transposed)
     except ValueError as error:

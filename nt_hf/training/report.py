@@ -9,7 +9,7 @@ import yaml
 
 from ..config import RunConfig
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..text import pyplot
+from ..text import markdown_table, pyplot
 from .metrics import read_metrics
 
 Record = Mapping[str, Any]
@@ -41,10 +41,8 @@ def results_table(records: Sequence[Record]) -> str:
         if update["head_overlap"] is not None:
             rows.append(("overlap (Jaccard) of two heads' masks", f"{update['head_overlap']:.3f}"))
         rows.append(("topology updates", str(sum(record["event"] == "update" for record in records))))
-    width = max(len(name) for name, _ in rows)
-    title = f"validation, step {evaluation['step']}".ljust(width)
-    lines = [f"| {title} |    value |", f"|{'-' * (width + 2)}|---------:|"]
-    return "\n".join([*lines, *(f"| {name:<{width}} | {value:>8} |" for name, value in rows)])
+    head = (f"validation, step {evaluation['step']}", "   value")
+    return markdown_table([head, *rows], align="<>")
 
 
 def write_report(run_dir: Path) -> tuple[str, list[Path]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nt_hf.cli import compare as program
-from nt_hf.evaluation.comparison import Column, compare, comparison_table, paired_bootstrap, read_columns
+from nt_hf.evaluation.comparison import Column, compare_columns, comparison_table, paired_bootstrap, read_columns
 
 
 def coins(seed: int, count: int = 300, share: float = 0.5) -> list[float]:
@@ -99,7 +99,7 @@ def test_every_task_is_compared_with_the_first_column_and_the_mean_over_tasks(fi
     paths = files(dense=report({"ensemble": 1}, tasks), sparse=report({"ensemble": 2, "head 0": 9}, tasks))
     columns = read_columns(paths)
     assert [column.name for column in columns] == ["dense: ensemble", "sparse: ensemble"]
-    rows, notes = compare(columns)
+    rows, notes = compare_columns(columns)
     assert not notes and [(row.task, row.items) for row in rows] == [
         ("arc_easy", 200),
         ("piqa", 50),
@@ -128,14 +128,14 @@ def test_a_group_is_compared_over_the_items_of_its_tasks(files):
         "mmlu": {s: {"acc": {"value": float(np.average(m, weights=counts)), "stderr": 0.1}} for s, m in means.items()}
     }
     content["members"] = {"mmlu": {"tasks": list(content["tasks"]), "weights": counts}}
-    (row,), _ = compare(read_columns(files(one=content)))
+    (row,), _ = compare_columns(read_columns(files(one=content)))
     assert row.items == 120 and row.differences[0].value == pytest.approx(row.scores[1][0] - row.scores[0][0])
 
 
 def test_what_cannot_be_compared_is_left_out_and_named(files):
     one, other = report({"ensemble": 1}, {"piqa": 50, "boolq": 60}), report({"ensemble": 2}, {"piqa": 50, "boolq": 70})
     other["results"]["arc_easy"] = other["results"]["piqa"]
-    rows, notes = compare(read_columns(files(one=one, other=other | {"complete": False})))
+    rows, notes = compare_columns(read_columns(files(one=one, other=other | {"complete": False})))
     assert [row.task for row in rows] == ["piqa"]
     assert notes == [
         "other: ensemble: its file is of an incomplete run.",
@@ -144,7 +144,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(files):
     ]
     del one["results"]["piqa"]
     with pytest.raises(ValueError, match="share no task"):
-        compare(read_columns(files(one=one, other=other)))
+        compare_columns(read_columns(files(one=one, other=other)))
 
 
 def test_bad_files_are_named(files, tmp_path):
@@ -153,7 +153,7 @@ def test_bad_files_are_named(files, tmp_path):
     for arguments, problem in (
         ([good], "one scorer alone compares to nothing"),
         ([good, broken], "broken.json: not JSON"),
-        ([good, foreign], "foreign.json: accepted is a file of eval/zero_shot.py"),
+        ([good, foreign], "foreign.json: accepted is a file of nt-hf evaluate zero-shot"),
         ([good, str(tmp_path / "none.json")], "none.json cannot be read"),
         ([good, f"{good}:head 7"], "has no scorer 'head 7'; accepted: ensemble"),
         ([good, good], "two columns are called 'good: ensemble'"),

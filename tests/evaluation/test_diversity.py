@@ -412,7 +412,7 @@ def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_pat
     for score in (*result["head_scores"], *result["ensemble_scores"].values()):
         assert f"{score['perplexity']:.3f}" in done.stdout and f"{score['accuracy']:.4f}" in done.stdout
     for gain in result["gains"].values():
-        assert f"{gain['diversity']:.4f} = " in done.stdout
+        assert f"- {gain['diversity']:.4f}  " in done.stdout
     assert {file.name for file in out.iterdir()} == {"diversity.json", *PLOTS}
     for file in PLOTS:
         content = (out / file).read_bytes()

@@ -50,7 +50,7 @@ from nt_hf.sparsity.sparsifier import Sparsifier
 def methods():
     """Drops, growths and structures: a Latin square, in which each meets each, and the other combinations as slow.
 
-    One update in every combination is looked at in test_topology_properties.
+    One update in every combination is looked at in test_update_properties.
     """
     structures = [*STRUCTURES, "redistributed"]
     for d, drop in enumerate(criteria.DROP):
