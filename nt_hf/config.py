@@ -73,8 +73,9 @@ class TrainConfig:
         lr_schedule: what follows: ``"cosine"``, down to ``min_lr_ratio`` of the peak at ``max_steps``, or
             ``"warmup_stable_decay"``, the peak until the last share ``decay_ratio`` of the run and the cosine there. A
             run of the latter keeps its rate when it is extended before the decay.
-        learning_rate_factors: factors for the rate of some parameters, by glob of their names, such as ``{"*.layers.*": 0.3}`` for all blocks
-            or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting glob decides.
+        learning_rate_factors: factors for the rate of some parameters, by glob of their names, such as
+            ``{"*.layers.*": 0.3}`` for all blocks or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting
+            glob decides.
         optimizer: ``"adam"`` (the paper's) or ``"adamw"``, with ``betas``, ``eps``; ``weight_decay`` is decoupled,
             spares norms, and needs ``"adamw"``.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
