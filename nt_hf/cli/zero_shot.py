@@ -16,7 +16,7 @@ from typing import Any
 from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import load_config, load_for_evaluation
 from ..evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
-from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, local_file
+from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, choose_tasks
 from ..files import write_json
 from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
 from ..training.device import peak_memory
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(args.model))
     check_vocabulary(tokenizer, config.vocab_size)
     tasks = Tasks(args.data_root)
-    groups, skipped = choose_tasks(tasks, args.tasks)
+    groups, skipped = choose_tasks(tasks, args.tasks and args.tasks.split(","))
 
     model = load_for_evaluation(args.model)
     if args.ensemble_mode:
@@ -92,35 +92,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first items of each task, so many")
     parser.add_argument("--batch_size", default="auto", help="rows a batch, or 'auto'")
     return parser.parse_args(argv)
-
-
-def choose_tasks(tasks: Tasks, asked: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """What gets a score of its own, with the tasks it consists of, and why default tasks are left out.
-
-    Raises:
-        ValueError: a task is unknown, its local data are missing, or the local data have none of the default tasks.
-    """
-    names = [name.strip() for name in asked.split(",")] if asked else DEFAULT_TASKS
-    tasks.check(names)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        members = tasks.leaves(name)
-        groups |= {task: [task] for task in members} if tasks.by_size(name) is None else {name: members}
-    skipped: dict[str, str] = {}
-    if tasks.data_root is None:
-        return groups, skipped
-    for name, members in groups.items():
-        try:
-            local_file(tasks.data_root, members[0])
-        except ValueError as error:
-            if asked:
-                raise
-            skipped[name] = str(error)
-    groups = {name: members for name, members in groups.items() if name not in skipped}
-    if not groups:
-        reason = next(iter(skipped.values()))
-        raise ValueError(f"--data_root {tasks.data_root}: has the data of none of the tasks; {reason}")
-    return groups, skipped
 
 
 def score_group(

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,39 @@ class Tasks:
         task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(SEED)
         return task
+
+
+def choose_tasks(tasks: Tasks, names: Sequence[str] | None) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """What is scored: groups and tasks by name with the tasks they consist of, and why default ones are left out.
+
+    Args:
+        tasks: all tasks.
+        names: of tasks, groups and tags; ``None``: ``DEFAULT_TASKS``, of which those without local data are left out.
+
+    Raises:
+        ValueError: a task is unknown, its local data are missing, or the local data have none of the default tasks.
+    """
+    asked = [name.strip() for name in names or DEFAULT_TASKS]
+    tasks.check(asked)
+    groups: dict[str, list[str]] = {}
+    for name in asked:
+        members = tasks.leaves(name)
+        groups |= {task: [task] for task in members} if tasks.by_size(name) is None else {name: members}
+    skipped: dict[str, str] = {}
+    if tasks.data_root is None:
+        return groups, skipped
+    for name, members in groups.items():
+        try:
+            local_file(tasks.data_root, members[0])
+        except ValueError as error:
+            if names:
+                raise
+            skipped[name] = str(error)
+    groups = {name: members for name, members in groups.items() if name not in skipped}
+    if not groups:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"data_root={str(tasks.data_root)!r}: has the data of none of the tasks; {reason}")
+    return groups, skipped
 
 
 def _unknown(name: str) -> str:

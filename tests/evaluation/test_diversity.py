@@ -5,16 +5,15 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, EOS, OFFSET, PAD, token_ids, trained
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
+from conftest import PAD, token_ids, trained
+from recipe_runs import call
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli import diversity as program
@@ -392,27 +391,23 @@ def checkpoint(tmp_path_factory) -> Path:
     """A small checkpoint with the tokenizer that it was trained with: a byte is a token."""
     path = tmp_path_factory.mktemp("diversity") / "model"
     trained("neurotrails").save_pretrained(path)
-    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"<0x{byte:02X}>": byte + OFFSET for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
-def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_path):
+def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    command = ["eval/diversity.py", "--model", str(checkpoint), "--data", "sample:validation", "--output", str(out)]
-    done = subprocess.run(
-        [sys.executable, *command, "--max_tokens", "300", "--heads", "0,2"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["--model", str(checkpoint), "--data", "sample:validation", "--output", str(out), "--heads", "0,2"]
+    call(program.main, *arguments, "--max_tokens", 300)
+    printed = capsys.readouterr().out
     result = json.loads((out / "diversity.json").read_text())
     assert result["tokens"] >= 300 and (result["model"], result["data"]) == (str(checkpoint), ["sample:validation"])
     assert result["heads"] == [0, 2] and result["versions"]["torch"] == torch.__version__
-    assert " ".join(command) in result["command"]
+    assert " ".join(arguments) in result["command"]
     for score in (*result["head_scores"], *result["ensemble_scores"].values()):
-        assert f"{score['perplexity']:.3f}" in done.stdout and f"{score['accuracy']:.4f}" in done.stdout
+        assert f"{score['perplexity']:.3f}" in printed and f"{score['accuracy']:.4f}" in printed
     for gain in result["gains"].values():
-        assert f"- {gain['diversity']:.4f}  " in done.stdout
+        assert f"- {gain['diversity']:.4f}  " in printed
     assert {file.name for file in out.iterdir()} == {"diversity.json", *PLOTS}
     for file in PLOTS:
         content = (out / file).read_bytes()

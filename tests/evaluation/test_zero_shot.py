@@ -84,8 +84,8 @@ def likelihoods(model, tokenizer, prompt: str, answer: str) -> list[float]:
     limit = model.config.max_position_embeddings
     row = torch.tensor([[*context, *ids][-limit - 1 :]])
     output = model(row[:, :-1], output_head_logits=True)
-    log_probs = torch.stack([output.logits[0], *output.head_logits[:, 0]]).double().log_softmax(-1)
-    return log_probs[:, -len(ids) :].gather(-1, torch.tensor(ids)[:, None].expand(4, -1, -1)).sum((1, 2)).tolist()
+    logits = torch.stack([output.logits[0], *output.head_logits[:, 0]])[:, -len(ids) :]
+    return logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None].expand(4, -1, -1)).sum((1, 2)).tolist()
 
 
 def by_hand(model, tokenizer, task: str) -> dict[str, dict]:
