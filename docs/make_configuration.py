@@ -8,11 +8,14 @@ import re
 import types
 import typing
 from pathlib import Path
+from types import MappingProxyType
 
-from nt_hf.config import DERIVED_MODEL_KEYS, TrainConfig
+from nt_hf.config import DERIVED_MODEL_KEYS, TRAIN_RULES, TrainConfig
+from nt_hf.data.config import RULES as DATA_RULES
 from nt_hf.data.config import DataConfig
 from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from nt_hf.sparsity.config import SparsityConfig
+from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
+from nt_hf.sparsity.config import RULES as SPARSITY_RULES
 
 INTRODUCTION = """# Configuration
 
@@ -90,17 +93,24 @@ def default_of(field: dataclasses.Field) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def table(fields: list[tuple[str, object, object]], texts: dict[str, str]) -> str:
+def accepted_by(name: str, hint: object, rules: dict) -> str:
+    """The values that a key may have: those that its check accepts, or else its type."""
+    if name in REGISTRIES:
+        return ", ".join(REGISTRIES[name])
+    return rules[name].accepted if name in rules else type_name(hint)
+
+
+def table(fields: list[tuple[str, object, object]], texts: dict[str, str], rules: dict = MappingProxyType({})) -> str:
     """A Markdown table of (name, type, default); every name needs a text."""
     for name, *_ in fields:  # some keys are explained together with another
         if name not in texts:
             others = [other for other, text in texts.items() if f"`{name}`" in text]
             texts = {**texts, name: f"see `{others[0]}`"} if others else texts
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | accepted | default | meaning |", "|---|---|---|---|"]
     for name, hint, default in fields:
         value = {"None": "null", "True": "true", "False": "false"}.get(str(default), str(default))
         text = texts[name].replace("|", "\\|")
-        rows.append(f"| `{name}` | {type_name(hint)} | `{value}` | {text} |")
+        rows.append(f"| `{name}` | {accepted_by(name, hint, rules)} | `{value}` | {text} |")
     return "\n".join(rows)
 
 
@@ -112,17 +122,16 @@ def page() -> str:
     """The whole page."""
     own = [name for name in vars(NeuroTrailsLlamaConfig)["__annotations__"] if name not in DERIVED_MODEL_KEYS]
     model = {name: (name, hint, default) for name, hint, default in fields_of(NeuroTrailsLlamaConfig)}
-    sparsity = descriptions(SparsityConfig)
     sections = [
         ("model", "The shape of the heads comes first, then Llama's own keys. `max_position_embeddings` and the ids of "
                   "special tokens\nfollow from `data`, `masked_modules` from `sparsity`; they cannot be set.",
          table([model[name] for name in own if name in model] + [model[name] for name in LLAMA if name in model],
                {**LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
-        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)})),
+        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, DATA_RULES)),
         ("sparsity", "[sparsify-your-model.md](sparsify-your-model.md) compares the methods and says where each is "
                      "from.\n`seed` follows `train.seed` unless it is given.",
-         table(fields_of(SparsityConfig), sparsity)),
-        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig))),
+         table(fields_of(SparsityConfig), descriptions(SparsityConfig), SPARSITY_RULES)),
+        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig), TRAIN_RULES)),
     ]  # fmt: skip
     text = INTRODUCTION
     for name, note, rows in sections:

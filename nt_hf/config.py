@@ -73,14 +73,15 @@ class TrainConfig:
         lr_schedule: what follows: ``"cosine"``, down to ``min_lr_ratio`` of the peak at ``max_steps``, or
             ``"warmup_stable_decay"``, the peak until the last share ``decay_ratio`` of the run and the cosine there. A
             run of the latter keeps its rate when it is extended before the decay.
-        learning_rate_factors: of the rate, by glob of parameter names, such as ``{"*.layers.*": 0.3}`` for all blocks
-            or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting glob decides.
+        learning_rate_factors: factors for the rate of some parameters, by glob of their names, such as
+            ``{"*.layers.*": 0.3}`` for all blocks or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting
+            glob decides.
         optimizer: ``"adam"`` (the paper's) or ``"adamw"``, with ``betas``, ``eps``; ``weight_decay`` is decoupled,
             spares norms, and needs ``"adamw"``.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
         precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU that has it, else fp32.
-        matmul_precision: of products of fp32 matrices, for ``torch.set_float32_matmul_precision``: "highest", or "high"
-            or "medium", which may round their inputs and are faster on some GPUs and CPUs.
+        matmul_precision: precision of products of fp32 matrices (``torch.set_float32_matmul_precision``): "high" and
+            "medium" may round the inputs and are faster on some GPUs and CPUs.
         gradient_checkpointing: recompute activations in the backward pass.
         compile: compile the decoder blocks by ``torch.compile``; needs a C++ compiler on a CPU, where it gains nothing.
         peak_tflops: the hardware's dense matrix peak for one process, to report MFU; ``None``: looked up by the
@@ -90,7 +91,7 @@ class TrainConfig:
             optimizer state.
         keep: checkpoints to keep, the newest; older ones are deleted once a newer one is verified.
         save_dtype: type of the weights in ``model.safetensors``. Training always resumes from fp32.
-        seed: of initialisation, masks and data order.
+        seed: seed of initialisation, masks and data order.
     """
 
     max_steps: int = 10_000

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
-from ..models.lm_heads import by_head
 from ..models.losses import IGNORE_INDEX
-from ..models.masks import masked_modules
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from ..sparsity.measures import head_overlap
 from .perplexity import CHUNK, check_finite, perplexity
@@ -183,7 +181,7 @@ def measure_diversity(
             similarity.add(states)
         for start in range(0, len(targets), CHUNK):
             chunk = slice(start, start + CHUNK)
-            head_logits = [model.lm_heads[h](states[chunk]).float() for h, states in zip(heads, hidden[-1])]
+            head_logits = [model.head_logits(h, states[chunk]).float() for h, states in zip(heads, hidden[-1])]
             for key, value in _prediction_sums(head_logits, targets[chunk], model.config.ensemble_mode).items():
                 sums[key] = sums.get(key, 0) + value
     model.train(training)
@@ -207,19 +205,10 @@ def _scored_states(
     model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Tensor], heads: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states ``[M, n, hidden_size]`` at each depth of the heads, where tokens are predicted; these tokens."""
-    output = model.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        use_cache=False,
-        active_heads=heads,
-        output_hidden_states=True,
-    )
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    depths = model.head_states_by_depth(heads, **inputs)
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE_INDEX
-    blocks = model.config.blocks_in_head
-    in_heads = output.hidden_states[len(output.hidden_states) - len(heads) * blocks :]  # head after head, see the model
-    last = by_head(output.last_hidden_state, model.config.hidden_size)
-    depths = [*(in_heads[depth::blocks] for depth in range(blocks)), last]
     return [torch.stack([states[:, :-1][keep] for states in depth]) for depth in depths], labels[keep]
 
 
@@ -410,10 +399,9 @@ def mask_overlap(model: NeuroTrailsLlamaForCausalLM, heads: Sequence[int]) -> Ma
     """Overlaps of the masks of ``heads``; ``None`` where no two of them have masks."""
     masks = {}
     for head in heads:
-        for name, module in masked_modules(model.model.heads[head]).items():
-            masks[f"heads.{head}.{name}"] = module.weight_mask
-        for name, module in masked_modules(model.lm_heads[head]).items():
-            masks[f"heads.{head}.lm_head.{name}"] = module.weight_mask
+        for name, module in model.head_modules(head).items():
+            if (mask := getattr(module, "weight_mask", None)) is not None:
+                masks[f"heads.{head}.{name}.weight"] = mask
 
     def overlaps(group_of: Callable[[list[str]], str | None]) -> dict[str, float]:
         groups: dict[str | None, dict[str, torch.Tensor]] = {}

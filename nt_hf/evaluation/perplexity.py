@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from ..checks import check, integer, optional
 from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..models.lm_heads import by_head
 from ..models.losses import IGNORE_INDEX
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits
 from ..sparsity.sharding import is_sharded, reshard
@@ -304,15 +303,15 @@ def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Te
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE_INDEX
     labels = labels[keep]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
     if is_sharded(model):
         # Parts of a sharded model do not run by themselves, and each part as often on every process.
-        logits = model(**inputs, output_head_logits=True).head_logits[:, :, :-1][:, keep]
+        logits = model(**inputs, use_cache=False, output_head_logits=True).head_logits[:, :, :-1][:, keep]
         chunks = (logits[:, start : start + CHUNK].float() for start in range(0, labels.numel(), CHUNK))
     else:
-        hidden = by_head(model.model(**inputs).last_hidden_state, model.config.hidden_size)[:, :, :-1][:, keep]
+        states = model.head_states(**inputs)[:, :, :-1][:, keep]
         chunks = (
-            [head(x[start : start + CHUNK]).float() for head, x in zip(model.lm_heads, hidden)]
+            [model.head_logits(head, x[start : start + CHUNK]).float() for head, x in enumerate(states)]
             for start in range(0, labels.numel(), CHUNK)
         )
     total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)

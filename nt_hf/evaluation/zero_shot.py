@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..models.lm_heads import by_head
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from ..text import markdown_table, score_text
 from .zero_shot_tasks import quiet
@@ -189,8 +188,7 @@ def _score(
     device, heads = model.device, scorers[0].heads
     inputs, spots, answers = _pack(rows)
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    hidden = model.model(**inputs, active_heads=heads, use_cache=False).last_hidden_state
-    hidden = by_head(hidden, model.config.hidden_size)[:, spots[:, 0].to(device), spots[:, 1].to(device)]
+    hidden = model.head_states(heads, **inputs)[:, spots[:, 0].to(device), spots[:, 1].to(device)]
     count = sum(len(row.answers) for row in rows)
     scores, misses = torch.zeros(2, len(scorers), count, dtype=torch.float64, device=device)
 
@@ -205,7 +203,7 @@ def _score(
 
     def chunk_logits(chunk: slice, targets: torch.Tensor) -> Iterator[torch.Tensor]:
         for head, states in zip(heads, hidden):
-            logits = model.lm_heads[head](states[chunk]).float()
+            logits = model.head_logits(head, states[chunk]).float()
             if head in trails:
                 record(trails[head], logits, targets)
             yield logits

@@ -28,14 +28,27 @@ class MultiHeadMixin:
         """All blocks: the backbone's, then head after head."""
         return [*self.model.layers, *(block for head in self.model.heads for block in head.layers)]
 
-    def head_parts(self, head: int) -> dict[str, nn.Module]:
-        """What belongs to one head alone, by a name that is the same in all heads."""
-        return {"": self.model.heads[head], "lm_head": self.lm_heads[head]}
+    def head_modules(self, head: int) -> dict[str, nn.Module]:
+        """The modules of one head alone, by names that are the same in all heads: "layers.0.mlp.up_proj", "lm_head"."""
+        return {**dict(self.model.heads[head].named_modules()), "lm_head": self.lm_heads[head]}
 
     def head_states(self, heads: Sequence[int] | None = None, **inputs) -> torch.Tensor:
         """The states ``[heads, batch, seq, hidden_size]`` after each head's final norm, before its LM head."""
         states = self.model(**inputs, active_heads=heads, use_cache=False).last_hidden_state
         return by_head(states, self.config.hidden_size)
+
+    def head_states_by_depth(self, heads: Sequence[int], **inputs) -> list[Sequence[torch.Tensor]]:
+        """Of each depth of the heads, their states ``[batch, seq, hidden_size]``: after each block, then the norm."""
+        output = self.model(**inputs, active_heads=heads, use_cache=False, output_hidden_states=True)
+        blocks = self.config.blocks_in_head
+        # Blocks are recorded in the order in which they run: the backbone's, then head after head.
+        in_heads = output.hidden_states[len(output.hidden_states) - len(heads) * blocks :]
+        last = by_head(output.last_hidden_state, self.config.hidden_size)
+        return [*(in_heads[depth::blocks] for depth in range(blocks)), last]
+
+    def get_lm_heads(self) -> list[nn.Module]:
+        """The LM heads, in the order of the heads."""
+        return list(self.lm_heads)
 
     def head_logits(self, head: int, states: torch.Tensor) -> torch.Tensor:
         """The logits ``[..., vocab]`` of one head from its states ``[..., hidden_size]``."""

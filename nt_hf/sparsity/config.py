@@ -47,8 +47,8 @@ class SparsityConfig:
         density: share of active weights among all masked ones, in (0, 1]; 1 without ``densities`` means dense.
         density_start: density of the first masks, from which it falls to ``density`` over the update window; 1 prunes
             a dense model gradually. ``None``: ``density`` all along.
-        density_schedule: between the two: "constant", "linear", "cosine" or "cubic".
-        distribution: of the active weights over the tensors: "uniform", "er", "erk" or "flops".
+        density_schedule: curve between the two: "constant", "linear", "cosine" or "cubic".
+        distribution: how active weights are divided among the tensors: "uniform", "er", "erk" or "flops".
         densities: fixed densities by glob of weight names, such as ``{"lm_heads.*": 0.8}``, the last fitting glob
             decides; the other tensors share what ``density`` leaves.
         exclude: globs of weights that stay dense and carry no mask.
@@ -57,21 +57,21 @@ class SparsityConfig:
             a checkpoint whose masks are taken.
         drop: which weights an update keeps: "magnitude", "soft_magnitude", "set", "taylor", "mest" or
             "global_magnitude".
-        drop_exponent: of soft magnitude, above 0, when updates begin.
+        drop_exponent: exponent of soft magnitude when updates begin, above 0.
         drop_exponent_end: the same when updates end, approached linearly. ``None``: ``drop_exponent`` all along.
         mest_lambda: weight of the gradient in "mest", at least 0.
         grow: which positions it activates: "gradient" (RigL), "random" (SET), "momentum" (SNFS) or "gradient_random".
         random_share: share of "gradient_random" that grows at random, in [0, 1].
         regrow: "allow" lets a weight just dropped be grown again, unchanged; "forbid" does not.
-        redistribute: whether what grows is divided anew among the tensors: "none", or in proportion to the mean
+        redistribute: whether growth is divided among all tensors: "none", or in proportion to the mean
             "gradient" or "momentum" of their active weights.
         drop_fraction: share of a tensor's active weights that an update moves, in [0, 1], when updates begin.
         drop_fraction_end: the same when updates end.
-        drop_schedule: between the two: "constant", "linear", "cosine" or "cubic".
+        drop_schedule: curve between the two: "constant", "linear", "cosine" or "cubic".
         update_interval: optimizer steps between updates; 0 keeps the masks as they are (static sparsity).
         update_start: share of the run before the first update, in [0, 1).
         update_end: share of the run after which the masks are fixed, in (0, 1], above ``update_start``.
-        seed: of the first masks and of all later noise.
+        seed: seed of the first masks and of all later noise.
 
     Raises:
         ValueError: a field is out of its range; the message names it, its value and what is accepted.

@@ -37,7 +37,7 @@ def shard_model(
     options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    alone = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.lm_heads]
+    alone = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.get_lm_heads()]
     for module in (*model.blocks(), *alone):
         fully_shard(module, **options)
     fully_shard(model, **options)

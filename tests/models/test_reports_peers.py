@@ -6,15 +6,15 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from conftest import token_ids
-from datasets import Dataset
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.models.lm_heads import LMHead
 
-for package in ("torchao", "optimum.quanto", "bitsandbytes", "trl"):
+for package in ("datasets", "torchao", "optimum.quanto", "bitsandbytes", "trl"):
     pytest.importorskip(package, reason="installed by make test-peers")
 
+from datasets import Dataset
 from peft import LoraConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
