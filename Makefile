@@ -9,7 +9,7 @@ VENV_PEERS := .venv-peers
 MODEL_TESTS := tests/models tests/test_architecture.py
 
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
-export GOMP_SPINCOUNT := 10000
+export GOMP_SPINCOUNT := 1000
 
 .PHONY: install demo test test-slow test-min test-newest test-peers style bench bench-gpu clean
 

@@ -6,7 +6,7 @@
 
 The model is a random Llama of three heads, wide as a real one and few blocks deep, all its linear layers and LM heads
 at density 0.1. The sides share their weights and take turns. Row 8 needs a CUDA GPU: layers 4096 wide and more, 2:4, in
-bf16. On a machine that does other work as well set GOMP_SPINCOUNT=10000, as the Makefile does.
+bf16. On a machine that does other work as well set GOMP_SPINCOUNT=1000, as the Makefile does.
 """
 
 import argparse

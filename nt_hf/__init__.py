@@ -5,7 +5,7 @@ import os
 # Waiting OpenMP threads of GNU's library give up spinning early: beside another busy process they would slow each other
 # down several times over. It is read when torch is loaded, so programs import this package first.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

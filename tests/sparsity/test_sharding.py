@@ -83,7 +83,17 @@ def update_under(processes: int, name: str) -> dict:
             "report": sparsifier.report(), "ever": sparsifier.ever_active()}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "processes"), [*((name, 4) for name in CONFIGS), ("neurotrails", 2), ("taylor", 2)])
+FAST = {"neurotrails", "momentum", "2:4"}  # of four processes each; between them all kinds of counts over shards
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        *(pytest.param(name, 4, marks=() if name in FAST else pytest.mark.slow) for name in CONFIGS),
+        ("neurotrails", 2),
+        ("taylor", 2),
+    ],
+)
 def test_updates_of_shards_are_those_of_whole_tensors(name, processes):
     expected = update_under(1, name)
     for found in run_on(processes, update_under, processes, name):

@@ -18,6 +18,7 @@ from recipe_runs import call, of, start, train
 from safetensors.torch import load_file
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf.cli import tokenizer
 from nt_hf.models.masks import check_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
 from nt_hf.training import manifest
@@ -26,6 +27,7 @@ from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
+SLOW = pytest.mark.slow
 SAVES_OFTEN = ("--train.save_steps", 3, "--train.keep", 2)
 
 
@@ -78,10 +80,11 @@ def die() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("overrides", [(), ("--data.packing", "pad", "--data.num_workers", "2"),
-                                       ("--data.order_per_head", "true"),
-                                       ("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
-                                        "--train.save_dtype", "bfloat16"),
+@pytest.mark.parametrize("overrides", [("--data.packing", "pad", "--data.num_workers", "2"),
+                                       pytest.param((), marks=SLOW),
+                                       pytest.param(("--data.order_per_head", "true"), marks=SLOW),
+                                       pytest.param(("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
+                                                     "--train.save_dtype", "bfloat16"), marks=SLOW),
                                        ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",
                                         "--sparsity.density_start", 1.0)])  # fmt: skip
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):
@@ -292,7 +295,7 @@ def test_how_a_run_logs_and_saves_may_change(config, whole, tmp_path):
 def test_another_tokenizer_is_refused(config, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     command = ["--data", "sample:train", "--vocab_size", "320", "--output", str(tmp_path / "other")]
-    call(sys.modules["script_train_tokenizer"].main, *command)
+    call(tokenizer.main, *command)
     refused("data.tokenizer=.*other.*was trained with another", config, tmp_path / "run", *SAVES_OFTEN,
             "--data.tokenizer", tmp_path / "other")  # fmt: skip
     shutil.copytree(config.parent / "tokenizer", tmp_path / "same")  # elsewhere, but the same

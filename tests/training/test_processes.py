@@ -26,6 +26,12 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
              "--data.validation", Path(__file__).parents[1] / "small.jsonl", "--train.micro_batch_size", 1)  # fmt: skip
 OWN_ORDERS = ("--data.order_per_head", "true")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Of prepared tokens the shuffled rows of a step are the same ones as well.
 PREPARED = ("--train.micro_batch_size", 1, "--data.train")
 LONG = ("--train.max_steps", 40, "--train.eval_steps", 20, "--train.save_steps", 20, "--sparsity.update_interval", 10)
@@ -64,7 +70,7 @@ def single(config, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("processes", "environment"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)])
+@pytest.mark.parametrize(("processes", "environment"), [(2, {}), slow(4, {}), (2, FSDP2), slow(4, FSDP2)])
 def test_several_processes_train_as_one(config, single, tmp_path, processes, environment):
     one = read_metrics(single / "metrics.jsonl")
     many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
@@ -87,7 +93,7 @@ def test_several_processes_train_as_one(config, single, tmp_path, processes, env
     assert (last / "config.json").read_text() == (expected / "config.json").read_text()  # auto_map and all
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP2])
+@pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.slow), FSDP2])
 def test_several_processes_resume_exactly(config, tmp_path, environment):
     whole = train_on(2, config, tmp_path / "run", **environment)
     expected = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
@@ -101,8 +107,9 @@ def test_several_processes_resume_exactly(config, tmp_path, environment):
 
 @pytest.mark.parametrize(
     ("first", "then", "overrides"),
-    [((2, FSDP2), (1, {}), ()), ((2, FSDP2), (4, FSDP2), ()), ((1, {}), (2, FSDP2), ()), ((2, {}), (2, FSDP2), ()),
-     ((4, {}), (1, {}), ()), ((2, {}), (2, FSDP2), OWN_ORDERS), ((1, {}), (2, {}), OWN_ORDERS)],
+    [((2, FSDP2), (1, {}), ()), slow((2, FSDP2), (4, FSDP2), ()), slow((1, {}), (2, FSDP2), ()),
+     slow((2, {}), (2, FSDP2), ()), slow((4, {}), (1, {}), ()), ((2, {}), (2, FSDP2), OWN_ORDERS),
+     slow((1, {}), (2, {}), OWN_ORDERS)],
 )  # fmt: skip
 def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path, first, then, overrides):
     settings = (*PREPARED, f"prepared:{tokens}", *LONG, *overrides)

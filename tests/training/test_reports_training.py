@@ -414,7 +414,7 @@ def test_a_world_that_is_not_there_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+    ("own", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
 @pytest.mark.parametrize("program", ["pretrain_c4", "prepare_c4", "train_tokenizer"])
 def test_programs_say_how_threads_wait_before_torch_is_loaded(own, expected, program):
