@@ -20,10 +20,6 @@ class MultiHeadMixin:
     ``lm_heads[h]``; ``model.heads[h].embed_tokens`` where each head has an embedding of its own.
     """
 
-    def backbone_blocks(self) -> list[nn.Module]:
-        """The shared blocks, in order."""
-        return list(self.model.layers)
-
     def blocks(self) -> list[nn.Module]:
         """All blocks: the backbone's, then head after head."""
         return [*self.model.layers, *(block for head in self.model.heads for block in head.layers)]
