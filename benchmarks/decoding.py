@@ -80,7 +80,7 @@ def trained(config: NeuroTrailsLlamaConfig, sparsity, rows: torch.Tensor, steps:
 def plain_decoding(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, rounds: int) -> Figure:
     """Row 6: the ensemble against stock Llamas of the executed blocks."""
     config = model.config
-    trail, head = config.to_llama_config(), config.to_llama_config()
+    trail, head = config.to_stock_config(), config.to_stock_config()
     head.num_hidden_layers = config.blocks_in_head
     trail, head = (LlamaForCausalLM(each).to(DEVICE).eval() for each in (trail, head))
     clock = Clocked(head)

@@ -100,7 +100,7 @@ class Stock(Side):
     """A Llama of one trail, trained as Transformers has it."""
 
     def __init__(self, run: RunConfig, ids: torch.Tensor):
-        config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=LENGTH).to_llama_config()
+        config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=LENGTH).to_stock_config()
         self.ids, self.model = ids, LlamaForCausalLM(config).to(DEVICE).train()
         if GPU:
             for block in self.model.model.layers:

@@ -64,8 +64,8 @@ def main() -> None:
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=length, **special)
     model = NeuroTrailsLlamaForCausalLM(config).eval()
-    trail = config.to_llama_config()
-    head = config.to_llama_config()
+    trail = config.to_stock_config()
+    head = config.to_stock_config()
     head.num_hidden_layers = config.blocks_in_head
     trail, head = LlamaForCausalLM(trail).eval(), LlamaForCausalLM(head).eval()
     tasks = Tasks(args.data_root)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from nt_hf.config import DERIVED_MODEL_KEYS, TRAIN_RULES, TrainConfig
 from nt_hf.data.config import RULES as DATA_RULES
 from nt_hf.data.config import DataConfig
-from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from nt_hf.models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
 from nt_hf.sparsity.config import RULES as SPARSITY_RULES
 

@@ -1,7 +1,7 @@
 """Turns a Llama into a model of three heads and trains on: the backbone stays one, the heads become different.
 
-python examples/from_llama.py --steps 50                       # a small Llama with random weights
-python examples/from_llama.py --model path/to/llama --steps 50
+python examples/from_stock.py --steps 50                       # a small Llama with random weights
+python examples/from_stock.py --model path/to/llama --steps 50
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> NeuroTrailsLlamaForCausalLM:
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SMALL))
 
     # Every trail (backbone plus one head) is now a copy of the Llama: same logits, three times.
-    model = NeuroTrailsLlamaForCausalLM.from_llama(llama, num_ensemble_heads=3, blocks_in_head=1)
+    model = NeuroTrailsLlamaForCausalLM.from_stock(llama, num_ensemble_heads=3, blocks_in_head=1)
     # Equal heads get equal gradients and would stay equal. Different masks make them differ; only the heads' blocks
     # get masks here, so the backbone and the LM heads lose nothing.
     sparsity = SparsityConfig(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections, read_yaml
-from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from nt_hf.models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from nt_hf.plan.flops import count_flops
 from nt_hf.plan.parameters import count_parameters
 from nt_hf.text import strict_json

@@ -10,9 +10,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ._version import __version__
-from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .models.masks import apply_masks, check_masks, densify, freeze_topology
-from .models.modeling_neurotrails_llama import (
+from .models.modeling_neurotrails import (
     NeuroTrailsCausalLMOutput,
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,

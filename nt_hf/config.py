@@ -28,7 +28,7 @@ from .checks import (
     optional,
 )
 from .data.config import DataConfig
-from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .sparsity.config import SparsityConfig
 
 TRAIN_RULES = {

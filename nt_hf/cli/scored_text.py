@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.streams import check_vocabulary, load_tokenizer, read_texts
 from ..evaluation.perplexity import DocumentWindows, load_config
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

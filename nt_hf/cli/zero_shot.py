@@ -18,7 +18,7 @@ from ..evaluation.perplexity import load_config, load_for_evaluation
 from ..evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
 from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, choose_tasks
 from ..files import write_json
-from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from ..models.configuration_neurotrails import ENSEMBLE_MODES
 from ..training.device import peak_memory
 from .program import check_output, provenance
 

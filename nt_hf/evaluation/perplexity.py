@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 
 from ..checks import check, integer, optional
 from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM, combine_logits
 from ..sparsity.sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
@@ -51,7 +51,7 @@ def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
     path = Path(path)
     with _named(path):
         if _is_llama(path):
-            model = NeuroTrailsLlamaForCausalLM.from_llama(_load_llama(path), num_ensemble_heads=1)
+            model = NeuroTrailsLlamaForCausalLM.from_stock(_load_llama(path), num_ensemble_heads=1)
         else:
             model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype="auto")
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.

@@ -25,8 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
 from ..text import markdown_table, score_text
 from .zero_shot_tasks import quiet
 

@@ -214,7 +214,7 @@ class _Decoding:
         for i in range(k):
             output = self.run(i, 1, [self.draft], input_ids=ids[:, -1:])
             states.append(output.backbone_states)
-            logits.append(self.model.lm_heads[self.draft](output.last_hidden_state))
+            logits.append(self.model.head_logits(self.draft, output.last_hidden_state))
             if i < k - 1:
                 processed = self.process(ids, logits[-1][:, -1])
                 sampling = self.config.do_sample
@@ -227,7 +227,7 @@ class _Decoding:
             # Heads with embeddings of their own share no states.
             known = {"input_ids": ids[:, -k:]} if states[0] is None else {"backbone_states": torch.cat(states, 1)}
             hidden = by_head(self.run(0, k, self.others, **known).last_hidden_state, self.model.config.hidden_size)
-            logits_of |= {head: self.model.lm_heads[head](x) for head, x in zip(self.others, hidden)}
+            logits_of |= {head: self.model.head_logits(head, x) for head, x in zip(self.others, hidden)}
         head_logits = [logits_of[head] for head in self.heads]
         emitted, refused = self.emit(self.combine(head_logits), drafts, proposals)
         for layer in self.cache.layers:

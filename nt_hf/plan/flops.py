@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .parameters import Parameters
 
 

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from ..models.losses import LOSS_CHUNK, LOSS_CHUNK_DEVICE
 from .flops import block_products, widths
 from .parameters import Parameters

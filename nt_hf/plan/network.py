@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .flops import attention_flops, block_products, forward_flops_per_token
 from .hardware import GPU
 from .memory import FP32, StepSettings

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from ..models.masks import attach_masks, masked_modules, packed_shape
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
 from ..models.multi_head import renumber_head
 from ..sparsity.config import SparsityConfig
 from ..sparsity.first_masks import target_counts

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .flops import Flops, count_flops
 from .hardware import GIB, GPU, RESERVE
 from .memory import ADAM, FP32, MemorySnapshot, StepSettings, peak_snapshot

@@ -39,7 +39,7 @@ from ..checks import one_line
 from ..config import RunConfig
 from ..files import sync, write_text, writing
 from ..models.masks import local
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches

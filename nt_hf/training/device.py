@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
 
 
 def compile_blocks(model: NeuroTrailsLlamaForCausalLM) -> None:

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig, TrainConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
 from ..sparsity.sharding import shard_model
 from .device import compile_blocks
 from .launch import wants_bf16

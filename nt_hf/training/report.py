@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from ..text import markdown_table, pyplot
 from .metrics import read_metrics
 

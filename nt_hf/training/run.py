@@ -21,7 +21,7 @@ from ..data.prepared import tokenizer_fingerprint
 from ..data.streams import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
 from ..files import write_whole
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
 from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import require_equal_replicas

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import RunConfig
 from ..evaluation.perplexity import perplexity
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from ..plan.flops import training_flops_per_token
 from ..plan.hardware import peak_tflops
 from .checkpoint import Progress

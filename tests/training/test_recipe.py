@@ -50,7 +50,7 @@ def test_the_run_directory_is_complete(run):
     assert {path.name for path in (run / "report").iterdir()} >= {"results.md", "training.png"}
     files = {path.name for path in (run / "checkpoint-12").iterdir()}
     assert files >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "run.yaml", "sparsity.json"}
-    assert files >= {"modeling_neurotrails_llama.py", "configuration_neurotrails_llama.py", "masks.py"}
+    assert files >= {"modeling_neurotrails.py", "configuration_neurotrails.py", "masks.py"}
     card = (run / "checkpoint-12" / "README.md").read_text()
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["event"] == "eval" and f"{last['perplexity']:.2f}" in card
