@@ -9,6 +9,7 @@ stock dense modules compute the right thing.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -34,7 +35,7 @@ from .losses import IGNORE_INDEX, HeadByHead, next_tokens
 from .masks import attach_masks, full_mask, maskable_modules
 from .multi_head import MultiHeadMixin, TokenTablesMixin, keep_heads, select_heads, trainable
 from .multi_head_generation import MultiHeadGenerationMixin
-from .stock_forward import BlockCalls, StockLogits, TrailCache, built_anew, find_parts
+from .stock_forward import BlockCalls, StockLogits, TrailCache, built_anew, find_parts, plain_forward
 from .trails import TrailsMixin
 from .transformers_versions import CACHE, either_cache
 
@@ -256,7 +257,7 @@ class MultiHeadForCausalLMMixin(
     """Several heads over one backbone, whose next-token predictions are combined; goes before a stock causal LM."""
 
     def build(self, config: PreTrainedConfig) -> None:
-        stock_logits = StockLogits(self.stock_class, config.to_stock_config())
+        stock_logits = StockLogits(type(self), config.to_stock_config())
         # Not the stock class's own ``__init__``, which would build a trail more.
         next(base for base in self.stock_class.__mro__[1:] if issubclass(base, PreTrainedModel)).__init__(self, config)
         for name, value in stock_logits.attributes.items():  # scales and the like, which its methods may look up
@@ -419,12 +420,15 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     is_lm = issubclass(stock, GenerationMixin)
     config = config_class(stock.config_class)
     mixin = MultiHeadForCausalLMMixin if is_lm else MultiHeadModelMixin
+    forward = plain_forward(stock)
     namespace = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} with several heads over one backbone. {mixin.__doc__}",
         "__annotations__": {"config": config},
         "config_class": config,
         "stock_class": stock,
+        "stock_forward": staticmethod(forward),
+        "stock_arguments": frozenset(inspect.signature(forward).parameters),
     }
     made = type(PREFIX + stock.__name__, (mixin, stock), namespace)
     made.register_for_auto_class("AutoModelForCausalLM" if is_lm else "AutoModel")

@@ -145,7 +145,7 @@ class StockParts:
         """Runs the stock forward pass of ``model`` on stand-ins for ``blocks``.
 
         Args:
-            model: of a class with a ``stock_class``, whose ``forward`` runs.
+            model: of a class made by ``model_class``.
             blocks: of one trail.
             replaced: other parts of the model for this pass.
             cache: of the trail.
@@ -154,23 +154,20 @@ class StockParts:
         calls = BlockCalls(model.stock_class.__name__, self.as_tuple)
         stand_ins = [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
         stand_in = StandIn(model, {**replaced, self.stack: stand_ins, self.norm: calls.unchanged})
-        forward, names = _plain_forward(model.stock_class)
-        if "position_ids" not in names:  # positions that depend on the mask alone
+        if "position_ids" not in model.stock_arguments:  # positions follow from the mask
             del inputs["position_ids"]
         if cache is not None:
             inputs[CACHE] = cache
-        forward(stand_in, **inputs)
+        model.stock_forward(stand_in, **inputs)
         return calls
 
 
-@functools.cache
-def _plain_forward(stock_class: type) -> tuple[Callable, Collection[str]]:
-    """A stock class's forward pass and the names of its parameters.
+def plain_forward(stock_class: type) -> Callable:
+    """A stock class's forward pass without its decorators.
 
-    Without its decorators: one that collects hidden states would take them from the multi-head model's own.
+    One that collects hidden states would take them from the multi-head model's own.
     """
-    forward = inspect.unwrap(stock_class.forward)
-    return forward, inspect.signature(forward).parameters.keys()
+    return inspect.unwrap(stock_class.forward)
 
 
 def find_parts(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> StockParts:
@@ -219,8 +216,8 @@ def _probe(model: PreTrainedModel, stack: str, as_tuple: bool) -> StockParts:
         getattr(model, name).register_forward_hook(lambda _, args, output, inputs=inputs: inputs.append((args, output)))
     stand_ins = [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
     ids, mask = torch.ones(2, 1, 3, dtype=torch.long, device="meta")
-    forward, _ = _plain_forward(type(model))
-    output = forward(StandIn(model, {stack: stand_ins}), input_ids=ids, attention_mask=mask, use_cache=False)
+    stand_in = StandIn(model, {stack: stand_ins})
+    output = plain_forward(type(model))(stand_in, input_ids=ids, attention_mask=mask, use_cache=False)
     if len(calls.arguments) != len(blocks):
         raise NotImplementedError(f"{len(calls.arguments)} of {len(blocks)} blocks are called")
     norms = [name for name, passes in taken.items() if any(calls.first_input is x for args, _ in passes for x in args[:1])]
@@ -251,8 +248,8 @@ class StockLogits:
     """What a stock causal LM makes of its base model's states: logits, which it may scale or cap.
 
     Args:
-        stock_class: of the causal LM.
-        config: a configuration of it.
+        model_class: the multi-head class of the causal LM.
+        config: a stock configuration of it.
 
     Attributes:
         are_plain: whether the logits are what the LM head returns, and nothing else.
@@ -263,7 +260,8 @@ class StockLogits:
         NotImplementedError: it has more parts than a base model and an LM head.
     """
 
-    def __init__(self, stock_class: type[PreTrainedModel], config: PreTrainedConfig):
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig):
+        stock_class = model_class.stock_class
         with torch.device("meta"):
             shell = stock_class(copy.deepcopy(config))
         lm_head, children = shell.get_output_embeddings(), dict(shell.named_children())
@@ -274,7 +272,8 @@ class StockLogits:
                 f"{stock_class.__name__} cannot have heads: accepted are a base model and one linear LM head, this has "
                 f"{', '.join(children)}"
             )
-        self.stock_class, self.prefix, self.name, self.has_bias = stock_class, prefix, names[0], lm_head.bias is not None
+        self.model_class, self.prefix, self.name = model_class, prefix, names[0]
+        self.has_bias = lm_head.bias is not None
         self.attributes = {
             name: value
             for name, value in vars(shell).items()
@@ -292,9 +291,9 @@ class StockLogits:
         hidden = states if states.dim() == 3 else states.flatten(0, -2).unsqueeze(0)
         output = _BaseOutput(hidden)
         parts = {self.prefix: lambda *_, **__: output, self.name: lm_head, "config": self.config, **self.attributes}
-        forward, names = _plain_forward(self.stock_class)
-        keep = {"logits_to_keep": 0} if "logits_to_keep" in names else {}
-        logits = forward(StandIn(self.stock_class, parts), inputs_embeds=hidden, **keep).logits
+        keep = {"logits_to_keep": 0} if "logits_to_keep" in self.model_class.stock_arguments else {}
+        stand_in = StandIn(self.model_class.stock_class, parts)
+        logits = self.model_class.stock_forward(stand_in, inputs_embeds=hidden, **keep).logits
         return logits if states.dim() == 3 else logits.view(*states.shape[:-1], -1)
 
 

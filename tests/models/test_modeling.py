@@ -274,10 +274,10 @@ def test_llamas_trained_apart_become_a_full_ensemble(tied, prompts, tmp_path):
 
 
 def test_llamas_of_different_shapes_are_no_ensemble():
-    with pytest.raises(ValueError, match=r"^llamas=\[\]: accepted are one or more$"):
+    with pytest.raises(ValueError, match=r"^stocks=\[\]: accepted are one or more$"):
         NeuroTrailsLlamaForCausalLM.from_stocks([])
     llamas = [stock_llama(), stock_llama(), stock_llama(rms_norm_eps=1e-3)]
-    with pytest.raises(ValueError, match=r"^llamas\[2\]: rms_norm_eps must be as in the first$"):
+    with pytest.raises(ValueError, match=r"^stocks\[2\]: rms_norm_eps must be as in the first$"):
         NeuroTrailsLlamaForCausalLM.from_stocks(llamas)
 
 
