@@ -17,7 +17,15 @@ from .transformers_versions import CACHE
 ENSEMBLE_MODES = ("logits", "probs")
 PREFIX = "NeuroTrails"
 MODEL_TYPE_PREFIX = "neurotrails_"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Checked before the stock configuration divides by them; some families have lists of them, one value a layer.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 class MultiHeadConfigMixin:
@@ -66,15 +74,16 @@ class MultiHeadConfigMixin:
         self.check_heads()
 
     def _check_sizes(self) -> None:
-        # Before the stock configuration divides by them.
-        sizes = {name: getattr(self, name, None) for name in (*SIZES, "num_key_value_heads")}
+        sizes = {name: getattr(self, name, None) for name in SIZES}
         for name, value in sizes.items():
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: accepted is a whole number from 1")
         hidden, heads, kv_heads = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-        if hidden and heads and getattr(self, "head_dim", None) is None and hidden % heads:
+        if not (type(heads) is int and type(hidden) is int):
+            return
+        if getattr(self, "head_dim", None) is None and hidden % heads:
             raise ValueError(f"num_attention_heads={heads}: accepted is a divisor of hidden_size={hidden}")
-        if heads and kv_heads and heads % kv_heads:
+        if type(kv_heads) is int and heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads}: accepted is a divisor of num_attention_heads={heads}")
         for name in ("hidden_act", "hidden_activation", "activation_function"):
             value = getattr(self, name, None)
@@ -186,12 +195,15 @@ def check_family(stock: type) -> None:
     """
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedConfig)):
         raise ValueError(f"{stock!r}: accepted is the configuration of a decoder, such as Qwen3Config")
-    if issubclass(stock, MultiHeadConfigMixin):
-        raise ValueError(f"{stock.__name__} has heads already: accepted is the stock {stock.stock_class.__name__}")
     if stock not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{stock.__name__} (model_type={stock.model_type!r}): accepted are the families that "
             "AutoModelForCausalLM knows, such as llama, qwen3, mistral, gemma2, gpt2"
+        )
+    if stock.sub_configs or not hasattr(stock(), "num_hidden_layers"):
+        raise ValueError(
+            f"{stock.__name__} (model_type={stock.model_type!r}): accepted are text decoders; of a model of several "
+            "kinds of data its text_config is one"
         )
 
 

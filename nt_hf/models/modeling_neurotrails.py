@@ -21,7 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint_files import CheckpointFilesMixin
-from .configuration_neurotrails import PREFIX, check_family, config_class
+from .configuration_neurotrails import PREFIX, config_class
 from .ensemble import (
     NeuroTrailsCausalLMOutput,
     NeuroTrailsModelOutput,
@@ -277,7 +277,7 @@ class MultiHeadForCausalLMMixin(
 
     def head_logits(self, head: int, states: torch.Tensor) -> torch.Tensor:
         """The logits ``[..., vocab]`` of one head from its states ``[..., hidden_size]``."""
-        lm_head = self.lm_heads[head]
+        lm_head, states = self.lm_heads[head], states.contiguous()  # as in a stock model: a bias is added in the product
         return lm_head(states) if self._stock_logits is None else self._stock_logits(lm_head, states)
 
     @checked_forward
@@ -410,7 +410,7 @@ def causal_lm_class(config: PreTrainedConfig | type[PreTrainedConfig]) -> type[P
     """
     kind = config if isinstance(config, type) else type(config)
     kind = getattr(kind, "stock_class", kind)
-    check_family(kind)
+    config_class(kind)  # which looks at it
     return model_class(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind])
 
 

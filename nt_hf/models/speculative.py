@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .lm_heads import by_head
@@ -260,7 +260,7 @@ def generate_speculatively(
     looked at depends on earlier positions only.
 
     Args:
-        model: a ``NeuroTrailsLlamaForCausalLM``.
+        model: a multi-head causal LM.
         draft: the head of the trail that drafts, one of ``heads``.
         heads: of the ensemble, in the order in which ``combine`` takes their logits ``[batch, k, vocab]``.
         observe: called with these logits and the number of positions whose tokens were emitted.
@@ -273,12 +273,14 @@ def generate_speculatively(
     if config.output_attentions or config.output_hidden_states:
         raise ValueError("trail_draft with output_attentions or output_hidden_states: accepted are False")
     cache = model_kwargs.get(CACHE)
-    if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in kinds for layer in cache.layers):
         kind = type(cache).__name__ if cache is not None else f"use_cache={model_kwargs.get('use_cache')}"
         raise ValueError(
             f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded"
         )
 
+    cache.activate_past_recording()  # so that a window that has slid can slide back
     decoding = _Decoding(model, draft, heads, combine, input_ids, logits_processor, stopping_criteria, config, streamer)
     length = DraftLength(verification_cost(model, draft, decoding.others))
     speculation = Speculation()

@@ -203,32 +203,40 @@ def find_parts(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
             return _probe(model, stacks[0], as_tuple=False)
         except _TupleExpected:
             return _probe(model, stacks[0], as_tuple=True)
-    except Exception as error:
+    except NotImplementedError as error:
         raise NotImplementedError(f"{name} cannot have heads: {error}") from error
+    except Exception as error:  # of any kind: it does something else than the pass that is looked for
+        raise NotImplementedError(
+            f"{name} cannot have heads: accepted are an embedding, blocks that are called one after another, and a "
+            f"norm ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _probe(model: PreTrainedModel, stack: str, as_tuple: bool) -> StockParts:
     """Finds the final norm: the child that is called once, and with what the last block returned."""
     blocks = getattr(model, stack)
     calls = BlockCalls(type(model).__name__, as_tuple)
-    taken: dict[str, list] = {name: [] for name, _ in model.named_children() if name != stack}
-    for name, inputs in taken.items():
-        getattr(model, name).register_forward_hook(lambda _, args, output, inputs=inputs: inputs.append((args, output)))
+    passes: list[tuple[str, bool, torch.Tensor]] = []  # of its other children: name, whether after the blocks, output
+
+    def note(name: str, args: tuple, output: torch.Tensor) -> None:
+        last = len(calls.arguments) == len(blocks) and any(value is calls.first_input for value in args[:1])
+        passes.append((name, last, output))
+
+    for name, child in model.named_children():
+        child.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
     stand_ins = [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
     ids, mask = torch.ones(2, 1, 3, dtype=torch.long, device="meta")
     stand_in = StandIn(model, {stack: stand_ins})
     output = plain_forward(type(model))(stand_in, input_ids=ids, attention_mask=mask, use_cache=False)
     if len(calls.arguments) != len(blocks):
         raise NotImplementedError(f"{len(calls.arguments)} of {len(blocks)} blocks are called")
-    norms = [name for name, passes in taken.items() if any(calls.first_input is x for args, _ in passes for x in args[:1])]
-    # Dropout before the blocks hands its input on unchanged when a model is evaluated.
-    norms = [name for name in norms if list(getattr(model, name).parameters())]
-    if len(norms) != 1 or len(taken[norms[0]]) != 1:
+    norms = [(name, normed) for name, last, normed in passes if last]
+    if len(norms) != 1 or [name for name, *_ in passes].count(norms[0][0]) != 1:
         raise NotImplementedError("accepted are models of one final norm, used once, after the blocks")
-    last = output.last_hidden_state
-    if last.untyped_storage()._cdata != taken[norms[0]][0][1].untyped_storage()._cdata:
+    norm, normed = norms[0]
+    if output.last_hidden_state.untyped_storage()._cdata != normed.untyped_storage()._cdata:
         raise NotImplementedError("something happens to the hidden states after the final norm")
-    return StockParts(stack, norms[0], as_tuple)
+    return StockParts(stack, norm, as_tuple)
 
 
 class _BaseOutput:
@@ -265,14 +273,14 @@ class StockLogits:
         with torch.device("meta"):
             shell = stock_class(copy.deepcopy(config))
         lm_head, children = shell.get_output_embeddings(), dict(shell.named_children())
-        prefix = stock_class.base_model_prefix
         names = [name for name, child in children.items() if child is lm_head]
-        if len(names) != 1 or children.keys() != {prefix, *names} or type(lm_head) is not nn.Linear:
+        bases = [name for name, child in children.items() if isinstance(child, PreTrainedModel)]
+        if [len(names), len(bases), len(children)] != [1, 1, 2] or type(lm_head) is not nn.Linear:
             raise NotImplementedError(
                 f"{stock_class.__name__} cannot have heads: accepted are a base model and one linear LM head, this has "
                 f"{', '.join(children)}"
             )
-        self.model_class, self.prefix, self.name = model_class, prefix, names[0]
+        self.model_class, self.base_name, self.name = model_class, bases[0], names[0]
         self.has_bias = lm_head.bias is not None
         self.attributes = {
             name: value
@@ -283,14 +291,20 @@ class StockLogits:
         self.config = shell.config
         received: list[torch.Tensor] = []
         states, logits = torch.ones(1, 1, 2, device="cpu"), torch.ones(1, 1, 3, device="cpu")
-        finished = self(lambda hidden: received.append(hidden) or logits, states)
+        try:
+            finished = self(lambda hidden: received.append(hidden) or logits, states)
+        except Exception as error:  # of any kind: it asks more of its parts than their outputs
+            raise NotImplementedError(
+                f"{stock_class.__name__} cannot have heads: accepted are models that call a base model and an LM head, "
+                f"and this one asks for more ({error})"
+            ) from error
         self.are_plain = finished is logits and torch.equal(received[0], states)
 
     def __call__(self, lm_head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
         """The logits ``[..., vocab]`` of ``states`` ``[..., hidden_size]``, by the stock class's own forward pass."""
         hidden = states if states.dim() == 3 else states.flatten(0, -2).unsqueeze(0)
         output = _BaseOutput(hidden)
-        parts = {self.prefix: lambda *_, **__: output, self.name: lm_head, "config": self.config, **self.attributes}
+        parts = {self.base_name: lambda *_, **__: output, self.name: lm_head, "config": self.config, **self.attributes}
         keep = {"logits_to_keep": 0} if "logits_to_keep" in self.model_class.stock_arguments else {}
         stand_in = StandIn(self.model_class.stock_class, parts)
         logits = self.model_class.stock_forward(stand_in, inputs_embeds=hidden, **keep).logits
