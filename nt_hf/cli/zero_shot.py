@@ -83,7 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nt-hf evaluate zero-shot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory, NeuroTrails or stock Llama")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a checkpoint directory, of a multi-head or a stock model"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--tasks", help=f"lm-eval's names, with commas; default: {','.join(DEFAULT_TASKS)}")
     parser.add_argument("--data_root", type=Path, help="a directory of json lines to read instead of the hub")

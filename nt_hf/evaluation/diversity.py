@@ -13,7 +13,7 @@ import torch
 
 from ..models.configuration_neurotrails import ENSEMBLE_MODES
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
+from ..models.modeling_neurotrails import MultiHeadForCausalLM, combine_logits, select_heads
 from ..sparsity.measures import head_overlap
 from .perplexity import CHUNK, check_finite, perplexity
 
@@ -149,7 +149,7 @@ class Diversity:
 
 @torch.no_grad()
 def measure_diversity(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
     heads: Sequence[int] | None = None,
@@ -202,7 +202,7 @@ def measure_diversity(
 
 
 def _scored_states(
-    model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Tensor], heads: Sequence[int]
+    model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor], heads: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states ``[M, n, hidden_size]`` at each depth of the heads, where tokens are predicted; these tokens."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
@@ -395,7 +395,7 @@ class LinearCKA:
 # ----------------------------------------------------------------------------------------------------------- masks
 
 
-def mask_overlap(model: NeuroTrailsLlamaForCausalLM, heads: Sequence[int]) -> MaskOverlap | None:
+def mask_overlap(model: MultiHeadForCausalLM, heads: Sequence[int]) -> MaskOverlap | None:
     """Overlaps of the masks of ``heads``; ``None`` where no two of them have masks."""
     masks = {}
     for head in heads:

@@ -25,8 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
-from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM, combine_logits, select_heads
+from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.modeling_neurotrails import MultiHeadForCausalLM, combine_logits, select_heads
 from ..text import markdown_table, score_text
 from .zero_shot_tasks import quiet
 
@@ -48,7 +48,7 @@ class Scorer:
     heads: tuple[int, ...]
 
 
-def choose_scorers(config: NeuroTrailsLlamaConfig, heads: str) -> list[Scorer]:
+def choose_scorers(config: MultiHeadConfig, heads: str) -> list[Scorer]:
     """The scorers that ``--heads`` names, the main one first.
 
     ``"ensemble"``: the ensemble of all heads. ``"each"``: it and every trail. ``"0,2"``: the ensemble of these two, and
@@ -77,7 +77,7 @@ def choose_scorers(config: NeuroTrailsLlamaConfig, heads: str) -> list[Scorer]:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     scorers: Sequence[Scorer],
     *,
@@ -182,7 +182,7 @@ def _pack(rows: Sequence[_Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
 
 
 def _score(
-    model: NeuroTrailsLlamaForCausalLM, rows: Sequence[_Row], scorers: Sequence[Scorer]
+    model: MultiHeadForCausalLM, rows: Sequence[_Row], scorers: Sequence[Scorer]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihoods of the rows' answers and whether each is the greedy one, both ``[scorers, answers]``."""
     device, heads = model.device, scorers[0].heads
@@ -229,7 +229,7 @@ class TrailsLM(HFLM):
 
     def __init__(
         self,
-        model: NeuroTrailsLlamaForCausalLM,
+        model: MultiHeadForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         scorers: Sequence[Scorer],
         batch_size: int | None = None,

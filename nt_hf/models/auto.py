@@ -12,13 +12,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfigMixin
+from .configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfig
 from .modeling_neurotrails import base_class, causal_lm_class
 
 #: Families whose multi-head models the Auto classes know as soon as this package is imported; others follow when
 #: somebody asks for them. (Every family takes about 15 ms.)
 FAMILIES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2", "gpt_neox", "cohere",
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2", "gpt_neox",
+    "cohere",
 )  # fmt: skip
 # Of ``from_pretrained``, and also needed to read the configuration.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -80,7 +81,7 @@ class NeuroTrailsForCausalLM:
         if isinstance(stock, (str, os.PathLike)):
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
             config = AutoConfig.from_pretrained(stock, **hub)
-        if isinstance(config, MultiHeadConfigMixin):
+        if isinstance(config, MultiHeadConfig):
             raise ValueError(f"from_stock: {type(config).__name__} has heads already; accepted is a stock model")
         return register(config).from_stock(stock, **kwargs)
 
@@ -111,7 +112,7 @@ class NeuroTrailsForCausalLM:
         model_type = PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
         if not str(model_type).startswith(MODEL_TYPE_PREFIX):
             raise ValueError(
-                f"{path} has model_type={model_type!r}: accepted is a multi-head model, {MODEL_TYPE_PREFIX}...; a stock "
-                "model becomes one by NeuroTrailsForCausalLM.from_stock"
+                f"{path} has model_type={model_type!r}: accepted is a multi-head model, {MODEL_TYPE_PREFIX}...; a "
+                "stock model becomes one by NeuroTrailsForCausalLM.from_stock"
             )
         return class_of_family(model_type)

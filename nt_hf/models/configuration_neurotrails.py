@@ -1,7 +1,7 @@
 """Configurations of multi-head models: any stock configuration, plus the shape of the heads.
 
 Classes are made when somebody asks for them: ``NeuroTrailsQwen3Config`` is ``Qwen3Config`` with the fields of
-``MultiHeadConfigMixin``.
+``MultiHeadConfig``.
 """
 
 import copy
@@ -28,7 +28,7 @@ SIZES = (
 )
 
 
-class MultiHeadConfigMixin:
+class MultiHeadConfig:
     """Configuration of a multi-head model with sparse masks (NeuroTrails, arXiv 2505.17909).
 
     The first ``num_hidden_layers - blocks_in_head`` blocks are the shared backbone. The last ``blocks_in_head``
@@ -181,7 +181,13 @@ class MultiHeadConfigMixin:
 
     def to_stock_config(self) -> PreTrainedConfig:
         """The stock configuration of one trail."""
-        drop = {*MultiHeadConfigMixin.__annotations__, "model_type", "architectures", "auto_map", "transformers_version"}
+        drop = {
+            *MultiHeadConfig.__annotations__,
+            "model_type",
+            "architectures",
+            "auto_map",
+            "transformers_version",
+        }
         config = self.stock_class(**{key: value for key, value in self.to_dict().items() if key not in drop})
         config._attn_implementation = self._attn_implementation
         return config
@@ -200,7 +206,7 @@ def check_family(stock: type) -> None:
             f"{stock.__name__} (model_type={stock.model_type!r}): accepted are the families that "
             "AutoModelForCausalLM knows, such as llama, qwen3, mistral, gemma2, gpt2"
         )
-    if stock.sub_configs or not hasattr(stock(), "num_hidden_layers"):
+    if "text_config" in stock.sub_configs or not hasattr(stock(), "num_hidden_layers"):
         raise ValueError(
             f"{stock.__name__} (model_type={stock.model_type!r}): accepted are text decoders; of a model of several "
             "kinds of data its text_config is one"
@@ -218,14 +224,14 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     name = PREFIX + stock.__name__
     namespace = {
         "__module__": __name__,
-        "__doc__": MultiHeadConfigMixin.__doc__,
-        "__annotations__": dict(MultiHeadConfigMixin.__annotations__),
+        "__doc__": MultiHeadConfig.__doc__,
+        "__annotations__": dict(MultiHeadConfig.__annotations__),
         "model_type": MODEL_TYPE_PREFIX + stock.model_type,
         "stock_class": stock,
         # What Trainer's evaluation would otherwise gather beside the logits, as if it had a row an example.
         "keys_to_ignore_at_inference": [CACHE, "head_losses"],
     }
-    made = type(name, (MultiHeadConfigMixin, stock), namespace)
+    made = type(name, (MultiHeadConfig, stock), namespace)
     made.register_for_auto_class()
     globals()[name] = made  # where pickles and the code of checkpoints look for it
     return made

@@ -25,7 +25,6 @@ from .configuration_neurotrails import PREFIX, config_class
 from .ensemble import (
     NeuroTrailsCausalLMOutput,
     NeuroTrailsModelOutput,
-    Uncertainty,
     combine_logits,
     uncertainty,
 )
@@ -51,7 +50,7 @@ class NeuroTrailsHead(nn.Module):
         self.norm = norm
 
 
-class MultiHeadPreTrainedMixin(CheckpointFilesMixin, TokenTablesMixin):
+class MultiHeadPreTrained(CheckpointFilesMixin, TokenTablesMixin):
     """What the base model and the model with LM heads share; goes before a stock ``PreTrainedModel``."""
 
     base_model_prefix = "model"
@@ -75,7 +74,7 @@ class MultiHeadPreTrainedMixin(CheckpointFilesMixin, TokenTablesMixin):
             init.copy_(module.weight_mask, full_mask(module.weight.shape, module.weight_mask.device))
 
 
-class MultiHeadModelMixin(MultiHeadPreTrainedMixin):
+class MultiHeadModel(MultiHeadPreTrained):
     """Backbone and heads, without the LM heads; goes before a stock base model."""
 
     def build(self, config: PreTrainedConfig) -> None:
@@ -251,9 +250,7 @@ def maskable_names(config: PreTrainedConfig) -> list[str]:
         return list(maskable_modules(causal_lm_class(config)(config)))
 
 
-class MultiHeadForCausalLMMixin(
-    MultiHeadMixin, TrailsMixin, MultiHeadGenerationMixin, MultiHeadPreTrainedMixin
-):
+class MultiHeadForCausalLM(MultiHeadMixin, TrailsMixin, MultiHeadGenerationMixin, MultiHeadPreTrained):
     """Several heads over one backbone, whose next-token predictions are combined; goes before a stock causal LM."""
 
     def build(self, config: PreTrainedConfig) -> None:
@@ -277,7 +274,8 @@ class MultiHeadForCausalLMMixin(
 
     def head_logits(self, head: int, states: torch.Tensor) -> torch.Tensor:
         """The logits ``[..., vocab]`` of one head from its states ``[..., hidden_size]``."""
-        lm_head, states = self.lm_heads[head], states.contiguous()  # as in a stock model: a bias is added in the product
+        lm_head = self.lm_heads[head]
+        states = states.contiguous()  # as in a stock model: then a bias is added within the product
         return lm_head(states) if self._stock_logits is None else self._stock_logits(lm_head, states)
 
     @checked_forward
@@ -419,7 +417,7 @@ def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The multi-head class over a stock base model or causal LM, made when it is asked for the first time."""
     is_lm = issubclass(stock, GenerationMixin)
     config = config_class(stock.config_class)
-    mixin = MultiHeadForCausalLMMixin if is_lm else MultiHeadModelMixin
+    mixin = MultiHeadForCausalLM if is_lm else MultiHeadModel
     forward = plain_forward(stock)
     namespace = {
         "__module__": __name__,

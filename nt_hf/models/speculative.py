@@ -273,11 +273,13 @@ def generate_speculatively(
     if config.output_attentions or config.output_hidden_states:
         raise ValueError("trail_draft with output_attentions or output_hidden_states: accepted are False")
     cache = model_kwargs.get(CACHE)
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    # Older releases cannot run several passes over a window that has slid and slide it back then.
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if hasattr(DynamicCache, "is_recording_past") else (DynamicLayer,)
     if not isinstance(cache, DynamicCache) or not all(type(layer) in kinds for layer in cache.layers):
         kind = type(cache).__name__ if cache is not None else f"use_cache={model_kwargs.get('use_cache')}"
         raise ValueError(
-            f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded"
+            f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded (over "
+            "sliding windows from Transformers 5.24 on)"
         )
 
     cache.activate_past_recording()  # so that a window that has slid can slide back

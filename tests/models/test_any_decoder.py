@@ -10,7 +10,19 @@ import weakref
 
 import pytest
 import torch
-from families import BLOCKS_IN_HEAD, DEPTH, HEADS, left_padded, parity, tiny_config, tiny_model, tokens
+from families import (
+    BLOCKS_IN_HEAD,
+    DEPTH,
+    HEADS,
+    Parity,
+    all_families,
+    left_padded,
+    outcome,
+    parity,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -34,9 +46,21 @@ def family(request) -> str:
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_each_trail_is_its_stock_model(family):
     result = parity(tiny_model(family, **MASKED))
-    assert result.logits == 0
-    assert result.losses < 3e-6  # losses of about 10
-    assert (result.uncached, result.static, result.trail, result.padded) == (True,) * 4
+    assert result.exact, result
+
+
+@pytest.mark.slow
+def test_every_decoder_of_transformers_is_exact_or_refused():
+    results = {}
+    for family in all_families():
+        try:
+            results[family] = outcome(family)
+        except Exception as error:  # its configuration cannot be made tiny
+            results[family] = error
+    works = {family: result for family, result in results.items() if isinstance(result, Parity)}
+    assert not {family: result for family, result in works.items() if not result.exact}
+    assert len(works) >= 58, sorted(works)
+    assert len([result for result in results.values() if isinstance(result, Exception)]) < 20
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +83,7 @@ def test_a_full_ensemble_shares_nothing(family):
     assert result.logits == 0 and result.uncached and result.trail
     owners: dict[int, set[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(weight), set()).add(name.split(".")[2] if name.startswith("model.") else name.split(".")[1])
+        owners.setdefault(id(weight), set()).add(name.removeprefix("model.").split(".")[1])
     assert all(len(heads) == 1 for heads in owners.values())
 
 
@@ -159,8 +183,11 @@ def test_generation_in_every_way(family):
     del batch["position_ids"]
     options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     greedy = model.generate(**batch, **options)
-    drafted = model.generate(**batch, **options, trail_draft=1)
-    assert torch.equal(drafted, greedy)
+    if hasattr(DynamicCache, "is_recording_past") or not getattr(model.config, "sliding_window", None):
+        assert torch.equal(model.generate(**batch, **options, trail_draft=1), greedy)
+    else:
+        with pytest.raises(ValueError, match=r"over sliding windows from Transformers 5\.24 on"):
+            model.generate(**batch, **options, trail_draft=1)
     beams = [model.generate(**batch, **options, num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*beams)
     measured = model.generate(**batch, **options, output_uncertainty=True, return_dict_in_generate=True)
@@ -321,7 +348,7 @@ def test_a_model_of_another_kind_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"model_type='qwen3': accepted is a multi-head model, neurotrails_\.\.\."):
         NeuroTrailsForCausalLM.from_pretrained(tmp_path / "stock")
     tiny_model("qwen3").save_pretrained(tmp_path / "heads")
-    with pytest.raises(ValueError, match="Qwen3.*heads already"):
+    with pytest.raises(ValueError, match=r"Qwen3.*heads already"):
         NeuroTrailsForCausalLM.from_stock(tmp_path / "heads")
     with pytest.raises(ValueError, match=r"model_type='neurotrails_qwen3': accepted is 'neurotrails_llama'"):
         nt_hf.NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "heads")
@@ -351,4 +378,4 @@ def test_a_vocabulary_grows(family):
     after = model(ids, output_head_logits=True).head_logits
     assert after.shape[-1] == 101 and torch.allclose(after[..., :97], before, atol=1e-6)
     assert model.extract_trail(1)(ids).logits.shape[-1] == 101
-    assert BLOCKS_IN_HEAD == model.config.blocks_in_head
+    assert model.config.blocks_in_head == BLOCKS_IN_HEAD
