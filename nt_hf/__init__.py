@@ -11,13 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ._version import __version__
 from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.ensemble import NeuroTrailsCausalLMOutput, Uncertainty
 from .models.masks import apply_masks, check_masks, densify, freeze_topology
-from .models.modeling_neurotrails_llama import (
-    NeuroTrailsCausalLMOutput,
-    NeuroTrailsLlamaForCausalLM,
-    NeuroTrailsLlamaModel,
-    Uncertainty,
-)
+from .models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, NeuroTrailsLlamaModel
 from .sparsity.config import SparsityConfig
 from .sparsity.first_masks import draw_masks
 from .sparsity.sparsifier import Sparsifier

@@ -18,7 +18,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
 
 from ..config import RunConfig, load_run_config
 from ..data.prepared import tokenizer_fingerprint
-from ..data.streams import check_vocabulary, load_tokenizer
+from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
 from ..files import write_whole
 from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM

@@ -265,7 +265,9 @@ def training_killer(_: int) -> None:
 
 FORKED = """
 import sys
-from nt_hf.data.streams import TokenBatches, load_tokenizer, read_texts, tokenize
+from nt_hf.data.sources import read_texts
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer, tokenize
 tokenizer = load_tokenizer(sys.argv[1])
 tokenize(list(read_texts("sample:train"))[:200], tokenizer)
 batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)

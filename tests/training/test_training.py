@@ -13,7 +13,8 @@ from conftest import token_ids, trained
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig
 from nt_hf.config import TrainConfig, load_run_config
-from nt_hf.data.streams import load_tokenizer, pad_rows
+from nt_hf.data.streams import pad_rows
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import masked_modules
 from nt_hf.plan.flops import forward_flops_per_token, training_flops_per_token
 from nt_hf.plan.hardware import peak_tflops
