@@ -79,7 +79,7 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"train.max_steps": "true"}, "train.max_steps=True: accepted is a whole number"),
         ({"train.warmup_ratio": "1"}, "train.warmup_ratio=1.0: accepted is a share of the run in [0, 1)"),
         ({"train.betas": "[a, b]"}, "train.betas[0]='a': accepted is a finite number"),
-        ({"train.betas": "[a"}, "train.betas='[a': accepted is list"),
+        ({"train.betas": "[a"}, "train.betas='[a': accepted is a list"),
         ({"train.eps": "0"}, "train.eps=0.0: accepted is a number above 0"),
         ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
         ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
