@@ -23,7 +23,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, draw_masks, freeze_topology
 from nt_hf.config import load_run_config
-from nt_hf.data.streams import load_tokenizer, read_texts
+from nt_hf.data.sources import read_texts
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.lm_heads import by_head
 
 PROMPT, TOKENS = 16, 48

@@ -19,7 +19,7 @@ from common import take_turns
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.training.checkpoint import Progress, TrainingState, load_model, load_training_state, save_checkpoint
 from nt_hf.training.manifest import find_damage

@@ -20,7 +20,7 @@ from pathlib import Path
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
 from nt_hf.data.prepare import prepare
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.training.metrics import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf.cli.program import provenance
 from nt_hf.config import load_run_config
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.zero_shot import TrailsLM, choose_scorers, score_task
 from nt_hf.evaluation.zero_shot_tasks import Tasks, quiet
 from nt_hf.text import markdown_table

@@ -2,7 +2,7 @@
 
 import sys
 
-from nt_hf.cli import main
+from nt_hf_console import main
 
 if __name__ == "__main__":
     main(["evaluate", "zero-shot", *sys.argv[1:]])

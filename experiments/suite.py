@@ -10,13 +10,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections, read_yaml
+from nt_hf.checks import Rule, check, choice, integer, list_of, number, optional
+from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections
 from nt_hf.models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from nt_hf.plan.flops import count_flops
 from nt_hf.plan.parameters import count_parameters
 from nt_hf.text import strict_json
+from nt_hf.yaml_values import known_name, read_yaml, typed_value
 
 Tree = dict[str, dict[str, Any]]
 
@@ -52,11 +54,14 @@ class Tuning:
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        rates = self.learning_rates
-        if not isinstance(rates, list) or not rates or not all(isinstance(x, int | float) and x > 0 for x in rates):
-            raise ValueError(f"learning_rates={rates!r}: accepted is a list of numbers above 0")
-        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise ValueError(f"share={self.share!r}: accepted is a number in (0, 1]")
+        check("learning_rates", self.learning_rates, _filled(number("(0, inf)"), "numbers above 0"))
+        check("share", self.share, number("(0, 1]"))
+
+
+def _filled(rule: Rule, items: str) -> Rule:
+    """A list of such values that has one at least."""
+    values = list_of(rule, f"a list of {items}")
+    return Rule(lambda value: values.valid(value) and len(value) > 0, values.accepted)
 
 
 @dataclass(frozen=True)
@@ -143,19 +148,17 @@ def load_suite(path: str | Path) -> Suite:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    content = read_yaml(path)
+    content, _ = read_yaml(path)
     names = {field.name for field in fields(Suite)} - {"name"}
     if content.keys() - {"base"} != names:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
-    if base := content.pop("base", None):
-        content["config"] = _laid_over(read_sections(path.parent / base), content["config"])
+    base = content.pop("base", None)
+    content["config"] = read_sections([*([path.parent / base] if base else []), content["config"] or {}])
     if isinstance(content["arms"], str):
-        content["arms"] = read_yaml(path.parent / content["arms"]).get("arms")
+        content["arms"] = read_yaml(path.parent / content["arms"])[0].get("arms")
     if not isinstance(content["arms"], dict) or not content["arms"]:
         raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms, or a suite's file")
-    seeds = content["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"{path}: seeds={seeds!r}: accepted is a list of whole numbers")
+    check(f"{path}: seeds", content["seeds"], _filled(integer(), "whole numbers"))
     sections = {
         name: _build(kind, content[name], f"{path}: {name}")
         for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
@@ -166,36 +169,30 @@ def load_suite(path: str | Path) -> Suite:
     }
     suite = Suite(**content | sections | {"name": path.stem, "arms": arms})
     for key in ("baseline", "rival"):
-        if getattr(suite, key) not in arms:
-            raise ValueError(f"{path}: {key}={getattr(suite, key)!r}: accepted are {', '.join(arms)}")
-    for number, arm in enumerate(arms.values()):
-        source, above = arm.learning_rate_of, list(arms)[:number]
-        if source is not None and source not in above:
-            raise ValueError(
-                f"{path}: arms.{arm.name}.learning_rate_of={source!r}: accepted are arms above it: {', '.join(above)}"
-            )
-        if arm.seeds is not None and not 1 <= arm.seeds <= len(suite.seeds):
-            raise ValueError(f"{path}: arms.{arm.name}.seeds={arm.seeds}: accepted is 1 to {len(suite.seeds)}")
+        check(f"{path}: {key}", getattr(suite, key), choice(arms))
+    for index, arm in enumerate(arms.values()):
+        where, above = f"{path}: arms.{arm.name}", list(arms)[:index]
+        rule = Rule(lambda name, above=above: name in above, f"an arm above it ({', '.join(above) or 'there is none'})")
+        check(f"{where}.learning_rate_of", arm.learning_rate_of, optional(rule))
+        check(f"{where}.seeds", arm.seeds, optional(integer(1, len(suite.seeds))))
         try:
             run_config(suite, Run(arm, 0, 1e-3, tuning=False))
         except ValueError as error:
-            raise ValueError(f"{path}: arms.{arm.name}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     return suite
 
 
-def _laid_over(tree: Tree, over: Tree) -> Tree:
-    return {section: tree.get(section, {}) | over.get(section, {}) for section in [*tree, *(over.keys() - tree.keys())]}
-
-
 def _build(kind: type, values: Any, where: str) -> Any:
-    accepted = [field.name for field in fields(kind)]
-    if not isinstance(values, dict) or not values.keys() <= set(accepted):
-        unknown = sorted(values.keys() - set(accepted)) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: {unknown}: accepted are the keys {', '.join(accepted)}")
+    """A dataclass of the values of a section."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={values!r}: accepted is a mapping of keys to values")
+    hints = get_type_hints(kind)
+    for key in values:
+        known_name(key, hints, f"{where}.")
     if lacking := [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in values]:
         raise ValueError(f"{where}: lacks {', '.join(lacking)}")
     try:
-        return kind(**values)
+        return kind(**{key: typed_value(value, hints[key], key) for key, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error
 

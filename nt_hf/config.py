@@ -2,15 +2,10 @@
 
 import copy
 import dataclasses
-import math
-import re
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks import (
@@ -23,13 +18,13 @@ from .checks import (
     integer,
     list_of,
     mapping_to,
-    nearest,
     number,
     optional,
 )
 from .data.config import DataConfig
 from .models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .sparsity.config import SparsityConfig
+from .yaml_values import DuplicateKeyError, known_name, parse_yaml, read_yaml, typed_value
 
 TRAIN_RULES = {
     "max_steps": integer(1),
@@ -185,23 +180,23 @@ def load_run_config(
     texts: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}  # of the same scalars, as they were written
     for where, content, written in (layer for source in sources for layer in _layers(source)):
         for section, values in content.items():
-            _known(section, SECTIONS, f"{where}section ")
+            known_name(section, SECTIONS, f"{where}section ")
             for key, value in values.items():
-                tree[section][_known(key, _fields(section), f"{where}{section}.")] = value
+                tree[section][known_name(key, _fields(section), f"{where}{section}.")] = value
                 texts[section][key] = written.get(section, {}).get(key)
     for dotted, text in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
             raise ValueError(f"--{dotted}: accepted is --section.key, sections {', '.join(SECTIONS)}")
-        _known(section, SECTIONS, "--")
-        _known(key, _fields(section), f"--{section}.")
+        known_name(section, SECTIONS, "--")
+        known_name(key, _fields(section), f"--{section}.")
         try:
-            tree[section][key], texts[section][key] = _parse(text)
-        except _DuplicateKeyError as error:
+            tree[section][key], texts[section][key] = parse_yaml(text)
+        except DuplicateKeyError as error:
             raise ValueError(f"--{dotted}: {error}") from error
     typed = {
         section: {
-            key: _typed(value, _fields(section)[key], f"{section}.{key}", texts[section].get(key))
+            key: typed_value(value, _fields(section)[key], f"{section}.{key}", texts[section].get(key))
             for key, value in tree[section].items()
         }
         for section in SECTIONS
@@ -239,15 +234,15 @@ def find_config(name: str | Path, folder: Path | None = None) -> Path:
     return named
 
 
-def read_sections(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The sections of a configuration file, laid over its base; unchecked but for being mappings.
+def read_sections(sources: Sequence[str | Path | Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sections of configurations, each laid over the ones before; unchecked but for being mappings.
 
     Raises:
-        ValueError: it is no YAML, or no mapping of sections, or its base cannot be found.
-        OSError: it cannot be read.
+        ValueError: one is no YAML, or no mapping of sections, or its base cannot be found.
+        OSError: a file cannot be read.
     """
     tree: dict[str, dict[str, Any]] = {}
-    for _, content, _ in _layers(path):
+    for _, content, _ in (layer for source in sources for layer in _layers(source)):
         for section, values in content.items():
             tree[section] = tree.get(section, {}) | values
     return tree
@@ -261,7 +256,7 @@ def _layers(
         where, content, written = "", source, {}
     else:
         path = find_config(source, folder)
-        where, (content, written) = f"{path}: ", _read(path)
+        where, (content, written) = f"{path}: ", read_yaml(path)
         if "base" in content:
             base = content.pop("base")
             check(f"{where}base", base, TEXT)
@@ -308,75 +303,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-class _DuplicateKeyError(ValueError):
-    """A key that a YAML mapping has twice."""
-
-
-class _OnceLoader(yaml.composer.Composer):
-    """Refuses keys that are given twice: YAML would drop the first of them without a word."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise _DuplicateKeyError(
-                        f"line {line}: the key {key.value} is given twice, first in line {lines[key.value]}"
-                    )
-                lines[key.value] = line
-        return node
-
-
-class _Loader(_OnceLoader, yaml.SafeLoader):
-    """YAML 1.1 reads 2:4 as 124, a number to the base 60: nobody means that, and here it is a sparsity structure."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not pattern.match("2:4")]
-    + [(tag, re.compile(r"[-+]?\d[\d_]*$")) for tag, pattern in resolvers if tag.endswith(":int")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _load(text: str) -> tuple[Any, Any]:
-    """What a YAML text holds, and the same with all scalars as they were written."""
-    return yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
-
-
-def _parse(text: str) -> tuple[Any, Any]:
-    """A value of the command line: YAML where it is, else plain text (``*.jsonl`` would be an alias)."""
-    try:
-        return _load(text)
-    except yaml.YAMLError:
-        return text, text
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        content, written = _load(Path(path).read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.object[error.start]:#x} at {error.start})") from error
-    except _DuplicateKeyError as error:
-        raise ValueError(f"{path}, {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content or {}, dict):
-        raise ValueError(f"{path}: accepted is a mapping")
-    return content or {}, written or {}
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Raises:
-        ValueError: it is not YAML in UTF-8, or no mapping, or has a key twice.
-        OSError: it cannot be read.
-    """
-    return _read(path)[0]
-
-
 def _fields(section: str) -> dict[str, Any]:
     cls = SECTIONS[section]
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
@@ -385,77 +311,3 @@ def _fields(section: str) -> dict[str, Any]:
         llama = {name for parent in cls.__mro__[:2] for name in vars(parent).get("__annotations__", {})}
         return {name: fields[name] for name in sorted(llama & fields.keys() - DERIVED_MODEL_KEYS)}
     return fields
-
-
-def _known(name: str, accepted: Iterable[str], where: str) -> str:
-    names = tuple(accepted)
-    if name not in names:
-        similar = nearest(name, names)
-        hint = f"did you mean {similar}?" if similar else f"accepted is {', '.join(names)}"
-        raise ValueError(f"unknown key {where}{name}: {hint}")
-    return name
-
-
-_NO_SUCH = object()
-
-
-def _typed(value: Any, hint: Any, name: str, text: Any = None) -> Any:
-    """``value`` checked against a field's type, with all that it contains.
-
-    YAML reads ``1e-3`` as text, so text that is a number counts as one; and ``no`` as false, so where text is wanted a
-    scalar counts as it was written.
-
-    Args:
-        value: as YAML reads it.
-        hint: the type.
-        name: for the message.
-        text: the same with every scalar as it was written, if that is known.
-
-    Raises:
-        ValueError: it is of another type.
-    """
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        if (typed := _as(value, option, name, text)) is not _NO_SUCH:
-            return typed
-    if str in options and value is not None and isinstance(text, str):
-        return text
-    words = {type(None): "null", float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
-    names = " or ".join(words.get(option) or getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(f"{name}={value!r}: accepted is {names}")
-
-
-def _as(value: Any, hint: Any, name: str, text: Any) -> Any:
-    """``value`` as one type that is no union, or ``_NO_SUCH``."""
-    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind in (Any, object):
-        return value
-    if kind in (int, float):
-        return _number(value, kind)
-    if kind is list and isinstance(value, list):
-        texts = text if isinstance(text, list) and len(text) == len(value) else [None] * len(value)
-        return [_typed(item, *inner or (Any,), f"{name}[{i}]", texts[i]) for i, item in enumerate(value)]
-    if (kind is dict or typing.is_typeddict(kind)) and isinstance(value, dict):
-        of_value, texts = (inner or (Any, Any))[1], text if isinstance(text, dict) else {}
-        hints = dict.fromkeys(value, of_value)
-        if typing.is_typeddict(kind):
-            hints = typing.get_type_hints(kind)
-        for key in value:
-            _known(key, hints, f"{name}.")
-        return {key: _typed(item, hints[key], f"{name}.{key}", texts.get(key)) for key, item in value.items()}
-    return value if isinstance(kind, type) and not typing.is_typeddict(kind) and isinstance(value, kind) else _NO_SUCH
-
-
-def _number(value: Any, kind: type) -> Any:
-    """A finite number, also where it is written as ``1e-3`` or, a whole one, as ``1e4``; or ``_NO_SUCH``."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return _NO_SUCH
-    if kind is int and isinstance(value, int):
-        return value
-    try:
-        converted = float(value)
-    except (ValueError, OverflowError):
-        return _NO_SUCH
-    if not math.isfinite(converted) or (kind is int and not converted.is_integer()):
-        return _NO_SUCH
-    return kind(converted)

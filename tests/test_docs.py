@@ -12,7 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import script, trained
 
 from nt_hf import SparsityConfig
-from nt_hf.cli import main
+from nt_hf_console import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

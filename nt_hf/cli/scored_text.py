@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..data.streams import check_vocabulary, load_tokenizer, read_texts
+from ..data.sources import read_texts
+from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import DocumentWindows, load_config
 from ..models.configuration_neurotrails import MultiHeadConfig
 

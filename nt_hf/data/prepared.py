@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import one_line
 from .errors import DataError
 from .sources import INDEX, PREPARED
-from .streams import TokenBatches, check_batches
+from .streams import TokenBatches, check_batches, require_same
 from .tokenizers import eos_id, tokenize
 
 FORMAT_VERSION = 1
@@ -151,6 +151,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+@dataclass(eq=False, repr=False)
 class PreparedTokens:
     """Iterable over batches of prepared tokens, for one rank; the counterpart of ``TokenBatches``.
 
@@ -188,27 +189,26 @@ class PreparedTokens:
 
     bad_lines = 0
 
-    def __init__(
-        self,
-        directory: str | Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        sequence_length: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        epochs: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        check_batches(batch_size, sequence_length, epochs, rank, world_size)
-        directory = Path(directory)
+    directory: str | Path
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    batch_size: int
+    sequence_length: int
+    shuffle: bool = False
+    seed: int = 0
+    epochs: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        check_batches(self)
+        directory = Path(self.directory)
         index = read_index(directory)
-        fingerprint = tokenizer_fingerprint(tokenizer)
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
         if index["tokenizer"] != fingerprint:
             raise DataError(
                 f"{PREPARED}{directory}: was prepared by another tokenizer ({index['tokenizer']}); "
-                f"accepted is {tokenizer.name_or_path!r} ({fingerprint})"
+                f"accepted is {self.tokenizer.name_or_path!r} ({fingerprint})"
             )
         shards = [Shard(**shard) for shard in index["shards"]]
         slices = [_open_shard(directory / shard.file, shard) for shard in shards]
@@ -216,26 +216,20 @@ class PreparedTokens:
         self._slices = [tokens for tokens, shard in zip(slices, shards) if shard.tokens]
         self._ends = np.cumsum([shard.tokens for shard in shards if shard.tokens])
         tokens = sum(shard.tokens for shard in shards)
-        self.rows = tokens // sequence_length
+        self.rows = tokens // self.sequence_length
         if not self.rows:
             raise DataError(
-                f"{PREPARED}{directory}: holds {tokens} tokens, too few for a row (sequence_length={sequence_length})"
+                f"{PREPARED}{directory}: holds {tokens} tokens, too few for a row "
+                f"(sequence_length={self.sequence_length})"
             )
         table = json.dumps([[shard.file, shard.tokens] for shard in shards])
         self._settings = {
             "tokens": f"{tokens} ({hashlib.sha256(table.encode()).hexdigest()[:12]})",
             "tokenizer": fingerprint,
-            "sequence_length": sequence_length,
-            "shuffle": shuffle,
-            "seed": seed,
+            "sequence_length": self.sequence_length,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
         }
-        self.batch_size = batch_size
-        self.sequence_length = sequence_length
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epochs = epochs
-        self.rank = rank
-        self.world_size = world_size
         self._used = 0  # rows, by all ranks
         self._resume = False
 
@@ -263,11 +257,8 @@ class PreparedTokens:
                 raise ValueError(f"rows={sorted(map(str, used))}")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"data state: not one that PreparedTokens wrote ({one_line(error)})") from error
-        for saved, (key, value) in itertools.product(settings, self._settings.items()):
-            if saved.get(key) != value:
-                raise ValueError(
-                    f"data state: was saved with {key}={saved.get(key)!r}; accepted is {value!r} to resume"
-                )
+        for saved in settings:
+            require_same(saved, self._settings)
         if len(used) > 1:
             raise ValueError(f"data state: of ranks after {sorted(used)} rows; accepted are all after as many")
         (self._used,) = used

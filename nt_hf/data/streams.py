@@ -13,37 +13,21 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import Rule, check, integer, one_line, optional
+from ..checks import Rule, check_fields, integer, one_line, optional
 from ..models.losses import IGNORE_INDEX
-from .config import ON_BAD_LINE, PACKINGS, RULES, DataConfig
+from .config import RULES
 from .errors import DataError
 from .slices import StreamState, deal_epoch, redistribute
-from .sources import Reader, find_files, read_texts
-from .tokenizers import check_vocabulary, eos_id, load_tokenizer, tokenize
-
-__all__ = [
-    "IGNORE_INDEX",
-    "ON_BAD_LINE",
-    "PACKINGS",
-    "TOKENIZE_AT_ONCE",
-    "DataConfig",
-    "DataError",
-    "TokenBatches",
-    "check_vocabulary",
-    "eos_id",
-    "find_files",
-    "load_tokenizer",
-    "pad_rows",
-    "read_texts",
-    "tokenize",
-]
+from .sources import Reader, find_files
+from .tokenizers import eos_id, tokenize
 
 TOKENIZE_AT_ONCE = 128  # documents; enough to occupy a fast tokenizer's threads, few enough to start quickly
 
@@ -62,17 +46,27 @@ def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokeni
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def check_batches(batch_size: int, sequence_length: int, epochs: int | None, rank: int, world_size: int) -> None:
+def check_batches(batches: Any) -> None:
     """Raises ValueError unless batches can be so large and so many, and divided so."""
-    check("batch_size", batch_size, integer(1))
-    check("sequence_length", sequence_length, RULES["sequence_length"])
-    check("world_size", world_size, integer(1))
-    check("epochs", epochs, optional(integer(1)))
-    check(
-        "rank", rank, Rule(lambda rank: rank in range(world_size), f"0 to {world_size - 1} (world_size={world_size})")
-    )
+    ranks = f"0 to {batches.world_size - 1} (world_size={batches.world_size})"
+    rules = {
+        "batch_size": integer(1),
+        "sequence_length": RULES["sequence_length"],
+        "world_size": integer(1),
+        "epochs": optional(integer(1)),
+        "rank": Rule(lambda rank: rank in range(batches.world_size), ranks),
+    }
+    check_fields(batches, rules)
 
 
+def require_same(saved: Mapping[str, Any], accepted: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the settings of a saved position in the data are the accepted ones."""
+    for key, value in accepted.items():
+        if saved.get(key) != value:
+            raise ValueError(f"data state: was saved with {key}={saved.get(key)!r}; accepted is {value!r} to resume")
+
+
+@dataclass(eq=False, repr=False)
 class TokenBatches:
     """Iterable over batches of tokens, for one rank.
 
@@ -116,44 +110,27 @@ class TokenBatches:
         DataError: (also while iterating) a file cannot be found or read, or the source has no documents.
     """
 
-    def __init__(
-        self,
-        source: str | Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        sequence_length: int,
-        packing: str = "pack",
-        shuffle_block: int = 0,
-        seed: int = 0,
-        epochs: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        on_bad_line: str = "error",
-        text_field: str = "text",
-    ):
-        check("packing", packing, RULES["packing"])
-        check("on_bad_line", on_bad_line, RULES["on_bad_line"])
-        check("shuffle_block", shuffle_block, RULES["shuffle_block"])
-        check("num_workers", num_workers, RULES["num_workers"])
-        check_batches(batch_size, sequence_length, epochs, rank, world_size)
-        self.eos_id = eos_id(tokenizer)
-        self.source = source
-        self.files = find_files(source)
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.shuffle_block = shuffle_block
-        self.seed = seed
-        self.epochs = epochs
-        self.rank = rank
-        self.world_size = world_size
-        self.num_workers = num_workers
-        self.on_bad_line = on_bad_line
-        self.text_field = text_field
-        self._workers = max(1, num_workers)
+    source: str | Sequence[str]
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    batch_size: int
+    sequence_length: int
+    packing: str = "pack"
+    shuffle_block: int = 0
+    seed: int = 0
+    epochs: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    on_bad_line: str = "error"
+    text_field: str = "text"
+
+    def __post_init__(self):
+        check_fields(self, {name: RULES[name] for name in ("packing", "on_bad_line", "shuffle_block", "num_workers")})
+        check_batches(self)
+        self.eos_id = eos_id(self.tokenizer)
+        self.files = find_files(self.source)
+        self._workers = max(1, self.num_workers)
         self._resume = False
         self._start()
 
@@ -212,14 +189,10 @@ class TokenBatches:
                 f"data state: of ranks {', '.join(map(str, ranks))}; "
                 f"accepted are those of all {world_size} in their order"
             )
-        for key, value in self._settings().items():
-            for saved in settings:
-                # Ranks differ in nothing; a run may differ in how many share the work.
-                own = settings[0].get(key) if key in ("world_size", "num_workers") else value
-                if saved.get(key) != own:
-                    raise ValueError(
-                        f"data state: was saved with {key}={saved.get(key)!r}; accepted is {own!r} to resume"
-                    )
+        # A run may differ in how many share the work.
+        accepted = self._settings() | {key: settings[0].get(key) for key in ("world_size", "num_workers")}
+        for saved in settings:
+            require_same(saved, accepted)
         if (world_size, workers) == (self.world_size, self._workers):
             self._states, self._next_worker = streams[self.rank], next_workers[self.rank]
         else:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..models.configuration_neurotrails import ENSEMBLE_MODES
+from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails import MultiHeadForCausalLM, combine_logits, select_heads
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
+from ..models.multi_head import select_heads
 from ..sparsity.measures import head_overlap
 from .perplexity import CHUNK, check_finite, perplexity
 

@@ -4,19 +4,21 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check, integer, optional
-from ..data.streams import TOKENIZE_AT_ONCE, eos_id, pad_rows, tokenize
+from ..checks import check, check_fields, integer, optional
+from ..data.streams import TOKENIZE_AT_ONCE, pad_rows
+from ..data.tokenizers import eos_id, tokenize
 from ..models.auto import class_of_family
 from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails import MultiHeadForCausalLM, combine_logits
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..sparsity.sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
@@ -107,6 +109,7 @@ def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tu
         yield ids[start : start + length], length - stride if start else 1
 
 
+@dataclass(eq=False, repr=False)
 class DocumentWindows:
     """Batches for ``evaluate`` that score every token of every document exactly once.
 
@@ -132,28 +135,20 @@ class DocumentWindows:
         ValueError: an argument is outside its range, or the tokenizer lacks an end-of-sequence token.
     """
 
-    def __init__(
-        self,
-        texts: Iterable[str],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        length: int,
-        stride: int | None = None,
-        batch_size: int = 8,
-        max_tokens: int | None = None,
-    ):
-        check("length", length, integer(2))  # one token of context and one to score
-        stride = length // 2 if stride is None else stride
-        check("stride", stride, integer(1, length - 1))
-        check("batch_size", batch_size, integer(1))
-        check("max_tokens", max_tokens, optional(integer(1)))
-        self.eos_id = eos_id(tokenizer)
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.length = length
-        self.stride = stride
-        self.batch_size = batch_size
-        self.max_tokens = max_tokens
+    texts: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    length: int
+    stride: int | None = None
+    batch_size: int = 8
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        check("length", self.length, integer(2))  # one token of context and one to score
+        self.stride = self.length // 2 if self.stride is None else self.stride
+        rules = {"stride": integer(1, self.length - 1), "batch_size": integer(1), "max_tokens": optional(integer(1))}
+        check_fields(self, rules)
+        self.eos_id = eos_id(self.tokenizer)
         self.documents = self.tokens = self.unknown = self.bytes = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

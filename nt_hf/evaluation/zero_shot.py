@@ -26,7 +26,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.configuration_neurotrails import MultiHeadConfig
-from ..models.modeling_neurotrails import MultiHeadForCausalLM, combine_logits, select_heads
+from ..models.ensemble import combine_logits
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
+from ..models.multi_head import select_heads
 from ..text import markdown_table, score_text
 from .zero_shot_tasks import quiet
 

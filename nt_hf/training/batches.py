@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RunConfig
 from ..data.prepared import token_batches
 from ..data.streams import HeadBatches
-from ..models.modeling_neurotrails import IGNORE_INDEX
+from ..models.losses import IGNORE_INDEX
 
 Batch = Mapping[str, torch.Tensor]
 

@@ -38,8 +38,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import one_line
 from ..config import RunConfig
 from ..files import sync, write_text, writing
-from ..models.masks import local
 from ..models.auto import NeuroTrailsForCausalLM
+from ..models.masks import local
 from ..models.modeling_neurotrails import MultiHeadForCausalLM, causal_lm_class
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier

@@ -18,10 +18,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
 
 from ..config import RunConfig, load_run_config
 from ..data.prepared import tokenizer_fingerprint
-from ..data.streams import check_vocabulary, load_tokenizer
+from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
 from ..files import write_whole
-from ..models.modeling_neurotrails import MultiHeadForCausalLM, causal_lm_class
+from ..models.modeling_neurotrails import causal_lm_class
 from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import require_equal_replicas

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 
 from nt_hf import __version__
-from nt_hf.cli import VERBS, main
 from nt_hf.cli.program import provenance
 from nt_hf.data.sources import find_files
+from nt_hf_console import VERBS, main
 
 
 def test_help_lists_every_verb_in_one_line(capsys):
@@ -88,12 +88,17 @@ def run(*arguments: str, folder, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, **options)
 
 
-@pytest.mark.slow
-def test_help_loads_neither_programs_nor_evaluation(tmp_path):
-    code = "import sys, nt_hf.cli; nt_hf.cli.main(['--help']); print(sorted(sys.modules))"
-    loaded = run("-c", code, folder=ROOT, cwd=tmp_path).stdout
-    assert "'nt_hf.cli'" in loaded
-    assert not any(f"'{name}'" in loaded for name in ("nt_hf.cli.program", "nt_hf.evaluation", "datasets", "lm_eval"))
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate"], ["evaluat"]])
+def test_help_loads_no_library(arguments, tmp_path):
+    code = f"""
+import sys, nt_hf_console
+try:
+    nt_hf_console.main({arguments})
+finally:
+    print(sorted({{name.partition(".")[0] for name in sys.modules}} - sys.stdlib_module_names))
+"""
+    loaded = run("-S", "-c", code, folder=ROOT, cwd=tmp_path).stdout.splitlines()[-1]  # -S: nor what is installed
+    assert loaded == "['__main__', 'nt_hf_console']"
 
 
 @pytest.mark.slow
@@ -101,7 +106,7 @@ def test_a_wheel_alone_trains_the_demo(tmp_path):
     source, folder, work = tmp_path / "source", tmp_path / "installed", tmp_path / "work"
     source.mkdir()
     work.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "nt_hf_console.py"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("nt_hf", "recipes"):

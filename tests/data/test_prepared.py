@@ -16,9 +16,12 @@ from safetensors.numpy import load_file
 
 from nt_hf import files
 from nt_hf.cli import prepare as program
+from nt_hf.data.errors import DataError
 from nt_hf.data.prepare import prepare
 from nt_hf.data.prepared import PreparedTokens, shuffled, token_batches, tokenizer_fingerprint
-from nt_hf.data.streams import DataError, HeadBatches, TokenBatches, find_files, load_tokenizer
+from nt_hf.data.sources import find_files
+from nt_hf.data.streams import HeadBatches, TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 8

@@ -19,9 +19,12 @@ from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Tokenizer
 
 from nt_hf.cli import tokenizer as tokenizer_program
+from nt_hf.data.errors import DataError
 from nt_hf.data.prepare import prepare
 from nt_hf.data.prepared import tokenizer_fingerprint
-from nt_hf.data.streams import DataError, TokenBatches, load_tokenizer, read_texts
+from nt_hf.data.sources import read_texts
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [{"text": f"document {number}"} for number in range(40)]

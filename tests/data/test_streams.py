@@ -22,17 +22,12 @@ from transformers import AutoTokenizer
 
 from nt_hf.cli import tokenizer as tokenizer_program
 from nt_hf.data import sources
+from nt_hf.data.config import DataConfig
+from nt_hf.data.errors import DataError
 from nt_hf.data.slices import FileSlice, deal_epoch
-from nt_hf.data.sources import Reader
-from nt_hf.data.streams import (
-    DataConfig,
-    DataError,
-    TokenBatches,
-    check_vocabulary,
-    find_files,
-    load_tokenizer,
-    read_texts,
-)
+from nt_hf.data.sources import Reader, find_files, read_texts
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import check_vocabulary, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -238,7 +233,8 @@ def test_blank_documents_and_lines_are_skipped(tokenizer, tmp_path):
 def test_local_training_imports_no_datasets_and_warns_of_no_fork(tmp_path):
     code = f"""
 import sys
-from nt_hf.data.streams import TokenBatches, load_tokenizer
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer
 options = dict(batch_size=4, sequence_length=16, epochs=1)
 for workers in (0, 2):  # first in this process, so that the tokenizer's threads run when it forks
     list(TokenBatches({save(tmp_path, [texts(300)])!r}, load_tokenizer("sample"), num_workers=workers, **options))
@@ -261,7 +257,9 @@ def test_hub_data_set_is_streamed(tokenizer, tmp_path):
     files["README.md"] = f"---\n{card}---\n".encode()
     code = """
 import json
-from nt_hf.data.streams import TokenBatches, find_files, load_tokenizer, read_texts
+from nt_hf.data.sources import find_files, read_texts
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer
 tokenizer = load_tokenizer("sample")
 found = {}
 for source in ("hub:allenai/c4:en", "hub:allenai/c4@main:en:validation", "hf://datasets/allenai/c4/en/c4-train.*"):

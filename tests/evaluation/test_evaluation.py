@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nt_hf.cli import perplexity as perplexity_program
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation import perplexity as evaluation
 from nt_hf.evaluation.perplexity import (
     DocumentWindows,

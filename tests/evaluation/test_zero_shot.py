@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli import zero_shot as program
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.zero_shot import (
     Scorer,
     TrailsLM,

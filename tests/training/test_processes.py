@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data.prepare import prepare
-from nt_hf.data.streams import load_tokenizer
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import check_masks, count_active
 from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli import tokenizer as train_tokenizer
-from nt_hf.data.streams import TokenBatches, load_tokenizer
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.perplexity import evaluate, load_for_evaluation
 from nt_hf.models.masks import check_masks, count_active, masked_modules, overall_density, unpack_mask
 from nt_hf.training import run as training_run

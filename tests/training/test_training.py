@@ -13,7 +13,8 @@ from conftest import token_ids, trained
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig
 from nt_hf.config import TrainConfig, load_run_config
-from nt_hf.data.streams import load_tokenizer, pad_rows
+from nt_hf.data.streams import pad_rows
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import masked_modules
 from nt_hf.plan.flops import forward_flops_per_token, training_flops_per_token
 from nt_hf.plan.hardware import peak_tflops
@@ -78,7 +79,7 @@ def test_one_seed_for_the_whole_run_unless_the_masks_have_their_own():
         ({"train.max_steps": "true"}, "train.max_steps=True: accepted is a whole number"),
         ({"train.warmup_ratio": "1"}, "train.warmup_ratio=1.0: accepted is a share of the run in [0, 1)"),
         ({"train.betas": "[a, b]"}, "train.betas[0]='a': accepted is a finite number"),
-        ({"train.betas": "[a"}, "train.betas='[a': accepted is list"),
+        ({"train.betas": "[a"}, "train.betas='[a': accepted is a list"),
         ({"train.eps": "0"}, "train.eps=0.0: accepted is a number above 0"),
         ({"train.learning_rate": "-1"}, "train.learning_rate=-1.0: accepted is a number above 0"),
         ({"train.optimizer": "sgd"}, "train.optimizer='sgd': accepted is adam, adamw"),
