@@ -185,7 +185,7 @@ def check_near_tie(model: NeuroTrailsLlamaForCausalLM, one: torch.Tensor, other:
 def measure(steps: int = 50, rounds: int = 3) -> list[Figure]:
     """Row 6 of the table of goals."""
     run = load_run_config(["recipes/configs/60m.yaml"])
-    config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=256)
+    config = run.model_config(max_position_embeddings=256)
     known, unknown = text_rows("sample:train", KNOWN), text_rows("sample:validation", KNOWN)
     model = trained(config, run.sparsity, known, steps)
     figures = [plain_decoding(model, known[:1, :PROMPT], rounds)]

@@ -1,6 +1,5 @@
 """The model of a run: its configuration, its place on the devices, what is wrapped around it."""
 
-import copy
 import warnings
 
 import torch
@@ -20,9 +19,7 @@ from .launch import wants_bf16
 
 def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MultiHeadConfig:
     """The model's configuration, with what follows from the data."""
-    return MultiHeadConfig(
-        **copy.deepcopy(config.model),  # the model completes rope_parameters; run.yaml keeps them as they were given
-        max_position_embeddings=config.data.sequence_length,
+    return config.model_config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

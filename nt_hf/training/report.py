@@ -125,8 +125,8 @@ def model_card(model: MultiHeadConfig, config: RunConfig, step: int, records: Se
 # NeuroTrails model
 
 A multi-head {model.stock_class.model_type} model (NeuroTrails, arXiv 2505.17909) after {step} of
-{config.train.max_steps} training steps on `{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of {model.blocks_in_head} blocks on a backbone of
-{model.num_backbone_layers}. {sparsity}
+{config.train.max_steps} training steps on `{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of
+{model.blocks_in_head} blocks on a backbone of {model.num_backbone_layers}. {sparsity}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
