@@ -16,7 +16,7 @@ from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
 from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..models.multi_head import select_heads
-from ..sparsity.measures import head_overlap
+from ..sparsity.measures import head_overlap, masks_by_head
 from .perplexity import CHUNK, check_finite, perplexity
 
 # Bins of confidence, of equal width, as in Guo et al. 2017.
@@ -399,17 +399,15 @@ class LinearCKA:
 
 def mask_overlap(model: MultiHeadForCausalLM, heads: Sequence[int]) -> MaskOverlap | None:
     """Overlaps of the masks of ``heads``; ``None`` where no two of them have masks."""
-    masks = {}
-    for head in heads:
-        for name, module in model.head_modules(head).items():
-            if (mask := getattr(module, "weight_mask", None)) is not None:
-                masks[f"heads.{head}.{name}.weight"] = mask
+    masks = masks_by_head(model, heads)
 
     def overlaps(group_of: Callable[[list[str]], str | None]) -> dict[str, float]:
-        groups: dict[str | None, dict[str, torch.Tensor]] = {}
-        for name, mask in masks.items():
-            groups.setdefault(group_of(name.split(".")[2:-1]), {})[name] = mask
-        by_group = {group: head_overlap(members) for group, members in groups.items() if group is not None}
+        groups = dict.fromkeys(group_of(name.split(".")) for head in masks for name in head)
+        by_group = {
+            group: head_overlap([{n: x for n, x in head.items() if group_of(n.split(".")) == group} for head in masks])
+            for group in groups
+            if group is not None
+        }
         return {group: overlap for group, overlap in by_group.items() if overlap is not None}
 
     overall = head_overlap(masks)

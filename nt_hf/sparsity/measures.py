@@ -1,19 +1,17 @@
 """What is measured of masked tensors while they train: densities, gradient norms, dead units, overlap of heads."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
+from torch import nn
 
-from ..models.masks import count_active, is_transposed
+from ..models.masks import count_active, is_transposed, local
+from ..models.multi_head import MultiHeadMixin
 from ..text import markdown_table
 from .selection import Reduce, count_set, no_reduction
 from .tensor_state import TensorState
-
-# A weight of a head by its name, and which head that is.
-_HEAD = re.compile(r"(?:^|\.)\w*heads\.(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class TopologyUpdate:
         dead_rows: output units (rows of a linear weight, output channels) without an active weight.
         dead_columns: input units (columns, input channels) without an active weight.
         head_overlap: mean overlap (Jaccard: common active weights / active in either) of the masks of every two heads;
-            ``None`` without heads, which are the parts of a model named ``…heads.<number>``.
+            ``None`` of a model that is not multi-headed (see ``MultiHeadMixin``).
         grad_norm_active: norm of the gradient of the weights active before the update.
         grad_norm_inactive: norm of the gradient of the inactive ones.
     """
@@ -114,25 +112,36 @@ def density_report(tensors: Mapping[str, TensorState], active: Sequence[int]) ->
     return DensityReport(rows, by_group, total("overall", rows))
 
 
-def head_overlap(masks: Mapping[str, torch.Tensor], reduce: Reduce = no_reduction) -> float | None:
-    """Mean Jaccard overlap of the masks of every two heads, from packed masks by weight name.
+def masks_by_head(model: nn.Module, heads: Sequence[int] | None = None) -> list[dict[str, torch.Tensor]]:
+    """The packed masks of each head, or of these, by names that are the same in all heads.
 
-    Heads are the parts named ``…heads.<number>``; weights of the same name in two heads are compared. ``None`` where no
-    two heads have one. ``reduce`` sums counts over the processes that hold the other rows.
+    The model may be wrapped; one that is not multi-headed has none. Of a sharded one they are this process's rows.
     """
-    heads: dict[str, dict[str, torch.Tensor]] = {}
-    for name, packed in masks.items():
-        if match := _HEAD.search(name):
-            without_number = name[: match.start(1)] + name[match.end(1) :]
-            heads.setdefault(match.group(1), {})[without_number] = packed
+    model = next((module for module in model.modules() if isinstance(module, MultiHeadMixin)), None)
+    if model is None:
+        return []
+    chosen = range(model.config.num_ensemble_heads) if heads is None else heads
+    modules_by_head = [model.head_modules(head).items() for head in chosen]
+    return [
+        {name: local(module.weight_mask) for name, module in modules if hasattr(module, "weight_mask")}
+        for modules in modules_by_head
+    ]
+
+
+def head_overlap(masks: Sequence[Mapping[str, torch.Tensor]], reduce: Reduce = no_reduction) -> float | None:
+    """Mean Jaccard overlap of the masks of every two heads, see [`masks_by_head`]; ``None`` if none can be compared.
+
+    Masks of the same name and shape are compared. ``reduce`` sums counts over the processes that hold the other rows.
+    """
     counts = []
-    for one, other in combinations(heads.values(), 2):
-        pairs = [(one[name], other[name]) for name in one if name in other and one[name].shape == other[name].shape]
+    for first, second in combinations(masks, 2):
+        pairs = [(mask, second[name]) for name, mask in first.items() if name in second]
+        pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
         counts.append([sum(count_active(a & b) for a, b in pairs), sum(count_active(a | b) for a, b in pairs)])
-    if not counts:
+    if not any(masks):
         return None
-    summed = reduce(torch.tensor(counts, device=next(iter(masks.values())).device)).tolist()
-    overlaps = [both / either for both, either in summed if either]
+    device = next(mask.device for head in masks for mask in head.values())
+    overlaps = [both / either for both, either in reduce(torch.tensor(counts, device=device)).tolist() if either]
     return sum(overlaps) / len(overlaps) if overlaps else None
 
 
@@ -141,13 +150,13 @@ def gradient_norms(tensors: Sequence[TensorState], reduce: Reduce = no_reduction
     squares = []
     for tensor in tensors:
         grad, inactive = tensor.grad, tensor.inactive
-        everywhere = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        outside = everywhere * 0
+        total_norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        inactive_norm = total_norm * 0
         if inactive is not None:
-            outside = torch.linalg.vector_norm(grad.masked_fill(~inactive, 0), dtype=torch.float32)
-        squares.append(torch.stack([everywhere, outside]).square())
-    everywhere, outside = reduce(torch.stack(squares).sum(0)).tolist() if squares else (0.0, 0.0)
-    return max(0.0, everywhere - outside) ** 0.5, outside**0.5
+            inactive_norm = torch.linalg.vector_norm(grad.masked_fill(~inactive, 0), dtype=torch.float32)
+        squares.append(torch.stack([total_norm, inactive_norm]).square())
+    total, inactive = reduce(torch.stack(squares).sum(0)).tolist() if squares else (0.0, 0.0)
+    return max(0.0, total - inactive) ** 0.5, inactive**0.5
 
 
 def dead_units(tensors: Sequence[TensorState], reduce: Reduce = no_reduction) -> tuple[int, int]:

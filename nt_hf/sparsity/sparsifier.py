@@ -28,7 +28,15 @@ from .config import SparsityConfig
 from .criteria import DROP, MaskedWeight
 from .densities import allocate, falling_counts, redistribute
 from .first_masks import target_counts, warn_of_dense
-from .measures import DensityReport, TopologyUpdate, dead_units, density_report, gradient_norms, head_overlap
+from .measures import (
+    DensityReport,
+    TopologyUpdate,
+    dead_units,
+    density_report,
+    gradient_norms,
+    head_overlap,
+    masks_by_head,
+)
 from .optimizer_state import move_state
 from .schedules import SCHEDULES, last_update, linear, update_due
 from .selection import count_set, no_reduction
@@ -215,7 +223,7 @@ class Sparsifier:
             ever_active=self.ever_active(),
             dead_rows=dead_rows,
             dead_columns=dead_columns,
-            head_overlap=head_overlap({name: tensor.packed for name, tensor in self._tensors.items()}, self._reduce),
+            head_overlap=head_overlap(masks_by_head(self.model), self._reduce),
             grad_norm_active=norm_active,
             grad_norm_inactive=norm_inactive,
         )

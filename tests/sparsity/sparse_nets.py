@@ -1,6 +1,7 @@
 """A small net of every kind of module that can carry a mask, made sparse and trained by the tests."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from nt_hf.models.masks import (
     is_transposed,
     masked_modules,
 )
+from nt_hf.models.multi_head import MultiHeadMixin
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
@@ -20,8 +22,10 @@ WORDS, LENGTH = 24, 8
 STRUCTURES = ["unstructured", "constant_fan_in", "2:4"]
 
 
-class Net(nn.Module):
+class Net(MultiHeadMixin, nn.Module):
     """Every kind of module that can carry a mask, with inputs in fours, and two heads."""
+
+    config = SimpleNamespace(num_ensemble_heads=2)
 
     def __init__(self):
         super().__init__()
@@ -38,6 +42,9 @@ class Net(nn.Module):
         x = self.second(x.view(-1, 4, 3, LENGTH)).relu().mean(-1).flatten(1)
         x = self.third(x).relu()
         return sum(head(x) for head in self.heads)
+
+    def head_modules(self, head):
+        return {"lm_head": self.heads[head]}
 
 
 NAMES = ["embed.weight", "first.weight", "second.weight", "third.weight", "heads.0.weight", "heads.1.weight"]

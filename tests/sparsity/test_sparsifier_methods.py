@@ -40,7 +40,7 @@ from nt_hf.sparsity import criteria, optimizer_state
 from nt_hf.sparsity import sparsifier as sparsifier_module
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks, target_counts
-from nt_hf.sparsity.measures import head_overlap
+from nt_hf.sparsity.measures import head_overlap, masks_by_head
 from nt_hf.sparsity.schedules import SCHEDULES
 from nt_hf.sparsity.sparsifier import Sparsifier
 
@@ -408,18 +408,17 @@ def test_overlap_of_masks_made_by_hand():
     other = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     third = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
     packed = [pack_mask(mask) for mask in (one, other, third)]
-    assert head_overlap({"heads.0.weight": packed[0], "heads.1.weight": packed[1]}) == 2 / 4
-    three = {f"model.heads.{i}.up.weight": mask for i, mask in enumerate(packed)}
+    assert head_overlap([{"up": packed[0]}, {"up": packed[1]}]) == 2 / 4
+    three = [{"up": mask} for mask in packed]
     assert head_overlap(three) == pytest.approx((2 / 4 + 1 / 3 + 1 / 3) / 3)
-    # The parts of a head count together, whatever holds them; other shapes, other names and no active weight do not.
-    more = three | {f"lm_heads.{i}.weight": packed[0] for i in range(3)}
+    # The parts of a head count together; other shapes, other names and no active weight do not.
+    more = [head | {"lm_head": packed[0]} for head in three]
     assert head_overlap(more) == pytest.approx((5 / 7 + 4 / 6 + 4 / 6) / 3)
-    assert head_overlap({"heads.0.a.weight": packed[0], "heads.1.b.weight": packed[0]}) is None
-    assert head_overlap({"heads.0.weight": packed[0], "heads.1.weight": packed[0][:1]}) is None
-    assert head_overlap({"heads.0.weight": packed[0] * 0, "heads.1.weight": packed[0] * 0}) is None
-    assert head_overlap({"layers.0.weight": packed[0], "layers.1.weight": packed[0]}) is None
-    assert head_overlap({"heads.0.weight": packed[0], "heads.weight": packed[0]}) is None
-    assert head_overlap({}) is None
+    assert head_overlap([{"a": packed[0]}, {"b": packed[0]}]) is None
+    assert head_overlap([{"a": packed[0]}, {"a": packed[0][:1]}]) is None
+    assert head_overlap([{"a": packed[0] * 0}, {"a": packed[0] * 0}]) is None
+    assert head_overlap([{"a": packed[0]}]) is None
+    assert head_overlap([{}, {}]) is head_overlap([]) is None
 
 
 def test_a_model_without_heads_has_no_overlap():
@@ -429,7 +428,7 @@ def test_a_model_without_heads_has_no_overlap():
     draw_masks(net, config)
     sparsifier = Sparsifier(net, torch.optim.SGD(net.parameters()), config, 10)
     net(torch.ones(1, 8)).sum().backward()
-    assert sparsifier.step().head_overlap is None
+    assert sparsifier.step().head_overlap is None and masks_by_head(net) == []
 
 
 # ------------------------------------------------------------------------------------------------------ optimizers
