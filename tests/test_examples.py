@@ -6,7 +6,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from conftest import script, trained
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, check_masks
 from nt_hf.sparsity.criteria import DROP
@@ -57,11 +57,12 @@ def test_from_stock(tmp_path, capsys):
     differing = {name for name in first if not torch.equal(first[name], second[name])}
     backbone = "model.layers.0.mlp.up_proj.weight"
     assert backbone not in differing and "model.layers.2.mlp.up_proj.weight" in differing
-    stock = LlamaForCausalLM.from_pretrained(tmp_path / "trail-0")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "trail-0")
+    assert stock.config.model_type == "qwen3"
     assert torch.equal(stock.state_dict()[backbone], first[backbone])
 
 
-def test_from_llama_starts_from_a_directory(checkpoint, tmp_path, capsys):
+def test_from_stock_starts_from_a_directory(checkpoint, tmp_path, capsys):
     trained("neurotrails").extract_trail(0).save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     arguments = ["--model", str(tmp_path / "llama"), "--steps", "10", "--output", str(tmp_path / "out")]
