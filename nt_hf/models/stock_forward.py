@@ -309,12 +309,3 @@ class StockLogits:
         stand_in = StandIn(self.model_class.stock_class, parts)
         logits = self.model_class.stock_forward(stand_in, inputs_embeds=hidden, **keep).logits
         return logits if states.dim() == 3 else logits.view(*states.shape[:-1], -1)
-
-
-def built_anew(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A module like another one that was just built, with values of its own; both refer to the same configuration."""
-    copied = copy.deepcopy(module, {id(config): config})
-    for part in copied.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()  # draws as many random numbers as building it
-    return copied
