@@ -123,6 +123,11 @@ class MultiHeadConfig:
     def trail_depth(self) -> int:
         """Number of blocks of one trail; of a network of stages, such as a ResNet, those of all stages."""
         depths = getattr(self, "depths", None)
+        if depths is None and not hasattr(self, "num_hidden_layers"):
+            raise ValueError(
+                f"{self.stock_class.__name__} (model_type={self.stock_class.model_type!r}) says not how deep it is: "
+                "accepted are configurations with num_hidden_layers or depths"
+            )
         return self.num_hidden_layers if depths is None else sum(depths)
 
     @property

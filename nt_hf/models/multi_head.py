@@ -128,7 +128,7 @@ def select_heads(config: PreTrainedConfig, choice: Sequence[int] | None, name: s
 
 def renumber_head(name: str, numbers: Mapping[int, int]) -> str | None:
     """A parameter's name with its head's number replaced; ``None`` where the head has no new one."""
-    match = re.match(r"((?:model\.)?heads\.|lm_heads\.)(\d+)(\..*)", name)
+    match = re.match(r"((?:model\.)?heads\.|lm_heads\.|classifiers\.)(\d+)(\..*)", name)
     if match is None:
         return name
     start, number, rest = match.groups()

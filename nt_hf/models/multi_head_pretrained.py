@@ -47,10 +47,15 @@ class MultiHeadPreTrained(CheckpointFilesMixin):
 def built_anew(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
     """A module like another one that was just built, with values of its own; both refer to the same configuration."""
     copied = copy.deepcopy(module, {id(config): config})
-    for part in copied.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()  # draws as many random numbers as building it
+    reset_parameters(copied)
     return copied
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Draws as many random numbers as building the module anew."""
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
 
 
 def make_model_class(
