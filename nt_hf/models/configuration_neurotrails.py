@@ -76,7 +76,7 @@ class MultiHeadConfig:
     def _check_sizes(self) -> None:
         sizes = {name: getattr(self, name, None) for name in SIZES}
         for name, value in sizes.items():
-            if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1):
+            if value is not None and not isinstance(value, (list, tuple)) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: accepted is a whole number from 1")
         hidden, heads, kv_heads = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         if not (type(heads) is int and type(hidden) is int):

@@ -77,7 +77,7 @@ class _Returns(StandIn):
 
 
 class _Noted(StandIn):
-    """Stands for a part of a base model and notes when it is called; after the blocks, which have not run, it is idle."""
+    """Stands for a part of a base model and notes when it is called; after the blocks it is idle."""
 
     def __init__(self, module: nn.Module, name: str, calls: BlockCalls, called: list[tuple[str, bool]]):
         super().__init__(module, {"_name": name, "_calls": calls, "_called": called})
@@ -335,9 +335,8 @@ class MultiHeadForImageClassification(TrailsMixin, MultiHeadPreTrained):
         next(base for base in self.stock_class.__mro__[1:] if issubclass(base, PreTrainedModel)).__init__(self, config)
         self._parts, self.num_labels = parts, config.num_labels
         with torch.device("meta"):
-            shell = self.stock_class(config.to_stock_config())
-        self.model = model_class(type(getattr(shell, parts.base)))(config)
-        stock = getattr(shell, parts.classifier)
+            stock = getattr(self.stock_class(config.to_stock_config()), parts.classifier)
+        self.model = base_class(type(self))(config)
         classifiers = [built_anew(stock, config) for _ in range(config.num_ensemble_heads)]
         self.classifiers = nn.ModuleList(classifiers)
         if self.device.type != "meta":
@@ -455,6 +454,11 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """
     _classifier_class(stock)
     return make_config_class(stock, __name__, globals())
+
+
+def base_class(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The multi-head base model's class, of a multi-head classifier's."""
+    return model_class(transformers.MODEL_MAPPING[model.stock_class.config_class])
 
 
 def image_class(config: PreTrainedConfig | type[PreTrainedConfig]) -> type[PreTrainedModel]:
