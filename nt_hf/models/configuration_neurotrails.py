@@ -165,7 +165,8 @@ class MultiHeadConfig:
         view = copy.copy(self)
         backbone, depth = self.num_backbone_layers, self.trail_depth
         depths = [*range(backbone), *list(range(backbone, depth)) * self.num_ensemble_heads]
-        if isinstance(kinds := getattr(self, "layer_types", None), (list, tuple)):
+        kinds = vars(self).get("layer_types")  # of the class, a ResNet lists kinds of blocks
+        if isinstance(kinds, (list, tuple)):
             view.__dict__["layer_types"] = [kinds[index] for index in depths]
         name = self.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         view.__dict__.update({name: len(depths), "num_ensemble_heads": 1, "blocks_in_head": 0})
