@@ -67,6 +67,7 @@ PURPOSES = WAITING, GRADIENTS, COPIES, ACTIVATIONS, LOSS, BACKWARD = (
 class _Allocation:
     size: int
     purpose: str
+    end: weakref.ref | None = None  # which tells the recorder
 
 
 class StepRecorder(TorchDispatchMode):
@@ -100,20 +101,22 @@ class StepRecorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(tensor, torch.Tensor) and (key := _storage(tensor)) not in self._known:
-                storage = tensor.untyped_storage()
                 purpose = self._purpose(function, args)
                 # Gradients that meet are added in place, but for tensors that a dispatch mode looks at.
                 in_place = purpose == BACKWARD and function is torch.ops.aten.add.Tensor
-                self._make(key, storage.nbytes(), purpose, "" if in_place else self._moment)
-                weakref.finalize(storage, self._free, key).atexit = False
+                allocation = self._make(key, tensor.untyped_storage().nbytes(), purpose, not in_place)
+                allocation.end = weakref.ref(tensor.untyped_storage(), functools.partial(self._free, key))
         return result
 
-    def _make(self, key: int, size: int, purpose: str, moment: str = "") -> None:
-        self._known[key] = _Allocation(size, purpose)
-        self._events.append((1, self._known[key], moment))
+    def _make(self, key: int, size: int, purpose: str, counts: bool = True) -> _Allocation:
+        allocation = self._known[key] = _Allocation(size, purpose)
+        self._events.append((1, allocation, self._moment if counts else ""))
+        return allocation
 
-    def _free(self, key: int) -> None:
-        self._events.append((-1, self._known.pop(key), ""))
+    def _free(self, key: int, end: weakref.ref | None = None) -> _Allocation:
+        allocation = self._known.pop(key)
+        self._events.append((-1, allocation, ""))
+        return allocation
 
     def _purpose(self, function, args) -> str:
         if self._running and self._running[-1] in self._lm_heads:
@@ -124,10 +127,10 @@ class StepRecorder(TorchDispatchMode):
 
     def _hand_over(self, grads: tuple[torch.Tensor | None, ...]) -> None:
         for key in (_storage(grad) for grad in grads if grad is not None):
-            if allocation := self._known.get(key):
-                allocation.purpose = WAITING  # so far
-                self._free(key)
-                self._make(key, allocation.size, GRADIENTS)
+            if self._known.get(key):
+                waiting = self._free(key)
+                waiting.purpose = WAITING  # as it turns out
+                self._make(key, waiting.size, GRADIENTS).end = waiting.end
 
     def _enter(self, module: nn.Module, inputs) -> None:
         self._running.append(module)
