@@ -59,7 +59,7 @@ def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
+        raise ValueError(f"{path}: has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -71,7 +71,7 @@ def _named(path: Path) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _is_llama(path: Path) -> bool:
@@ -79,10 +79,10 @@ def _is_llama(path: Path) -> bool:
     accepted = "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
     if not (path / "config.json").is_file():
         problem = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {problem}; {accepted}")
+        raise ValueError(f"{path}: {problem}; {accepted}")
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in (NeuroTrailsLlamaConfig.model_type, LlamaConfig.model_type):
-        raise ValueError(f"{path} has model_type {kind!r}; {accepted}")
+        raise ValueError(f"{path}: has model_type={kind!r}; {accepted}")
     return kind == LlamaConfig.model_type
 
 
@@ -93,7 +93,7 @@ def _load_llama(path: Path) -> LlamaForCausalLM:
     )
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
-        raise ValueError(f"{path} lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
+        raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
     return llama
 
 

@@ -75,7 +75,7 @@ def _shard_dimension(tensor: DTensor) -> int:
     """The dimension of the mesh along which a tensor's rows are split."""
     split = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(split) != 1 or not tensor.placements[split[0]].is_shard(0):
-        raise ValueError(f"a weight lies as {tensor.placements}; accepted: split by rows (Shard(0)) over one dimension")
+        raise ValueError(f"placements={tensor.placements}: accepted is a split by rows (Shard(0)) over one dimension")
     return split[0]
 
 

@@ -100,20 +100,20 @@ class Sparsifier:
         self._tensors = read_masks(model, optimizer, config, self._reduce)
         if config.is_sparse and not self._tensors:
             raise ValueError(
-                f"density is {config.density:g} and the model carries no masks; accepted: a model whose masks "
+                f"density={config.density:g}: the model carries no masks; accepted is a model whose masks "
                 "draw_masks(model, config) or a checkpoint has set"
             )
         if self._tensors:
             warn_of_dense(model, config.exclude)
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        foreign = [
+        not_owned = [
             name
             for name, tensor in self._tensors.items()
             if tensor.weight.requires_grad and id(tensor.weight) not in owned
         ]
-        if foreign:
+        if not_owned:
             raise ValueError(
-                f"the optimizer does not own the masked weights {', '.join(foreign)}; accepted: one that does"
+                f"optimizer: does not own the masked weights {', '.join(not_owned)}; accepted is one that does"
             )
         density = self.report().overall.density
         tolerance = 0.001 if config.structure == "unstructured" else 0.01  # a group's count is a whole number
@@ -183,8 +183,8 @@ class Sparsifier:
         for name, tensor in moving.items():
             if tensor.grad is None:
                 raise ValueError(
-                    f"step {self.steps}: {name} has no gradient at a topology update; accepted: backward before step, "
-                    "and requires_grad=False for weights that take no part"
+                    f"step {self.steps}: {name} has no gradient at a topology update; accepted is backward before "
+                    "step, and requires_grad=False for weights that take no part"
                 )
         requested = sum(
             move_counts(tensor.active, tensor.weight.numel(), drop_fraction, target=targets[name])[1]

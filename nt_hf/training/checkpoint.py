@@ -212,7 +212,7 @@ def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
     except ValueError:
         raise
     except Exception as error:  # damaged files raise whatever the code that meets them raises
-        raise ValueError(f"{path} cannot be loaded ({one_line(error)})") from error
+        raise ValueError(f"{path}: cannot be loaded ({one_line(error)})") from error
     return model
 
 
@@ -258,7 +258,7 @@ def load_training_state(path: Path, state: TrainingState) -> None:
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_sharded(model))
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded ({one_line(error)})") from error
+        raise ValueError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     parameters = dict(model.named_parameters())
     topology = {}
     for entry, tensor in tensors.items():
