@@ -52,7 +52,7 @@ from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
-from nt_hf.files import only_writer, write_json, write_whole
+from nt_hf.files import lock_directory, write_atomic, write_json
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
@@ -163,7 +163,7 @@ def main() -> None:
             check_evaluation(suite, paths)
         programs = Programs()
         try:
-            with only_writer(paths.runs):
+            with lock_directory(paths.runs):
                 prepare(suite, paths, programs)
                 train_all(suite, paths, matching(tuning_runs(suite), args.only), args.parallel, programs)
                 main = matching(main_runs(suite, tuned(paths.results, suite)), args.only)
@@ -184,7 +184,7 @@ def main() -> None:
     write_report(suite, paths.results)
     if args.document:
         text = args.document.read_text(encoding="utf-8")
-        write_whole(args.document, refreshed(text, suite, paths.results))
+        write_atomic(args.document, refreshed(text, suite, paths.results))
 
 
 def every_run(suite: Suite, results: Path) -> list[Run]:
@@ -274,7 +274,7 @@ def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Prog
     run_dir = paths.runs / run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "config.yaml"
-    write_whole(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
+    write_atomic(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
     programs.call(
         "recipes/pretrain_c4.py", "--config", str(config), "--output_dir", str(run_dir),
         threads=threads, log=run_dir / "log.txt",
@@ -303,7 +303,7 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
         result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
     made = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
+    write_atomic(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
     write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **made))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.comparison import compare_columns, comparison_table, plot_comparison, read_columns
-from ..files import write_json, write_whole
+from ..files import write_atomic, write_json
 from .program import check_output, provenance
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "\n".join([comparison_table(columns, rows), "", *(f"- {note}" for note in notes)]).rstrip()
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output / "comparison.md", text + "\n")
+    write_atomic(args.output / "comparison.md", text + "\n")
     names = [column.name for column in columns]
     write_json(args.output / "comparison.json", {"columns": names, "rows": rows, "notes": notes, **provenance()})
     plot_comparison(columns, rows, args.output / "comparison")

@@ -49,14 +49,13 @@ def run(main: Callable[[], None]) -> None:
 
 def provenance(*packages: str) -> dict[str, Any]:
     """What a result was made by: the command, versions (of ``packages``, too), and the commit of a source tree."""
-    here = Path(__file__).parent
-    commit = None
+    commit, folder = None, Path(__file__).parent
     try:
         # Tracked there: the package may also be installed into an environment within somebody else's repository.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, check=True, capture_output=True)
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, check=True, capture_output=True)
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, check=True, capture_output=True, text=True,
+            cwd=folder, check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         pass

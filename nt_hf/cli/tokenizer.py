@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..data.sources import read_texts
-from ..files import only_writer, writing
+from ..files import lock_directory, writing
 
 logger = logging.getLogger("nt_hf.train_tokenizer")
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_field", default="text", help="field that holds the text (%(default)s)")
     args = parser.parse_args(argv)
     output = Path(args.output)
-    with only_writer(output):  # before the text is read
+    with lock_directory(output):  # before the text is read
         tokenizer = train_tokenizer(read_texts(args.data, args.text_field), args.vocab_size)
         with writing(output):
             tokenizer.save_pretrained(output)

@@ -33,7 +33,7 @@ def load_config(path: str | Path) -> NeuroTrailsLlamaConfig:
         ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, or its configuration is damaged.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         if _is_llama(path):
             stock = LlamaConfig.from_pretrained(path).to_dict()
             del stock["model_type"]
@@ -51,7 +51,7 @@ def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
             is not finite.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         if _is_llama(path):
             model = NeuroTrailsLlamaForCausalLM.from_llama(_load_llama(path), num_ensemble_heads=1)
         else:
@@ -64,7 +64,7 @@ def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Makes what loading a checkpoint raises one line that names it."""
     try:
         yield

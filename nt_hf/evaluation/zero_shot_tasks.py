@@ -219,10 +219,10 @@ def choose_tasks(tasks: Tasks, names: Sequence[str] | None) -> tuple[dict[str, l
     Raises:
         ValueError: a task is unknown, its local data are missing, or the local data have none of the default tasks.
     """
-    asked = [name.strip() for name in names or DEFAULT_TASKS]
-    tasks.check(asked)
+    requested = [name.strip() for name in names or DEFAULT_TASKS]
+    tasks.check(requested)
     groups: dict[str, list[str]] = {}
-    for name in asked:
+    for name in requested:
         members = tasks.leaves(name)
         groups |= {task: [task] for task in members} if tasks.by_size(name) is None else {name: members}
     skipped: dict[str, str] = {}

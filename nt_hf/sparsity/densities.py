@@ -182,22 +182,22 @@ def structured_counts(
 
 
 def falling_counts(
-    now: Mapping[str, int], first: Mapping[str, int], last: Mapping[str, int], progress: float
+    current: Mapping[str, int], first: Mapping[str, int], last: Mapping[str, int], progress: float
 ) -> dict[str, int]:
     """Counts ``progress`` of the way from the first to the last ones, exact in total, none above what it is now.
 
     Rounding from the start each time would let single weights wander from tensor to tensor.
 
     Args:
-        now: counts so far, each between ``first`` and ``last``.
+        current: counts so far, each between ``first`` and ``last``.
         first, last: counts at the begin and, nowhere larger, at the end of a density schedule.
         progress: from 0 to 1.
     """
     exact = {name: first[name] + Fraction(progress) * (last[name] - first[name]) for name in first}
-    surplus = max(0, sum(now.values()) - round(sum(exact.values())))
-    room = {name: now[name] - last[name] for name in now}
-    fallen = allocate(surplus, {name: max(Fraction(0), now[name] - exact[name]) for name in now}, room)
-    return {name: now[name] - fallen[name] for name in now}
+    surplus = max(0, sum(current.values()) - round(sum(exact.values())))
+    room = {name: current[name] - last[name] for name in current}
+    fallen = allocate(surplus, {name: max(Fraction(0), current[name] - exact[name]) for name in current}, room)
+    return {name: current[name] - fallen[name] for name in current}
 
 
 def redistribute(

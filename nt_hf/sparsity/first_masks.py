@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # The models whose dense parameters were spoken of.
-_TOLD: WeakSet[nn.Module] = WeakSet()
+_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 def target_counts(
@@ -172,8 +172,8 @@ def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str
         exclude: globs of those that are to be dense.
         chosen: globs of those that are to be sparse, see [`matches`].
     """
-    if not any(module in _TOLD for module in model.modules()):  # nor the same one wrapped
-        _TOLD.add(model)
+    if not any(module in _WARNED for module in model.modules()):  # nor the same one wrapped
+        _WARNED.add(model)
         dense = [n for n in dense_parameters(model) if matches(n, [*chosen, *(f"!{glob}" for glob in exclude)])]
         if dense:
             logger.warning(

@@ -43,7 +43,7 @@ from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches
-from .manifest import delete_old, remove_checkpoint, seal, write_manifest
+from .manifest import delete_old, remove_checkpoint, sync_with_checksum, write_manifest
 
 STATE = "training_state"
 
@@ -111,7 +111,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, model_card: str) -> Pat
             if main:
                 written += _files_of_no_rank(partial)
             accelerator.wait_for_everyone()
-            entries = gather_object([{str(path.relative_to(partial)): seal(path) for path in written}])
+            entries = gather_object([{str(path.relative_to(partial)): sync_with_checksum(path) for path in written}])
             if main:
                 write_manifest(partial, {file: entry for part in entries for file, entry in sorted(part.items())})
                 remove_checkpoint(final)

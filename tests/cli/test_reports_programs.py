@@ -139,7 +139,7 @@ def test_a_comparison_is_printed_before_it_is_written_and_no_file_is_its_output(
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compare, "write_whole", full)
+    monkeypatch.setattr(compare, "write_atomic", full)
     with pytest.raises(OSError, match="no space left"):
         call(compare.main, *paths, "--output", tmp_path / "out")
     assert "| piqa" in capsys.readouterr().out

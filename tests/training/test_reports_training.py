@@ -25,7 +25,7 @@ from nt_hf.cli import prepare, tokenizer
 from nt_hf.cli.program import run as run_program
 from nt_hf.cli.train import main
 from nt_hf.config import TrainConfig, load_run_config, parse_overrides
-from nt_hf.files import LockedError, only_writer, write_whole
+from nt_hf.files import LockedError, lock_directory, write_atomic
 from nt_hf.training.batches import limited
 from nt_hf.training.launch import start_processes
 from nt_hf.training.manifest import find_checkpoints, find_damage
@@ -324,10 +324,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(config, tmp_path, monkeypat
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     """C6"""
     path = tmp_path / "run.yaml"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     monkeypatch.setattr("nt_hf.files.os.fsync", full_text)
     with pytest.raises(OSError) as caught:
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert one_line(caught) == f"{path}: cannot be written (No space left on device)"
     assert [each.name for each in tmp_path.iterdir()] == ["run.yaml"] and path.read_text() == "old"
 
@@ -348,7 +348,7 @@ def test_two_runs_in_one_directory_exclude_each_other(config, tmp_path):
 
 
 def _hold(directory: Path, ready: Path) -> None:
-    with only_writer(directory):
+    with lock_directory(directory):
         if not os.fork():  # as a loader's worker, which outlives a killed run by seconds
             time.sleep(600)
         ready.write_text("held")
@@ -357,7 +357,7 @@ def _hold(directory: Path, ready: Path) -> None:
 
 def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
     """C7"""
-    with only_writer(tmp_path / "run"):
+    with lock_directory(tmp_path / "run"):
         started = start(2, "--config", config, "--output_dir", tmp_path / "run")
         for process in started:
             process.join(60)
@@ -368,7 +368,7 @@ def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
 
 def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
     """C7"""
-    with only_writer(tmp_path / "there"):
+    with lock_directory(tmp_path / "there"):
         for main in (prepare.main, tokenizer.main):
             with pytest.raises(LockedError, match="there: another process writes there"):
                 call(main, "--data", "sample:validation", "--output", tmp_path / "there")
