@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,7 +45,7 @@ from experiments.suite import (
 )
 from experiments.suite_report import refreshed, report_text, write_report
 from nt_hf.cli import program
-from nt_hf.cli.program import check_output, provenance
+from nt_hf.cli.program import check_output, machine, provenance
 from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
@@ -352,16 +350,6 @@ def zero_shot(suite: Suite, paths: Paths, checkpoint: Path) -> dict[str, Any]:
     main(["--model", str(checkpoint), "--output", str(output), *data])
     report = json.loads(output.read_text())
     return {"limit": limit, "results": report["results"], "average": report["average"]}
-
-
-def machine() -> dict[str, Any]:
-    """On what a result was made."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    model = None
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
-    return {"gpu": gpu, "cpu": model or platform.processor(), "cores": os.cpu_count()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Bad input is one clear line and a non-zero exit code, not a traceback.
 """
 
+import argparse
 import importlib.metadata
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -45,6 +47,21 @@ def run(main: Callable[[], None]) -> None:
             raise
         reason = "; out of memory perhaps: fewer data.num_workers need less" if dead_worker else ""
         sys.exit(f"error: {' '.join(str(error).split())}{reason}")
+
+
+def verb_parser(verb: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of ``nt-hf <verb>``; ``options`` are further ones of `argparse.ArgumentParser`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"nt-hf {verb}", description=description, formatter_class=formatter, **options)
+
+
+def machine() -> dict[str, Any]:
+    """On what a result was made: the names of GPU and CPU, and the number of cores."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {"gpu": gpu, "cpu": cpu, "cores": os.cpu_count()}
 
 
 def provenance(*packages: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ it can spell and restore any text. The special tokens are those of the sample to
 ``<unk>`` = 2 (never emitted), none of them added by itself.
 """
 
-import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..data.sources import read_texts
 from ..files import lock_directory, writing
+from .program import verb_parser
 
 logger = logging.getLogger("nt_hf.train_tokenizer")
 
@@ -48,9 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("tokenizer", __doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, help="text sources, for example sample:train or 'text/*.gz'"
     )
