@@ -206,11 +206,11 @@ def run_tree(suite: Suite, run: Run) -> Tree:
         ValueError: an arm sets a section that the recipe does not know, or a key that the suite sets by itself.
     """
     tree = {section: dict(suite.config.get(section, {})) for section in SECTIONS}
-    own = {"train": {"seed", "learning_rate"}, "data": SAME_DATA}
+    fixed = {"train": {"seed", "learning_rate"}, "data": SAME_DATA}
     for section, values in run.arm.config.items():
         if section not in SECTIONS:
             raise ValueError(f"section {section}: accepted are {', '.join(SECTIONS)}")
-        if taken := own.get(section, set()) & values.keys():
+        if taken := fixed.get(section, set()) & values.keys():
             raise ValueError(f"{section}.{min(taken)}: it is the same for all arms, or tuned")
         tree[section] |= copy.deepcopy(values)
     train = tree["train"]

@@ -65,12 +65,12 @@ def integer(least: int | None = None, most: int | None = None) -> Rule:
     return Rule(valid, "a whole number" + bounds.get((most is not None, least is not None), ""))
 
 
-def number(interval: str = "(-inf, inf)", of: str = "a number") -> Rule:
+def number(interval: str = "(-inf, inf)", noun: str = "a number") -> Rule:
     """A number within an interval such as ``"(0, 1]"``; not a truth value.
 
     Args:
         interval: as mathematics writes it, ``inf`` for no bound.
-        of: what the number is, for the message.
+        noun: what the number is, for the message.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
@@ -81,7 +81,7 @@ def number(interval: str = "(-inf, inf)", of: str = "a number") -> Rule:
         return above and (value < high if interval[-1] == ")" else value <= high)
 
     words = {"(-inf, inf)": "", "(0, inf)": " above 0", "[0, inf)": " from 0"}
-    return Rule(valid, of + words.get(interval, f" in {interval}"))
+    return Rule(valid, noun + words.get(interval, f" in {interval}"))
 
 
 def optional(rule: Rule) -> Rule:

@@ -327,7 +327,9 @@ def _check_rope(config: RunConfig) -> None:
         try:
             ROPE_INIT_FUNCTIONS[kind](config.model_config(), None)
         except KeyError as error:
-            raise ValueError(f"model.rope_parameters={rope}: lacks {error.args[0]}, expected with {kind}") from error
+            raise ValueError(
+                f"model.rope_parameters={rope}: accepted with {kind} is one with {error.args[0]}"
+            ) from error
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -340,11 +342,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     while remaining:
         name, equals, value = remaining.pop(0).partition("=")
         if not name.startswith("--") or "." not in name:
-            raise ValueError(f"unknown argument {name}: configuration keys are --section.key value")
+            raise ValueError(f"{name}: unknown argument; accepted are configuration keys, --section.key value")
         if not equals:
             # A value may begin with one dash, as negative numbers do; with two it is the next key.
             if not remaining or remaining[0].startswith("--"):
-                raise ValueError(f"{name} needs a value, {name} true for example where it is a switch")
+                raise ValueError(f"{name}: has no value; accepted is {name} true, for example, where it is a switch")
             value = remaining.pop(0)
         overrides[name.removeprefix("--")] = value
     return overrides

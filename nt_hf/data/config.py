@@ -49,5 +49,5 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self, RULES)
-        ordered = Rule(lambda asked: not asked or self.shuffle_block > 0, "false where shuffle_block is 0")
+        ordered = Rule(lambda separate: not separate or self.shuffle_block > 0, "false where shuffle_block is 0")
         check("order_per_head", self.order_per_head, ordered)

@@ -139,8 +139,8 @@ def shuffled(positions: np.ndarray, count: int, key: str) -> np.ndarray:
         return left * side + right
 
     values = permute(positions.astype(np.uint64))
-    while len(beyond := np.flatnonzero(values >= count)):
-        values[beyond] = permute(values[beyond])
+    while len(out_of_range := np.flatnonzero(values >= count)):
+        values[out_of_range] = permute(values[out_of_range])
     return values.astype(np.int64)
 
 
@@ -283,8 +283,8 @@ class PreparedTokens:
         epochs, numbers = positions // self.rows, positions % self.rows
         if self.shuffle:
             for epoch in np.unique(epochs):
-                here = epochs == epoch
-                numbers[here] = shuffled(numbers[here], self.rows, f"{self.seed}/{epoch}")
+                in_epoch = epochs == epoch
+                numbers[in_epoch] = shuffled(numbers[in_epoch], self.rows, f"{self.seed}/{epoch}")
         input_ids = torch.empty(len(numbers), self.sequence_length, dtype=torch.int64)
         for row, number in zip(input_ids.numpy(), numbers.tolist()):
             self._read(row, number * self.sequence_length)

@@ -34,7 +34,7 @@ def load_config(path: str | Path) -> MultiHeadConfig:
         ValueError: ``path`` is no directory of a multi-head model or a stock decoder, or its configuration is damaged.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
             return kind.config_class.from_stock_config(AutoConfig.from_pretrained(path), num_ensemble_heads=1)
@@ -51,7 +51,7 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
             weight is not finite.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
             model = kind.from_stock(_load_stock(kind.stock_class, path), num_ensemble_heads=1)
@@ -60,19 +60,19 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
+        raise ValueError(f"{path}: has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Makes what loading a checkpoint raises one line that names it."""
     try:
         yield
     except ValueError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
@@ -80,12 +80,12 @@ def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
     accepted = "accepted is a checkpoint directory of a multi-head model or a stock decoder"
     if not (path / "config.json").is_file():
         problem = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {problem}; {accepted}")
+        raise ValueError(f"{path}: {problem}; {accepted}")
     model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     try:
         kind = class_of_family(model_type)
     except ValueError as error:
-        raise ValueError(f"{path} has model_type {model_type!r}; {accepted} ({error})") from error
+        raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
     return kind, model_type != kind.config_class.model_type
 
 
@@ -94,7 +94,7 @@ def _load_stock(kind: type[PreTrainedModel], path: Path) -> PreTrainedModel:
     model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
-        raise ValueError(f"{path} lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
+        raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
     return model
 
 

@@ -101,15 +101,16 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
     if not rows or not all(type(count) is int and count >= 1 for count in rows):
         raise ValueError(f"rows={rows!r}: accepted are one or more whole numbers from 1")
     if model.training:
-        raise ValueError("the model is in training mode; sparse kernels are for inference: call model.eval() first")
+        raise ValueError("model: is in training mode; accepted is model.eval(): sparse kernels are for inference")
     if any(_is_specialized(module) for module in model.modules()):
-        raise ValueError("the model is specialized already; call restore(model) first")
+        raise ValueError("model: is specialized already; accepted is restore(model) first")
     layers = _masked_linears(model)
     if not layers:
-        raise ValueError("no nn.Linear of the model carries a mask; accepted is a model with masks")
+        raise ValueError("model: no nn.Linear carries a mask; accepted is a model with masks")
     if violations := check_masks(model):
         raise ValueError(
-            f"non-zero weights outside their masks in {', '.join(violations)}; nt_hf.apply_masks(model) restores them"
+            f"{', '.join(violations)}: not 0 outside the mask; accepted are zeros, as nt_hf.apply_masks(model) writes "
+            "them"
         )
     timed: dict[tuple, dict[int, dict[str, float]]] = {}
     reports, extra = [], 0

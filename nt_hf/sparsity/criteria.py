@@ -100,7 +100,9 @@ class Chunk:
     def _read(self, name: str) -> torch.Tensor:
         if name not in self._flat:
             what = {"grad": "gradient"}.get(name, name)
-            raise ValueError(f"this criterion needs the {what} of {self._tensor.name or 'the weight'}; it has none")
+            raise ValueError(
+                f"the {what} of {self._tensor.name or 'the weight'}: accepted is one, which this criterion needs"
+            )
         return self._flat[name][self._start : self._stop].to(torch.float32, copy=True)
 
     @property

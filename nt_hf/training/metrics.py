@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole, writing
+from ..files import write_atomic, writing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Metrics:
         self.path = path
         old = read_metrics(path) if path.exists() and resume_step is not None else []
         kept = [record for record in old if record["step"] <= resume_step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         """Appends a record of kind ``event`` (``train``, ``update``, ``eval``) and returns it."""

@@ -35,7 +35,7 @@ from experiments.suite_report import (
 )
 from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
-from nt_hf.files import LockedError, only_writer
+from nt_hf.files import LockedError, lock_directory
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
@@ -335,7 +335,7 @@ def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path
 
 def test_two_suites_do_not_work_in_one_directory(world):
     with (
-        only_writer(world / "runs"),
+        lock_directory(world / "runs"),
         pytest.raises(LockedError, match="another process writes there"),
     ):
         run(world)

@@ -279,7 +279,7 @@ def test_refused_models(model, choose):
     choose("csr")
     with pytest.raises(ValueError, match="training mode"):
         specialize(model.train())
-    with pytest.raises(ValueError, match=r"no nn\.Linear of the model carries a mask"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear carries a mask"):
         specialize(nn.Sequential(nn.Linear(3, 3)).eval())
     specialize(model.eval(), (1,))
     with pytest.raises(ValueError, match="already"):
@@ -287,7 +287,7 @@ def test_refused_models(model, choose):
     restore(model)
     name, module = next(iter(masked_modules(model).items()))
     nn.init.ones_(module.weight)
-    with pytest.raises(ValueError, match="outside their masks in " + name.replace(".", "[.]")):
+    with pytest.raises(ValueError, match=name.replace(".", "[.]") + ": not 0 outside the mask"):
         specialize(model, (1,))
 
 
