@@ -96,7 +96,7 @@ def test_time_is_flops_over_the_assumed_share_of_the_peak():
 
 def test_what_does_not_fit_is_told_with_what_would():
     train = {"batch_size": 64, "micro_batch_size": 8}
-    settings = run_config(BASE | {"num_hidden_layers": 3, "blocks_in_head": 2}, train=train)
+    settings = run_config(BASE | {"num_hidden_layers": 2, "blocks_in_head": 1, "num_ensemble_heads": 2}, train=train)
 
     def on(size: float):
         """The plan for 8 cards whose usable memory is ``size`` bytes."""
