@@ -10,12 +10,11 @@ import typing
 from pathlib import Path
 from types import MappingProxyType
 
-from nt_hf.config import DERIVED_MODEL_KEYS, TRAIN_RULES, TrainConfig
-from nt_hf.data.config import RULES as DATA_RULES
+from nt_hf.checks import rules_of
+from nt_hf.config import DERIVED_MODEL_KEYS, TrainConfig
 from nt_hf.data.config import DataConfig
 from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
-from nt_hf.sparsity.config import RULES as SPARSITY_RULES
 
 INTRODUCTION = """# Configuration
 
@@ -127,11 +126,11 @@ def page() -> str:
                   "special tokens\nfollow from `data`, `masked_modules` from `sparsity`; they cannot be set.",
          table([model[name] for name in own if name in model] + [model[name] for name in LLAMA if name in model],
                {**LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
-        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, DATA_RULES)),
+        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, rules_of(DataConfig))),
         ("sparsity", "[sparsify-your-model.md](sparsify-your-model.md) compares the methods and says where each is "
                      "from.\n`seed` follows `train.seed` unless it is given.",
-         table(fields_of(SparsityConfig), descriptions(SparsityConfig), SPARSITY_RULES)),
-        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig), TRAIN_RULES)),
+         table(fields_of(SparsityConfig), descriptions(SparsityConfig), rules_of(SparsityConfig))),
+        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig), rules_of(TrainConfig))),
     ]  # fmt: skip
     text = INTRODUCTION
     for name, note, rows in sections:

@@ -355,13 +355,13 @@ def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str,
     return combined
 
 
-def average(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]], metric: str = "acc") -> dict[str, TaskScore]:
-    """Unweighted mean of a metric over tasks, for each scorer; tasks without the metric do not count."""
+def average(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]]) -> dict[str, TaskScore]:
+    """Unweighted mean accuracy over the tasks that have one, for each scorer."""
     by_scorer: dict[str, list[TaskScore]] = {}
     for scores in results.values():
         for scorer, by_metric in scores.items():
-            if metric in by_metric:
-                by_scorer.setdefault(scorer, []).append(by_metric[metric])
+            if "acc" in by_metric:
+                by_scorer.setdefault(scorer, []).append(by_metric["acc"])
     means = {}
     for scorer, scores in by_scorer.items():
         errors = [score.stderr for score in scores]
