@@ -330,7 +330,7 @@ def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if result["config"] != run_tree(suite, run):
         raise ValueError(
-            f"{path}: is of another configuration than the suite asks for; delete {path.parent}, or take other --results"
+            f"{path}: is of another configuration than the suite asks for; delete {path.parent} or take other --results"
         )
     return result
 
