@@ -51,7 +51,7 @@ from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
 from nt_hf.files import lock_directory, write_atomic, write_json
-from nt_hf.training.metrics import read_metrics
+from nt_hf.training.metrics import last_record, read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
 logger = logging.getLogger("nt_hf.experiments")
@@ -293,16 +293,16 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     run_dir, directory = paths.runs / run.name, paths.results / run.name
     records = read_metrics(run_dir / METRICS_FILE)
     steps = run_tree(suite, run)["train"]["max_steps"]
-    last = next((record for record in reversed(records) if record["event"] == "eval"), None)
+    last = last_record(records, "eval")
     if last is None or last["step"] < steps:
-        raise ValueError(f"{run_dir} is not trained to its end, step {steps}")
+        raise ValueError(f"{run_dir}: is not trained to its end, step {steps}")
     result: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records)}
     if not run.tuning:
         result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
-    made = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
+    origin = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
-    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **made))
+    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **origin))
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:

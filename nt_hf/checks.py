@@ -1,5 +1,7 @@
 """Checks of settings, with one wording for all errors: ``key=value: accepted is …``."""
 
+import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,9 +26,22 @@ def check(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{name}={value!r}: accepted is {rule.accepted}{hint}")
 
 
-def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
-    """Raises ValueError unless the fields that ``rules`` names have accepted values."""
-    for name, rule in rules.items():
+def setting(default: Any, rule: Rule) -> Any:
+    """A field of a dataclass, with the values that it may have; ``MISSING`` as the default: it must be given."""
+    default_of = {"default": default}
+    if isinstance(default, list | dict):
+        default_of = {"default_factory": lambda: copy.copy(default)}
+    return dataclasses.field(**default_of, metadata={"rule": rule})
+
+
+def rules_of(settings: Any) -> dict[str, Rule]:
+    """The rules of the fields of a dataclass, or of an object of one, that are made by [`setting`]."""
+    return {field.name: field.metadata["rule"] for field in dataclasses.fields(settings) if "rule" in field.metadata}
+
+
+def check_fields(settings: Any) -> None:
+    """Raises ValueError unless every [`setting`] of a dataclass has an accepted value."""
+    for name, rule in rules_of(settings).items():
         check(name, getattr(settings, name), rule)
 
 

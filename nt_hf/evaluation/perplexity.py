@@ -4,18 +4,18 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check, check_fields, integer, optional
+from ..checks import check, check_fields, integer, optional, setting
 from ..data.streams import TOKENIZE_AT_ONCE, pad_rows
 from ..data.tokenizers import eos_id, tokenize
 from ..models.auto import class_of_family
-from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.configuration_neurotrails import ENSEMBLE_MODES, MultiHeadConfig
 from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
 from ..models.modeling_neurotrails import MultiHeadForCausalLM
@@ -138,16 +138,15 @@ class DocumentWindows:
     texts: Iterable[str]
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
-    length: int
+    length: int = setting(MISSING, integer(2))  # one token of context and one to score
     stride: int | None = None
-    batch_size: int = 8
-    max_tokens: int | None = None
+    batch_size: int = setting(8, integer(1))
+    max_tokens: int | None = setting(None, optional(integer(1)))
 
     def __post_init__(self):
-        check("length", self.length, integer(2))  # one token of context and one to score
+        check_fields(self)
         self.stride = self.length // 2 if self.stride is None else self.stride
-        rules = {"stride": integer(1, self.length - 1), "batch_size": integer(1), "max_tokens": optional(integer(1))}
-        check_fields(self, rules)
+        check("stride", self.stride, integer(1, self.length - 1))
         self.eos_id = eos_id(self.tokenizer)
         self.documents = self.tokens = self.unknown = self.bytes = 0
 
@@ -272,24 +271,22 @@ def evaluate(
     model.eval()
     heads = model.config.num_ensemble_heads
     # [each head's loss, both ensembles' losses, disagreeing pairs, tokens]
-    sums = torch.zeros(heads + 4, dtype=torch.float64)
+    sums = torch.zeros(heads + len(ENSEMBLE_MODES) + 2, dtype=torch.float64)
     for batch in batches:
         batch = {key: value.to(model.device) for key, value in batch.items()}
         with autocast():
             sums += _batch_sums(model, batch).cpu()
     reshard(model)
     model.train(training)
-    sums = reduce(sums)
-    *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
+    *losses, disagreeing, tokens = reduce(sums).tolist()
     if not tokens:
         raise ValueError("the evaluation data has no token to predict")
-    named = {f"head {head}": loss for head, loss in enumerate(losses)}
-    check_finite(named | {"the ensemble": logits_loss + probs_loss})
+    check_finite({f"head {head}": losses[head] for head in range(heads)} | {"the ensemble": sum(losses[heads:])})
     pairs = heads * (heads - 1) // 2
     return Perplexities(
         tokens=int(tokens),
-        head_losses=[loss / tokens for loss in losses],
-        ensemble_losses={"logits": logits_loss / tokens, "probs": probs_loss / tokens},
+        head_losses=[loss / tokens for loss in losses[:heads]],
+        ensemble_losses={mode: loss / tokens for mode, loss in zip(ENSEMBLE_MODES, losses[heads:])},
         disagreement=disagreeing / tokens / pairs if pairs else 0.0,
         mode=model.config.ensemble_mode,
     )
@@ -310,9 +307,10 @@ def _batch_sums(model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor]) 
             [model.head_logits(head, x[start : start + CHUNK]).float() for head, x in enumerate(states)]
             for start in range(0, labels.numel(), CHUNK)
         )
-    total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)
+    size = model.config.num_ensemble_heads + len(ENSEMBLE_MODES) + 2
+    total = torch.zeros(size, dtype=torch.float64, device=labels.device)
     for head_logits, targets in zip(chunks, labels[:, None].split(CHUNK)):
-        ensembles = [combine_logits(head_logits, mode) for mode in ("logits", "probs")]
+        ensembles = [combine_logits(head_logits, mode) for mode in ENSEMBLE_MODES]
         losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*head_logits, *ensembles]]
         guesses = torch.stack([logits.argmax(-1) for logits in head_logits])
         disagreeing = (guesses[:, None] != guesses[None]).sum() / 2

@@ -40,27 +40,25 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WARNED: WeakSet[nn.Module] = WeakSet()
 
 
-def target_counts(
-    model: nn.Module, config: SparsityConfig, density: float | None = None, uses: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def target_counts(model: nn.Module, config: SparsityConfig, density: float | None = None) -> dict[str, int]:
     """Number of active weights that ``config`` gives each masked tensor of ``model``, by weight name.
 
     Args:
         model: with masks, whatever they hold.
         config: density, distribution, structure.
         density: instead of ``config.density``, one on the way from ``config.density_start``.
-        uses: for the "flops" distribution, see [`weight_uses`].
 
     Raises:
         ValueError: a glob of ``densities`` fits no masked weight, they leave an impossible remainder, or the structure
             cannot have the density.
     """
-    return _counts(masked_modules(model), config, config.density if density is None else density, uses)
+    return _counts(masked_modules(model), config, config.density if density is None else density)
 
 
 def _counts(
-    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None
+    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None = None
 ) -> dict[str, int]:
+    """The same of some modules; ``uses`` is for the "flops" distribution, see [`weight_uses`]."""
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     groups = {
         name: group_count(module.weight.shape, config.structure, is_transposed(module))

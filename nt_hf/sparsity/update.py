@@ -32,8 +32,6 @@ from .selection import (
 
 logger = logging.getLogger(__name__)
 
-_RULES = {"exponent": number("(0, inf)"), "mest_lambda": number("[0, inf)"), "random_share": number("[0, 1]")}
-
 
 def move_counts(
     active: int, size: int, drop_fraction: float, regrow: str = "allow", target: int | None = None
@@ -344,7 +342,7 @@ def _round_at_random(weight: MaskedWeight, counts: torch.Tensor) -> torch.Tensor
 
 def _check(weight: MaskedWeight, target: int) -> None:
     label = weight.name or "the weight"
-    check_fields(weight, _RULES)
+    check_fields(weight)
     if weight.mask.dtype != torch.bool or weight.mask.shape != weight.weight.shape:
         raise ValueError(
             f"the mask of {label}: is {weight.mask.dtype} {list(weight.mask.shape)}; "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: accepted is a JSON object with event and step, not {line[:60]!r}")
         records.append(record)
     return records
+
+
+def last_record(records: Sequence[Mapping[str, Any]], event: str) -> Mapping[str, Any] | None:
+    """The last record of an event; ``None`` if there is none."""
+    return next((record for record in reversed(records) if record["event"] == event), None)

@@ -282,7 +282,7 @@ def test_only_makes_the_runs_it_names(world, tmp_path):
 def test_results_of_another_configuration_are_refused_not_overwritten(world):
     suite = load_suite(edited(world / "tiny.yaml", arms=yaml.safe_load(TINY)["arms"] | {"single": {"label": "other"}}))
     each = main_runs(suite, {"single": 0.01})[0]
-    with pytest.raises(ValueError, match=r"result.json is of another configuration than the suite asks for; delete"):
+    with pytest.raises(ValueError, match=r"result.json: is of another configuration than the suite asks for; delete"):
         read_result(world / "results", suite, each)
     (world / "tiny.yaml").write_text(TINY)
 
