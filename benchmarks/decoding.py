@@ -81,7 +81,7 @@ def trained(config: NeuroTrailsLlamaConfig, sparsity, rows: torch.Tensor, steps:
 def plain_decoding(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, rounds: int) -> Figure:
     """Row 6: the ensemble against stock Llamas of the executed blocks."""
     config = model.config
-    trail, head = config.to_llama_config(), config.to_llama_config()
+    trail, head = config.to_stock_config(), config.to_stock_config()
     head.num_hidden_layers = config.blocks_in_head
     trail, head = (LlamaForCausalLM(llama).to(DEVICE).eval() for llama in (trail, head))
     clock = Clocked(head)
@@ -185,7 +185,7 @@ def check_near_tie(model: NeuroTrailsLlamaForCausalLM, drafted: torch.Tensor, pl
 def measure(steps: int = 50, rounds: int = 3) -> list[Figure]:
     """Row 6 of the table of goals."""
     run = load_run_config(["recipes/configs/60m.yaml"])
-    config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=256)
+    config = run.model_config(max_position_embeddings=256)
     known, unknown = text_rows("sample:train", KNOWN), text_rows("sample:validation", KNOWN)
     model = trained(config, run.sparsity, known, steps)
     figures = [plain_decoding(model, known[:1, :PROMPT], rounds)]

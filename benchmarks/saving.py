@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from common import take_turns
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier
+from nt_hf import NeuroTrailsForCausalLM, Sparsifier
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
 from nt_hf.data.tokenizers import load_tokenizer
@@ -44,7 +44,7 @@ def main() -> None:
     args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     config = load_run_config([args.config])
     accelerator, tokenizer = Accelerator(), load_tokenizer(config.data.tokenizer)
-    model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**config.model)).to(accelerator.device)
+    model = NeuroTrailsForCausalLM.from_config(config.model_config()).to(accelerator.device)
     draw_masks(model, config.sparsity)
     optimizer = make_optimizer(model, config.train)
     for parameter in model.parameters():

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from common import DEVICE, bandwidth, conditions, peak_bytes, seconds, take_turns
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.config import load_run_config
 from nt_hf.sparsity.criteria import DROP, GROW
 from nt_hf.sparsity.first_masks import draw_masks
@@ -131,7 +131,7 @@ def share_of_training(path: str, micro_batch: int, tokens: int, repetitions: int
     config = load_run_config([path])
     length = config.data.sequence_length
     model = NeuroTrailsLlamaForCausalLM(
-        NeuroTrailsLlamaConfig(**config.model, max_position_embeddings=length)
+        config.model_config(max_position_embeddings=length)
     ).to(DEVICE)  # fmt: skip
     draw_masks(model, config.sparsity)
     optimizer = make_optimizer(model, config.train)

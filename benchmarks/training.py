@@ -68,7 +68,7 @@ class Side:
 class NtHf(Side):
     def __init__(self, run: RunConfig, ids: torch.Tensor):
         self.ids, self.interval = ids, run.sparsity.update_interval
-        config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=LENGTH)
+        config = run.model_config(max_position_embeddings=LENGTH)
         self.model = NeuroTrailsLlamaForCausalLM(config).to(DEVICE).train()
         draw_masks(self.model, run.sparsity)
         if GPU:
@@ -100,7 +100,7 @@ class Stock(Side):
     """A Llama of one trail, trained as Transformers has it."""
 
     def __init__(self, run: RunConfig, ids: torch.Tensor):
-        config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=LENGTH).to_llama_config()
+        config = run.model_config(max_position_embeddings=LENGTH).to_stock_config()
         self.ids, self.model = ids, LlamaForCausalLM(config).to(DEVICE).train()
         if GPU:
             for block in self.model.model.layers:
@@ -129,7 +129,7 @@ class Plain(Side):
 
     def __init__(self, run: RunConfig, ids: torch.Tensor):
         self.ids, self.interval = ids, run.sparsity.update_interval
-        config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=LENGTH)
+        config = run.model_config(max_position_embeddings=LENGTH)
         dtype = torch.bfloat16 if GPU else torch.float32
         self.model = NeuroTrailsLlamaForCausalLM(config).to(DEVICE, dtype).train()
         self.masks = {

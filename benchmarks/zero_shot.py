@@ -25,7 +25,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli.program import provenance
 from nt_hf.config import load_run_config
 from nt_hf.data.tokenizers import load_tokenizer
@@ -62,10 +62,10 @@ def main() -> None:
     tokenizer = load_tokenizer("sample")
     length = run.data.sequence_length
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=length, **special)
+    config = run.model_config(max_position_embeddings=length, **special)
     model = NeuroTrailsLlamaForCausalLM(config).eval()
-    trail = config.to_llama_config()
-    head = config.to_llama_config()
+    trail = config.to_stock_config()
+    head = config.to_stock_config()
     head.num_hidden_layers = config.blocks_in_head
     trail, head = LlamaForCausalLM(trail).eval(), LlamaForCausalLM(head).eval()
     tasks = Tasks(args.data_root)

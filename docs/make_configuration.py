@@ -10,10 +10,10 @@ import typing
 from pathlib import Path
 from types import MappingProxyType
 
+from nt_hf import NeuroTrailsLlamaConfig
 from nt_hf.checks import rules_of
-from nt_hf.config import DERIVED_MODEL_KEYS, TrainConfig
+from nt_hf.config import DEFAULT_BASE, DERIVED_MODEL_KEYS, TrainConfig
 from nt_hf.data.config import DataConfig
-from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
 
 INTRODUCTION = """# Configuration
@@ -22,7 +22,8 @@ INTRODUCTION = """# Configuration
 
 A run is configured by a YAML file with the four sections below. Any key can also be given on the command line as
 `--section.key value`; [train.md](train.md) says how files and command line combine. In Python the sections are
-`DataConfig`, `SparsityConfig` and `TrainConfig`, and the keys of `model` are arguments of `NeuroTrailsLlamaConfig`.
+`DataConfig`, `SparsityConfig` and `TrainConfig`, and the keys of `model`, but for `base`, are arguments of the
+family's configuration, such as `NeuroTrailsLlamaConfig`.
 A value that is out of range ends the program with one line that names the key and what it accepts.
 """
 # Keys whose meaning Llama's own documentation gives; here in a few words.
@@ -122,10 +123,11 @@ def page() -> str:
     own = [name for name in vars(NeuroTrailsLlamaConfig)["__annotations__"] if name not in DERIVED_MODEL_KEYS]
     model = {name: (name, hint, default) for name, hint, default in fields_of(NeuroTrailsLlamaConfig)}
     sections = [
-        ("model", "The shape of the heads comes first, then Llama's own keys. `max_position_embeddings` and the ids of "
-                  "special tokens\nfollow from `data`, `masked_modules` from `sparsity`; they cannot be set.",
-         table([model[name] for name in own if name in model] + [model[name] for name in LLAMA if name in model],
-               {**LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
+        ("model", "`base` is any family of [families.md](families.md). The shape of the heads comes next, then the\n"
+                  "family's own keys, here Llama's. `max_position_embeddings` and the ids of special tokens follow\n"
+                  "from `data`, `masked_modules` from `sparsity`; they cannot be set.",
+         table([("base", str, DEFAULT_BASE), *(model[name] for name in [*own, *LLAMA] if name in model)],
+               {"base": "family of stock models", **LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
         ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, rules_of(DataConfig))),
         ("sparsity", "[sparsify-your-model.md](sparsify-your-model.md) compares the methods and says where each is "
                      "from.\n`seed` follows `train.seed` unless it is given.",

@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 
 from nt_hf.checks import Rule, check, check_fields, choice, integer, list_of, number, optional, setting
 from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections
-from nt_hf.models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 from nt_hf.plan.flops import count_flops
 from nt_hf.plan.parameters import count_parameters
 from nt_hf.text import strict_json
@@ -296,7 +295,7 @@ class Budget:
 def budget(suite: Suite, run: Run) -> Budget:
     """What a run costs, from its configuration alone."""
     config = run_config(suite, run)
-    model = NeuroTrailsLlamaConfig(**config.model, max_position_embeddings=config.data.sequence_length)
+    model = config.model_config()
     parameters = count_parameters(model, config.sparsity)
     flops = count_flops(config, model, parameters)
     tokens = config.train.max_steps * config.train.batch_size * config.data.sequence_length

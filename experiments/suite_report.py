@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.suite import METRICS_FILE, RESULT_FILE, Arm, Suite, main_runs, read_result, tuned, tuning_runs
-from nt_hf.models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from nt_hf.models.configuration_neurotrails import ENSEMBLE_MODES
 from nt_hf.text import markdown_table, pyplot, score_text
 from nt_hf.training.metrics import read_metrics
 

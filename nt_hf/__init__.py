@@ -7,29 +7,37 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from ._version import __version__
-from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.auto import FAMILIES, NeuroTrailsForCausalLM, class_of_family, register
 from .models.ensemble import NeuroTrailsCausalLMOutput, Uncertainty
 from .models.masks import apply_masks, check_masks, densify, freeze_topology
-from .models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM, NeuroTrailsLlamaModel
 from .sparsity.config import SparsityConfig
 from .sparsity.first_masks import draw_masks
 from .sparsity.sparsifier import Sparsifier
 from .sparsity.trainer_callback import SparsityCallback
 
-AutoConfig.register(NeuroTrailsLlamaConfig.model_type, NeuroTrailsLlamaConfig)
-AutoModel.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel)
-AutoModelForCausalLM.register(NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM)
+for _family in FAMILIES:
+    class_of_family(_family)
 
-# Saved checkpoints carry the model's code, so that trust_remote_code=True loads them without this package.
-NeuroTrailsLlamaConfig.register_for_auto_class()
-NeuroTrailsLlamaModel.register_for_auto_class("AutoModel")
-NeuroTrailsLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+def __getattr__(name: str):
+    # NeuroTrailsQwen3ForCausalLM, NeuroTrailsQwen3Config and the like, of any family.
+    from .models import configuration_neurotrails, modeling_neurotrails
+
+    module = configuration_neurotrails if name.endswith("Config") else modeling_neurotrails
+    try:
+        made = getattr(module, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    if name.startswith(configuration_neurotrails.PREFIX) and hasattr(made, "stock_class"):
+        register(made if name.endswith("Config") else made.config_class)
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "NeuroTrailsCausalLMOutput",
+    "NeuroTrailsForCausalLM",
     "NeuroTrailsLlamaConfig",
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaModel",

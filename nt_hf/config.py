@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks import (
@@ -23,7 +24,8 @@ from .checks import (
     setting,
 )
 from .data.config import DataConfig
-from .models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from .models.auto import class_of_family
+from .models.configuration_neurotrails import MultiHeadConfig
 from .sparsity.config import SparsityConfig
 from .yaml_values import DuplicateKeyError, known_name, parse_yaml, read_yaml, typed_value
 
@@ -117,7 +119,12 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class RunConfig:
-    """One training run. ``model`` holds arguments of ``NeuroTrailsLlamaConfig``."""
+    """One training run.
+
+    Attributes:
+        model: ``base``, the family of stock models (``"llama"`` where it is left out), and arguments of the family's
+            multi-head configuration.
+    """
 
     model: dict[str, Any]
     data: DataConfig
@@ -128,8 +135,30 @@ class RunConfig:
         """Plain nested dictionaries, as a YAML file would hold them."""
         return dataclasses.asdict(self)
 
+    def model_config(self, **derived: Any) -> MultiHeadConfig:
+        """The model's configuration.
 
-SECTIONS = {"model": NeuroTrailsLlamaConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
+        Sizes that are left out follow from those that are given, where a family would take them from its best-known
+        model: there are as many key and value heads as attention heads, and these share ``hidden_size``.
+
+        Args:
+            derived: fields that follow from the data; by default the length of a row alone.
+
+        Raises:
+            ValueError: a field lies outside its range.
+        """
+        fields = copy.deepcopy(self.model)  # the configuration completes rope_parameters in place
+        family = class_of_family(fields.pop("base", DEFAULT_BASE)).config_class
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if hidden and heads and hidden % heads == 0:
+            known = {field.name for field in dataclasses.fields(family)}
+            sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
+            fields = {name: value for name, value in sizes.items() if name in known} | fields
+        return family(**fields, **{"max_position_embeddings": self.data.sequence_length, **derived})
+
+
+SECTIONS = {"model": MultiHeadConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
+DEFAULT_BASE = "llama"
 CONFIGS = Path(__file__).parent / "configs"
 # Set by training from other keys, so that they cannot contradict them.
 DERIVED_MODEL_KEYS = {"masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
@@ -152,25 +181,29 @@ def load_run_config(
     """
     tree: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     texts: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}  # of the same scalars, as they were written
-    for where, content, written in (layer for source in sources for layer in _layers(source)):
+    layers = [layer for source in sources for layer in _layers(source)]
+    base = _base(layers, overrides or {})
+    fields = {section: _fields(section, base) for section in SECTIONS}
+    for where, content, written in layers:
         for section, values in content.items():
             known_name(section, SECTIONS, f"{where}section ")
             for key, value in values.items():
-                tree[section][known_name(key, _fields(section), f"{where}{section}.")] = value
+                family = f"{base} " if section == "model" and base != DEFAULT_BASE else ""
+                tree[section][known_name(key, fields[section], f"{where}{family}{section}.")] = value
                 texts[section][key] = written.get(section, {}).get(key)
     for dotted, text in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         if not key:
             raise ValueError(f"--{dotted}: accepted is --section.key, sections {', '.join(SECTIONS)}")
         known_name(section, SECTIONS, "--")
-        known_name(key, _fields(section), f"--{section}.")
+        known_name(key, fields[section], f"--{section}.")
         try:
             tree[section][key], texts[section][key] = parse_yaml(text)
         except DuplicateKeyError as error:
             raise ValueError(f"--{dotted}: {error}") from error
     typed = {
         section: {
-            key: typed_value(value, _fields(section)[key], f"{section}.{key}", texts[section].get(key))
+            key: typed_value(value, fields[section][key], f"{section}.{key}", texts[section].get(key))
             for key, value in tree[section].items()
         }
         for section in SECTIONS
@@ -183,9 +216,24 @@ def load_run_config(
             built[section] = typed[section] if section == "model" else cls(**typed[section])
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from error
+    if built["model"].get("base") == DEFAULT_BASE:
+        del built["model"]["base"]  # so that naming it changes nothing
+    config = RunConfig(**built)
     if built["model"].get("rope_parameters"):
-        _check_rope(built["model"])
-    return RunConfig(**built)
+        _check_rope(config)
+    return config
+
+
+def _base(layers: Sequence[tuple[str, Mapping, Mapping]], overrides: Mapping[str, str]) -> str:
+    """The family of stock models that a configuration names last."""
+    named = [content["model"]["base"] for _, content, _ in layers if "base" in content.get("model", {})]
+    base = overrides.get("model.base", named[-1] if named else DEFAULT_BASE)
+    check("model.base", base, TEXT)
+    try:
+        class_of_family(base)
+    except ValueError as error:
+        raise ValueError(f"model.base={base!r}: {str(error).partition(': ')[2]}") from error
+    return base
 
 
 def find_config(name: str | Path, folder: Path | None = None) -> Path:
@@ -243,16 +291,15 @@ def _layers(
     yield where, content, written
 
 
-def _check_rope(model: Mapping[str, Any]) -> None:
+def _check_rope(config: RunConfig) -> None:
     """Checks what Transformers looks up without a check, when the model is built."""
-    rope = model["rope_parameters"]
+    rope = config.model["rope_parameters"]
     kind, base = rope.get("rope_type", "default"), rope.get("rope_theta", 1.0)
     check("model.rope_parameters.rope_type", kind, choice(dict.fromkeys(["default", *ROPE_INIT_FUNCTIONS])))
     check("model.rope_parameters.rope_theta", base, number("(0, inf)"))
     if kind != "default":
         try:
-            # Of a copy, which the configuration completes.
-            ROPE_INIT_FUNCTIONS[kind](NeuroTrailsLlamaConfig(**copy.deepcopy(model)), None)
+            ROPE_INIT_FUNCTIONS[kind](config.model_config(), None)
         except KeyError as error:
             raise ValueError(
                 f"model.rope_parameters={rope}: accepted with {kind} is one with {error.args[0]}"
@@ -279,11 +326,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def _fields(section: str) -> dict[str, Any]:
-    cls = SECTIONS[section]
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    if section == "model":
-        # Only Llama's own fields: the general ones of Transformers (for generation, labels, …) do not matter here.
-        llama = {name for parent in cls.__mro__[:2] for name in vars(parent).get("__annotations__", {})}
-        return {name: fields[name] for name in sorted(llama & fields.keys() - DERIVED_MODEL_KEYS)}
-    return fields
+def _fields(section: str, base: str) -> dict[str, Any]:
+    """The types of a section's keys; those of ``model`` are the fields of a family's configuration."""
+    if section != "model":
+        return {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+    family = class_of_family(base).config_class
+    types = {field.name: field.type for field in dataclasses.fields(family)}
+    # The general fields of Transformers (for generation, labels, …) do not matter here.
+    stock = family.stock_class.__mro__
+    defining = [family, *stock[: stock.index(PreTrainedConfig)]]
+    own = {name for parent in defining for name in vars(parent).get("__annotations__", {})} & types.keys()
+    keys = {"base": str} | {name: types[name] for name in sorted(own)}
+    keys |= {alias: types[name] for alias, name in family.attribute_map.items() if name in types}
+    return {name: kind for name, kind in keys.items() if name not in DERIVED_MODEL_KEYS}

@@ -80,6 +80,11 @@ def draw_masks(model: torch.nn.Module, density: float = 0.5, seed: int = 0) -> N
         set_mask(module, torch.rand(module.weight.shape, generator=generator) < density)
 
 
+def slow(*values) -> object:
+    """Values of a parametrised test that only ``make test-slow`` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @functools.cache
 def trained(variant: str, steps: int = 50) -> NeuroTrailsLlamaForCausalLM:
     """A small model of one of ``VARIANTS``, trained with masks of density 0.5."""

@@ -103,12 +103,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return directory
 
 
-def test_the_code_of_the_readme_runs(checkpoint, capsys):
-    sparsify, load = code(ROOT / "README.md", "python")
+def test_the_code_of_the_readme_runs(checkpoint, tmp_path, capsys):
+    sparsify, heads, load = code(ROOT / "README.md", "python")
     model = torch.nn.Linear(16, 16)
     batches = [(torch.randn(4, 16), torch.randn(4, 16)) for _ in range(3)]
     exec(sparsify, {"model": model, "batches": batches, "loss_function": torch.nn.functional.mse_loss})
     assert 0 < model.weight.count_nonzero() <= round(0.2 * 256)
+    trained("neurotrails").extract_trail(0).save_pretrained(tmp_path)
+    names: dict = {}
+    exec(heads.replace("path or hub id", str(tmp_path)).replace("blocks_in_head=4", "blocks_in_head=2"), names)
+    assert names["model"].config.num_ensemble_heads == 3 and type(names["stock"]).__name__ == "LlamaForCausalLM"
     assert "runs/demo/checkpoint-1400" in load
     exec(load.replace("runs/demo/checkpoint-1400", str(checkpoint)), {})
     assert "The best way to" in capsys.readouterr().out

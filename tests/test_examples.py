@@ -6,7 +6,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from conftest import script, trained
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM, check_masks
 from nt_hf.sparsity.criteria import DROP
@@ -50,22 +50,23 @@ def test_rigl_with_trainer(tmp_path, capsys):
     assert "0.5000" in capsys.readouterr().out
 
 
-def test_from_llama(tmp_path, capsys):
-    model = script("examples/from_llama.py").main(["--steps", "10", "--output", str(tmp_path)])
+def test_from_stock(tmp_path, capsys):
+    model = script("examples/from_stock.py").main(["--steps", "10", "--output", str(tmp_path)])
     assert "step 10: losses of the heads" in capsys.readouterr().out
     first, second = (model.extract_trail(head).state_dict() for head in (0, 1))
     differing = {name for name in first if not torch.equal(first[name], second[name])}
     backbone = "model.layers.0.mlp.up_proj.weight"
     assert backbone not in differing and "model.layers.2.mlp.up_proj.weight" in differing
-    stock = LlamaForCausalLM.from_pretrained(tmp_path / "trail-0")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "trail-0")
+    assert stock.config.model_type == "qwen3"
     assert torch.equal(stock.state_dict()[backbone], first[backbone])
 
 
-def test_from_llama_starts_from_a_directory(checkpoint, tmp_path, capsys):
+def test_from_stock_starts_from_a_directory(checkpoint, tmp_path, capsys):
     trained("neurotrails").extract_trail(0).save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     arguments = ["--model", str(tmp_path / "llama"), "--steps", "10", "--output", str(tmp_path / "out")]
-    script("examples/from_llama.py").main(arguments)
+    script("examples/from_stock.py").main(arguments)
     assert "step 10" in capsys.readouterr().out
 
 

@@ -7,12 +7,14 @@ from typing import Any
 from ..data.sources import read_texts
 from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import DocumentWindows, load_config
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import MultiHeadConfig
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of programs that score a model on a text."""
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, of NeuroTrails or a Llama")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="checkpoint directory, of a multi-head or a stock model"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="files, globs, sample:validation, hub:…")
     parser.add_argument("--batch_size", type=int, default=8, help="windows a batch")
     parser.add_argument("--stride", type=int, help="tokens from window to window; default: half a window")
@@ -22,7 +24,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_bad_line", default="error", choices=["error", "skip"])
 
 
-def open_text(args: argparse.Namespace) -> tuple[NeuroTrailsLlamaConfig, DocumentWindows]:
+def open_text(args: argparse.Namespace) -> tuple[MultiHeadConfig, DocumentWindows]:
     """The model's configuration and the windows that [`add_text_arguments`] describe.
 
     All arguments are checked here; the model, which takes longer, is loaded afterwards.

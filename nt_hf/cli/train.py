@@ -1,4 +1,4 @@
-"""Trains a NeuroTrails Llama on C4 or any text.
+"""Trains a multi-head model on C4 or any text.
 
     nt-hf train --config 60m --output_dir runs/60m
     accelerate launch -m nt_hf.cli.train --config 60m treenet --output_dir runs/treenet-60m \

@@ -18,7 +18,7 @@ from ..evaluation.perplexity import load_config, load_for_evaluation
 from ..evaluation.zero_shot import TrailsLM, average, choose_scorers, combine_tasks, results_table, score_task
 from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, choose_tasks
 from ..files import write_json
-from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from ..models.configuration_neurotrails import ENSEMBLE_MODES
 from ..training.device import peak_memory
 from .program import check_output, provenance, verb_parser
 
@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = verb_parser("evaluate zero-shot", __doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory, NeuroTrails or stock Llama")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a checkpoint directory, of a multi-head or a stock model"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--tasks", help=f"lm-eval's names, with commas; default: {','.join(DEFAULT_TASKS)}")
     parser.add_argument("--data_root", type=Path, help="a directory of json lines to read instead of the hub")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES
+from ..models.configuration_neurotrails import ENSEMBLE_MODES
 from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..models.multi_head import select_heads
 from ..sparsity.measures import head_overlap, masks_by_head
 from .perplexity import CHUNK, check_finite, perplexity
@@ -151,7 +151,7 @@ class Diversity:
 
 @torch.no_grad()
 def measure_diversity(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
     heads: Sequence[int] | None = None,
@@ -204,7 +204,7 @@ def measure_diversity(
 
 
 def _scored_states(
-    model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Tensor], heads: Sequence[int]
+    model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor], heads: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states ``[M, n, hidden_size]`` at each depth of the heads, where tokens are predicted; these tokens."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
@@ -397,7 +397,7 @@ class LinearCKA:
 # ----------------------------------------------------------------------------------------------------------- masks
 
 
-def mask_overlap(model: NeuroTrailsLlamaForCausalLM, heads: Sequence[int]) -> MaskOverlap | None:
+def mask_overlap(model: MultiHeadForCausalLM, heads: Sequence[int]) -> MaskOverlap | None:
     """Overlaps of the masks of ``heads``; ``None`` where no two of them have masks."""
     masks = masks_by_head(model, heads)
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check, check_fields, integer, optional, setting
 from ..data.streams import TOKENIZE_AT_ONCE, pad_rows
 from ..data.tokenizers import eos_id, tokenize
-from ..models.configuration_neurotrails_llama import ENSEMBLE_MODES, NeuroTrailsLlamaConfig
+from ..models.auto import class_of_family
+from ..models.configuration_neurotrails import ENSEMBLE_MODES, MultiHeadConfig
 from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..sparsity.sharding import is_sharded, reshard
 
 # Positions whose logits of all heads exist at one time.
@@ -26,36 +27,36 @@ CHUNK = 512
 BUFFER = 128
 
 
-def load_config(path: str | Path) -> NeuroTrailsLlamaConfig:
+def load_config(path: str | Path) -> MultiHeadConfig:
     """The configuration of the model that [`load_for_evaluation`] loads, without its weights.
 
     Raises:
-        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, or its configuration is damaged.
+        ValueError: ``path`` is no directory of a multi-head model or a stock decoder, or its configuration is damaged.
     """
     path = Path(path)
     with _one_line_errors(path):
-        if _is_llama(path):
-            stock = LlamaConfig.from_pretrained(path).to_dict()
-            del stock["model_type"]
-            return NeuroTrailsLlamaConfig(**stock, num_ensemble_heads=1)
-        return NeuroTrailsLlamaConfig.from_pretrained(path)
+        kind, is_stock = _class_of(path)
+        if is_stock:
+            return kind.config_class.from_stock_config(AutoConfig.from_pretrained(path), num_ensemble_heads=1)
+        return kind.config_class.from_pretrained(path)
 
 
-def load_for_evaluation(path: str | Path) -> NeuroTrailsLlamaForCausalLM:
+def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
     """The model of a checkpoint directory in eval mode, on a GPU if there is one, weights in the checkpoint's dtype.
 
-    A stock Llama becomes a model of one head.
+    A stock decoder becomes a model of one head.
 
     Raises:
-        ValueError: ``path`` is no directory with a NeuroTrails or stock Llama, it is damaged or incomplete, or a weight
-            is not finite.
+        ValueError: ``path`` is no directory of a multi-head model or a stock decoder, it is damaged or incomplete, or a
+            weight is not finite.
     """
     path = Path(path)
     with _one_line_errors(path):
-        if _is_llama(path):
-            model = NeuroTrailsLlamaForCausalLM.from_llama(_load_llama(path), num_ensemble_heads=1)
+        kind, is_stock = _class_of(path)
+        if is_stock:
+            model = kind.from_stock(_load_stock(kind.stock_class, path), num_ensemble_heads=1)
         else:
-            model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype="auto")
+            model = kind.from_pretrained(path, dtype="auto")
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
@@ -74,27 +75,27 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _is_llama(path: Path) -> bool:
-    """Whether a checkpoint is a stock Llama, rather than a NeuroTrails Llama."""
-    accepted = "accepted is a checkpoint directory of model_type neurotrails_llama or llama"
+def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
+    """The class of a checkpoint's multi-head model, and whether the checkpoint is of a stock model."""
+    accepted = "accepted is a checkpoint directory of a multi-head model or a stock decoder"
     if not (path / "config.json").is_file():
         problem = "has no config.json" if path.is_dir() else "is no directory"
         raise ValueError(f"{path}: {problem}; {accepted}")
-    kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
-    if kind not in (NeuroTrailsLlamaConfig.model_type, LlamaConfig.model_type):
-        raise ValueError(f"{path}: has model_type={kind!r}; {accepted}")
-    return kind == LlamaConfig.model_type
+    model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    try:
+        kind = class_of_family(model_type)
+    except ValueError as error:
+        raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
+    return kind, model_type != kind.config_class.model_type
 
 
-def _load_llama(path: Path) -> LlamaForCausalLM:
+def _load_stock(kind: type[PreTrainedModel], path: Path) -> PreTrainedModel:
     # Stock, weights that are missing become random ones, and that or a wrong shape is named in the log only.
-    llama, info = LlamaForCausalLM.from_pretrained(
-        path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
         raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
-    return llama
+    return model
 
 
 def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[Sequence[int], int]]:
@@ -246,7 +247,7 @@ class Perplexities:
 
 @torch.no_grad()
 def evaluate(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     batches: Iterable[Mapping[str, torch.Tensor]],
     *,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
@@ -291,7 +292,7 @@ def evaluate(
     )
 
 
-def _batch_sums(model: NeuroTrailsLlamaForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _batch_sums(model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE_INDEX
     labels = labels[keep]

@@ -25,9 +25,9 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import MultiHeadConfig
 from ..models.ensemble import combine_logits
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..models.multi_head import select_heads
 from ..text import markdown_table, score_text
 from .zero_shot_tasks import quiet
@@ -50,7 +50,7 @@ class Scorer:
     heads: tuple[int, ...]
 
 
-def choose_scorers(config: NeuroTrailsLlamaConfig, heads: str) -> list[Scorer]:
+def choose_scorers(config: MultiHeadConfig, heads: str) -> list[Scorer]:
     """The scorers that ``--heads`` names, the main one first.
 
     ``"ensemble"``: the ensemble of all heads. ``"each"``: it and every trail. ``"0,2"``: the ensemble of these two, and
@@ -79,7 +79,7 @@ def choose_scorers(config: NeuroTrailsLlamaConfig, heads: str) -> list[Scorer]:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     scorers: Sequence[Scorer],
     *,
@@ -184,7 +184,7 @@ def _pack(rows: Sequence[_Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
 
 
 def _score(
-    model: NeuroTrailsLlamaForCausalLM, rows: Sequence[_Row], scorers: Sequence[Scorer]
+    model: MultiHeadForCausalLM, rows: Sequence[_Row], scorers: Sequence[Scorer]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihoods of the rows' answers and whether each is the greedy one, both ``[scorers, answers]``."""
     device, heads = model.device, scorers[0].heads
@@ -231,7 +231,7 @@ class TrailsLM(HFLM):
 
     def __init__(
         self,
-        model: NeuroTrailsLlamaForCausalLM,
+        model: MultiHeadForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         scorers: Sequence[Scorer],
         batch_size: int | None = None,

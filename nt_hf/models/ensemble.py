@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .configuration_neurotrails_llama import ENSEMBLE_MODES
+from .configuration_neurotrails import ENSEMBLE_MODES
 
 # Probabilities of one head that exist at one time when uncertainties are measured: 8 MB, so that a CPU's cache holds
 # them.
@@ -39,7 +39,7 @@ class Uncertainty(ModelOutput):
 
 @dataclass
 class NeuroTrailsCausalLMOutput(CausalLMOutputWithPast):
-    """Output of ``NeuroTrailsLlamaForCausalLM``.
+    """Output of a multi-head causal LM.
 
     Attributes:
         loss: mean of ``head_losses``, a scalar.
@@ -59,7 +59,7 @@ class NeuroTrailsCausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class NeuroTrailsModelOutput(BaseModelOutputWithPast):
-    """Output of ``NeuroTrailsLlamaModel``.
+    """Output of a multi-head base model.
 
     Attributes:
         last_hidden_state: ``[batch, seq, active heads * hidden_size]``, the states after each head's final norm side by

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.generic import TransformersKwargs
 
 from .transformers_versions import CACHE
@@ -46,27 +46,19 @@ def checked_forward(forward: Callable) -> Callable:
     return checked
 
 
-def positions_and_mask(
-    config: PreTrainedConfig,
-    embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.LongTensor | None,
-    cache: Cache | None,
-    slot: int,
-    heads: Sequence[int],
-) -> tuple[torch.Tensor | None, torch.LongTensor]:
-    """The causal mask in the form that the attention implementation takes, and the positions ``[batch or 1, seq]``.
+def tokens_seen(
+    config: PreTrainedConfig, cache: Cache | None, slot: int, heads: Sequence[int]
+) -> int | torch.LongTensor:
+    """How many tokens the cache holds before this call.
 
     Args:
-        embeds: ``[batch, seq, hidden_size]``.
-        slot: the cache's slot in which the tokens before this call are counted.
-        heads: the active heads, whose slots must hold as many tokens.
+        slot: the cache's slot in which they are counted.
+        heads: the active heads, whose slots must hold as many.
 
     Raises:
         ValueError: the cache is not one of these heads.
     """
     seen = cache.get_seq_length(slot) if cache is not None else 0
-    fresh = cache is None or (type(cache) is DynamicCache and seen == 0)
     if config.blocks_in_head and type(cache) is DynamicCache:
         for head in heads:
             if (held := cache.get_seq_length(config.first_cache_layer(head))) != seen:
@@ -75,42 +67,44 @@ def positions_and_mask(
                     f"same heads, with {config.num_cache_layers} layers (PEFT's PrefixTuningConfig takes "
                     "num_layers=model.config.num_cache_layers)"
                 )
-    # Transformers keeps packed sequences apart where there is neither a cache nor a mask. A cache that holds nothing
-    # changes nothing; a mask is made part of the positions.
-    mask_positions = position_ids
-    if position_ids is None:
-        position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
-    elif fresh and attention_mask is not None and attention_mask.dim() == 2:
-        attention_mask, mask_positions = split_packed(attention_mask, position_ids)
-    causal_mask = create_causal_mask(
-        config=config,
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=mask_positions,
-        layer_idx=slot,
-        **{CACHE: None if fresh else cache},
-    )
-    return causal_mask, position_ids
+    return seen
 
 
-def split_packed(
-    attention_mask: torch.Tensor, position_ids: torch.LongTensor
-) -> tuple[torch.Tensor | None, torch.LongTensor]:
-    """Mask and positions by which Transformers keeps packed sequences apart although a mask is given.
+def packed_masks(
+    config: PreTrainedConfig,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor,
+    cache: Cache | None,
+):
+    """The attention mask to hand to a stock model whose cache holds nothing yet, packed sequences kept apart.
 
-    It finds them where positions do not go on by one, and only without a mask. Where a row holds several sequences the
-    positions, for this purpose alone, jump wherever the mask changes, too, and the mask is not needed any more.
+    Transformers keeps packed sequences apart where there is neither a cache nor a mask. A cache that holds nothing
+    changes nothing, and a mask is made part of the positions: then the masks are made here, in the form that stock
+    models take ready made.
 
     Args:
+        config: of the model; its ``_attn_implementation`` decides the masks' form.
+        embeds: ``[batch, seq, ...]``, of the model's type.
         attention_mask: ``[batch, seq]``, 0 for padding.
         position_ids: ``[batch or 1, seq]``.
     """
-    attended = attention_mask.bool()
-    if attended.shape[1] != position_ids.shape[-1]:
-        return attention_mask, position_ids
-    both = attended[:, 1:] & attended[:, :-1]
+    if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+        return attention_mask
+    if attention_mask is None and cache is None:
+        return None  # the stock model looks itself
     jumps = position_ids.diff(dim=-1) != 1
-    if not torch.compiler.is_compiling() and not (jumps & both).any():
-        return attention_mask, position_ids
-    changes = torch.nn.functional.pad(attended[:, 1:] != attended[:, :-1], (1, 0)).cumsum(-1)
-    return None, position_ids + changes * (position_ids.max() + 2)
+    if attention_mask is not None:
+        attended = attention_mask.bool()
+        if attended.shape[1] != position_ids.shape[-1]:
+            return attention_mask
+        jumps = jumps & attended[:, 1:] & attended[:, :-1]
+    if not torch.compiler.is_compiling() and not jumps.any():
+        return attention_mask
+    if attention_mask is not None:
+        # Where a row holds several sequences the positions jump wherever the mask changes, too, for this purpose alone.
+        changes = torch.nn.functional.pad(attended[:, 1:] != attended[:, :-1], (1, 0)).cumsum(-1)
+        position_ids = position_ids + changes * (position_ids.max() + 2)
+    return create_masks_for_generate(
+        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=position_ids, **{CACHE: None}
+    )

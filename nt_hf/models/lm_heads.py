@@ -1,7 +1,8 @@
 """The LM heads of a model, one by one and as the single LM head that tools ask for."""
 
+import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -23,23 +24,37 @@ class LMHead(nn.Linear):
         # Who wants second derivatives switches fused attention off, which has none either. A quantised weight, which
         # is a tensor of another class, knows few operations beside the product. A compiled graph fuses by itself.
         plain = not torch.compiler.is_compiling() and torch.backends.cuda.flash_sdp_enabled()
-        if plain and type(self.weight) is nn.Parameter:
+        if plain and type(self.weight) is nn.Parameter and self.bias is None:
             return LinearCrossEntropy.apply(hidden, self.weight, labels)
         return chunked_cross_entropy(super().forward, hidden, labels)
 
 
-def head_loss(lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of one head; ``hidden`` ``[n, hidden_size]``, ``labels`` ``[n]``."""
+def head_loss(
+    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, stock_logits: Callable | None = None
+) -> torch.Tensor:
+    """Summed cross-entropy of one head.
+
+    Args:
+        lm_head: the LM head.
+        hidden: ``[n, hidden_size]``.
+        labels: ``[n]``.
+        stock_logits: called with ``lm_head`` and states, for a model whose logits are not the LM head's output itself.
+    """
+    if stock_logits is not None:
+        return chunked_cross_entropy(functools.partial(stock_logits, lm_head), hidden, labels)
     if isinstance(lm_head, LMHead):
         return lm_head(hidden, labels)
     # Replaced by an adapter or a quantised layer, which only computes logits.
     return chunked_cross_entropy(lm_head, hidden, labels)
 
 
-def stacked_losses(lm_heads: Sequence[nn.Module], states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def stacked_losses(
+    lm_heads: Sequence[nn.Module], states: torch.Tensor, targets: torch.Tensor, stock_logits: Callable | None = None
+) -> torch.Tensor:
     """Summed cross-entropies ``[M]`` from ``states`` ``[M, batch, seq, hidden_size]`` and ``targets`` ``[M, n]``."""
     targets = targets.to(states.device)
-    return torch.stack([head_loss(head, x.flatten(0, 1), y) for head, x, y in zip(lm_heads, states, targets)])
+    pairs = zip(lm_heads, states, targets)
+    return torch.stack([head_loss(head, x.flatten(0, 1), y, stock_logits) for head, x, y in pairs])
 
 
 def side_by_side(states: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -62,20 +77,22 @@ class LMHeads(nn.ModuleList):
     Args:
         heads: the LM heads.
         ensemble_mode: how their logits combine.
+        is_linear: whether the model's logits are what the LM heads return, neither scaled nor capped.
     """
 
-    def __init__(self, heads: Iterable[nn.Module] = (), ensemble_mode: str = "logits"):
+    def __init__(self, heads: Iterable[nn.Module] = (), ensemble_mode: str = "logits", is_linear: bool = True):
         super().__init__(heads)
-        self.ensemble_mode = ensemble_mode
+        self.ensemble_mode, self.is_linear = ensemble_mode, is_linear
 
     @property
     def weight(self) -> torch.Tensor:
         """``[vocab, heads * hidden_size]``, joined from the heads' weights, to which gradients go.
 
         Raises:
-            NotImplementedError: no single matrix says what the heads do: they are combined by "probs", or a head is an
-                adapter or quantised.
+            NotImplementedError: no single matrix says what the heads do: they are combined by "probs", a head is an
+                adapter or quantised, or the model scales or caps its logits.
         """
+        self._check_linear()
         plain = all(type(head) is LMHead and type(head.weight) is nn.Parameter for head in self)
         if self.ensemble_mode != "logits" or not plain:
             state = f"ensemble_mode={self.ensemble_mode!r}" if plain else "adapted or quantised LM heads"
@@ -86,12 +103,21 @@ class LMHeads(nn.ModuleList):
         return torch.cat([head.weight for head in self], 1) / len(self)
 
     @property
-    def bias(self) -> None:
-        """None of the heads has one."""
-        return None
+    def bias(self) -> torch.Tensor | None:
+        """``[vocab]``, the mean of the heads' biases, if the family's LM heads have them."""
+        biases = [getattr(head, "bias", None) for head in self]
+        return None if any(bias is None for bias in biases) else torch.stack(biases).mean(0)
+
+    def _check_linear(self) -> None:
+        if not self.is_linear:
+            raise NotImplementedError(
+                "lm_heads as one linear map: this model scales or caps its logits; accepted are model(...).logits and "
+                "model.head_logits(head, states)"
+            )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The ensemble's logits ``[..., vocab]`` of all heads' states side by side, ``[..., heads * hidden_size]``."""
+        self._check_linear()
         size = hidden.shape[-1] // len(self)
         return combine_logits((head(x) for head, x in zip(self, by_head(hidden, size))), self.ensemble_mode)
 

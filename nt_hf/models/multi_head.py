@@ -17,7 +17,7 @@ class MultiHeadMixin:
     """The parts of a model of several heads; nothing outside this folder spells where they lie.
 
     A model has ``model.layers`` (the backbone's blocks), ``model.heads[h].layers`` and ``model.heads[h].norm``, and
-    ``lm_heads[h]``; ``model.heads[h].embed_tokens`` where each head has an embedding of its own.
+    ``lm_heads[h]``; where each head has an embedding of its own, it lies in ``model.heads[h]``.
     """
 
     def blocks(self) -> list[nn.Module]:
@@ -46,10 +46,6 @@ class MultiHeadMixin:
         """The LM heads, in the order of the heads."""
         return list(self.lm_heads)
 
-    def head_logits(self, head: int, states: torch.Tensor) -> torch.Tensor:
-        """The logits ``[..., vocab]`` of one head from its states ``[..., hidden_size]``."""
-        return self.lm_heads[head](states)
-
 
 class TokenTablesMixin:
     """Embeddings and LM heads of a multi-head ``PreTrainedModel``, for the tools that ask for one of each."""
@@ -57,7 +53,8 @@ class TokenTablesMixin:
     def get_embeddings(self) -> list[nn.Embedding]:
         """The token embeddings: the shared one, or one a head."""
         model = self.base_model
-        return [model.embed_tokens] if self.config.share_embedding else [head.embed_tokens for head in model.heads]
+        owners = [model] if self.config.share_embedding else model.heads
+        return [model.stock_class.get_input_embeddings(owner) for owner in owners]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.get_embeddings()[0]
@@ -73,7 +70,8 @@ class TokenTablesMixin:
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         if not self.config.share_embedding:
             raise NotImplementedError("set_input_embeddings: with share_embedding=False each head has its own")
-        self.base_model.embed_tokens = value
+        model = self.base_model
+        model.stock_class.set_input_embeddings(model, value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The LM head, of several heads ``lm_heads``, which stand for one (see ``LMHeads``)."""
@@ -101,6 +99,8 @@ class TokenTablesMixin:
             # A new module, or the old one where a tied weight has been resized already.
             resized = self._get_resized_lm_head(lm_head, rows, mean_resizing=mean_resizing)
             lm_head.weight = resized.weight.requires_grad_(lm_head.weight.requires_grad)
+            if resized.bias is not None:
+                lm_head.bias = resized.bias.requires_grad_(lm_head.bias.requires_grad)
             lm_head.out_features = rows
             resize_mask(lm_head)
         return self.get_input_embeddings()

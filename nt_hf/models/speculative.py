@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .lm_heads import by_head
@@ -214,7 +214,7 @@ class _Decoding:
         for i in range(k):
             output = self.run(i, 1, [self.draft], input_ids=ids[:, -1:])
             states.append(output.backbone_states)
-            logits.append(self.model.lm_heads[self.draft](output.last_hidden_state))
+            logits.append(self.model.head_logits(self.draft, output.last_hidden_state))
             if i < k - 1:
                 processed = self.process(ids, logits[-1][:, -1])
                 sampling = self.config.do_sample
@@ -227,7 +227,7 @@ class _Decoding:
             # Heads with embeddings of their own share no states.
             known = {"input_ids": ids[:, -k:]} if states[0] is None else {"backbone_states": torch.cat(states, 1)}
             hidden = by_head(self.run(0, k, self.others, **known).last_hidden_state, self.model.config.hidden_size)
-            logits_of |= {head: self.model.lm_heads[head](x) for head, x in zip(self.others, hidden)}
+            logits_of |= {head: self.model.head_logits(head, x) for head, x in zip(self.others, hidden)}
         head_logits = [logits_of[head] for head in self.heads]
         emitted, refused = self.emit(self.combine(head_logits), drafts, proposals)
         for layer in self.cache.layers:
@@ -260,7 +260,7 @@ def generate_speculatively(
     looked at depends on earlier positions only.
 
     Args:
-        model: a ``NeuroTrailsLlamaForCausalLM``.
+        model: a multi-head causal LM.
         draft: the head of the trail that drafts, one of ``heads``.
         heads: of the ensemble, in the order in which ``combine`` takes their logits ``[batch, k, vocab]``.
         observe: called with these logits and the number of positions whose tokens were emitted.
@@ -273,12 +273,16 @@ def generate_speculatively(
     if config.output_attentions or config.output_hidden_states:
         raise ValueError("trail_draft with output_attentions or output_hidden_states: accepted are False")
     cache = model_kwargs.get(CACHE)
-    if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
+    # Older releases cannot run several passes over a window that has slid and slide it back then.
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if hasattr(DynamicCache, "is_recording_past") else (DynamicLayer,)
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in kinds for layer in cache.layers):
         kind = type(cache).__name__ if cache is not None else f"use_cache={model_kwargs.get('use_cache')}"
         raise ValueError(
-            f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded"
+            f"trail_draft with {kind}: accepted is the default cache, a DynamicCache that is not offloaded (over "
+            "sliding windows from Transformers 5.24 on)"
         )
 
+    cache.activate_past_recording()  # so that a window that has slid can slide back
     decoding = _Decoding(model, draft, heads, combine, input_ids, logits_processor, stopping_criteria, config, streamer)
     length = DraftLength(verification_cost(model, draft, decoding.others))
     speculation = Speculation()

@@ -1,100 +1,107 @@
 """Trails: the stock model of each path through the backbone and one head, and multi-head models made of stock ones."""
 
 import copy
+import os
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
 
 from .multi_head import select_heads
 
 
 class TrailsMixin:
-    """Conversion between a multi-head model and stock models; its class names theirs as ``stock_class``."""
-
-    stock_class: ClassVar[type[PreTrainedModel]]
+    """Conversion between a multi-head model and stock models of its class's ``stock_class``."""
 
     @classmethod
-    def from_llama(
+    def from_stock(
         cls,
-        llama: PreTrainedModel,
+        stock: PreTrainedModel | str | os.PathLike,
         *,
         num_ensemble_heads: int = 3,
         blocks_in_head: int | None = None,
         ensemble_mode: str = "logits",
         share_embedding: bool = True,
         masked_modules: Sequence[str] = (),
+        **kwargs,
     ) -> PreTrainedModel:
-        """A NeuroTrails Llama whose every trail is a copy of ``llama``; the masks, if any, are all ones.
+        """A multi-head model whose every trail is a copy of ``stock``; the masks, if any, are all ones.
 
         Identical heads stay identical in training until their masks differ: draw masks before training on.
+
+        Args:
+            stock: a model, or a directory or hub id of one.
+            num_ensemble_heads, blocks_in_head, ensemble_mode, share_embedding, masked_modules: as in the configuration.
+            kwargs: for ``from_pretrained``, where ``stock`` is no model yet (``dtype``, ``revision`` and the like).
+
+        Raises:
+            TypeError: ``stock`` is a model of another class, or there are ``kwargs`` for one that is loaded already.
         """
-        stock = {key: value for key, value in llama.config.to_dict().items() if key != "model_type"}
-        config = cls.config_class(
-            **stock,
+        if isinstance(stock, (str, os.PathLike)):
+            stock = AutoModelForCausalLM.from_pretrained(stock, **kwargs)
+        elif kwargs:
+            raise TypeError(f"from_stock got {', '.join(kwargs)} with a model: accepted are these with a path")
+        if type(stock) is not cls.stock_class:
+            raise TypeError(f"from_stock({type(stock).__name__}): accepted is a {cls.stock_class.__name__}")
+        config = cls.config_class.from_stock_config(
+            stock.config,
             num_ensemble_heads=num_ensemble_heads,
             blocks_in_head=blocks_in_head,
             ensemble_mode=ensemble_mode,
             share_embedding=share_embedding,
             masked_modules=list(masked_modules),
         )
-        config.architectures = None
-        config._attn_implementation = llama.config._attn_implementation
-        model = cls(config).to(llama.device)
+        with init.no_init_weights():
+            model = cls(config)
+        model.tie_weights()
+        model = model.to(stock.device)
         for head in range(num_ensemble_heads):
-            model._copy_trail(head, llama)
-        model.generation_config = copy.deepcopy(llama.generation_config)
-        return model.train(llama.training)
+            model._copy_trail(head, stock)
+        model.generation_config = copy.deepcopy(stock.generation_config)
+        return model.train(stock.training)
 
     @classmethod
-    def from_llamas(cls, llamas: Sequence[PreTrainedModel], ensemble_mode: str = "logits") -> PreTrainedModel:
-        """A full ensemble of Llamas that were trained apart; head ``h`` is a copy of the ``h``-th and shares nothing.
+    def from_stocks(cls, stocks: Sequence[PreTrainedModel], ensemble_mode: str = "logits") -> PreTrainedModel:
+        """A full ensemble of stock models trained apart; head ``h`` is a copy of the ``h``-th and shares nothing.
 
         Raises:
             ValueError: there are none, or their configurations differ.
         """
-        if not llamas:
-            raise ValueError("llamas=[]: accepted are one or more")
+        if not stocks:
+            raise ValueError("stocks=[]: accepted are one or more")
         own = {"architectures", "dtype", "transformers_version", "_name_or_path"}
-        configs = [{key: x for key, x in llama.config.to_dict().items() if key not in own} for llama in llamas]
+        configs = [{key: x for key, x in stock.config.to_dict().items() if key not in own} for stock in stocks]
         for index, config in enumerate(configs):
             if changed := sorted(key for key in config if config[key] != configs[0].get(key)):
-                raise ValueError(f"llamas[{index}]: {', '.join(changed)} must be as in the first")
-        model = cls.from_llama(
-            llamas[0], num_ensemble_heads=len(llamas), share_embedding=False, ensemble_mode=ensemble_mode
+                raise ValueError(f"stocks[{index}]: {', '.join(changed)} must be as in the first")
+        model = cls.from_stock(
+            stocks[0], num_ensemble_heads=len(stocks), share_embedding=False, ensemble_mode=ensemble_mode
         )
-        for head, llama in enumerate(llamas[1:], 1):
-            model._copy_trail(head, llama)
+        for head, stock in enumerate(stocks[1:], 1):
+            model._copy_trail(head, stock)
         return model
 
     def extract_trail(self, head: int) -> PreTrainedModel:
-        """The stock ``LlamaForCausalLM`` of one trail, its weights copied."""
+        """The stock model of one trail, its weights copied."""
         (head,) = select_heads(self.config, [head])
-        config = self.config.to_llama_config()
-        config._attn_implementation = self.config._attn_implementation
-        llama = self.stock_class(config).to(self.device)
-        for ours, theirs in self._trail(head, llama):
+        with init.no_init_weights():
+            stock = self.stock_class(self.config.to_stock_config())
+        stock.tie_weights()
+        stock = stock.to(self.device)
+        for ours, theirs in self._trail(head, stock):
             copy_tensors(ours, theirs, names=_tensors(theirs))
-        llama.generation_config = copy.deepcopy(self.generation_config)
-        return llama.train(self.training)
+        stock.generation_config = copy.deepcopy(self.generation_config)
+        return stock.train(self.training)
 
-    def _copy_trail(self, head: int, llama: PreTrainedModel) -> None:
-        for ours, theirs in self._trail(head, llama):
+    def _copy_trail(self, head: int, stock: PreTrainedModel) -> None:
+        for ours, theirs in self._trail(head, stock):
             copy_tensors(theirs, ours, names=_tensors(theirs))
 
-    def _trail(self, head: int, llama: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of corresponding modules: one trail's and the stock Llama's, which lacks the masks alone."""
-        body = self.model.heads[head]
-        embedding = self.model.embed_tokens if self.config.share_embedding else body.embed_tokens
-        return [
-            (embedding, llama.model.embed_tokens),
-            (self.model.rotary_emb, llama.model.rotary_emb),
-            *zip([*self.model.layers, *body.layers], llama.model.layers),
-            (body.norm, llama.model.norm),
-            (self.lm_heads[head], llama.lm_head),
-        ]
+    def _trail(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of corresponding modules: one trail's and the stock model's, which lacks the masks alone."""
+        return [*self.model.trail_modules(head, stock.base_model), (self.lm_heads[head], stock.get_output_embeddings())]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ def grasp(weights: Mapping[str, nn.Parameter], loss: Loss) -> dict[str, torch.Te
 
     A weight whose removal would weaken the gradient scores high: the paper removes the largest ``-w * (H g)``. Its
     temperature of the logits is the loss's business. The loss must have second derivatives; those of PyTorch's
-    ``linear_cross_entropy`` are wrong without a word (a NeuroTrails Llama does without it here).
+    ``linear_cross_entropy`` are wrong without a word (a multi-head model does without it here).
     """
     with sdpa_kernel(SDPBackend.MATH):  # of attention only the plain one has second derivatives
         grads = _gradients(loss(), weights, create_graph=True)

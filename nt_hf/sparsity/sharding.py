@@ -29,7 +29,7 @@ def shard_model(
     weights stay with what is left, such as norms, which is gathered for the whole pass.
 
     Args:
-        model: a `NeuroTrailsLlamaForCausalLM` on its device, its masks drawn.
+        model: a multi-head causal LM on its device, its masks drawn.
         mesh: of one dimension, or of two (replicas, shards).
         param_dtype: of the gathered weights and of activations; gradients are summed in fp32 all the same.
         reshard_after_forward: free a block's gathered weights between forward and backward pass.

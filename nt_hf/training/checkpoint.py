@@ -38,8 +38,9 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import one_line
 from ..config import RunConfig
 from ..files import sync, write_text, writing
+from ..models.auto import NeuroTrailsForCausalLM
 from ..models.masks import local
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import MultiHeadForCausalLM, causal_lm_class
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches
@@ -71,7 +72,7 @@ class TrainingState:
     """What a checkpoint holds of a run, and the accelerator that its processes talk by."""
 
     accelerator: Accelerator
-    model: NeuroTrailsLlamaForCausalLM
+    model: MultiHeadForCausalLM
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     sparsifier: Sparsifier
@@ -171,7 +172,7 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
     weights = {name: value.to(save_dtype) if value.is_floating_point() else value for name, value in weights.items()}
     # A second model without weights writes the files: wrappers around the trained model would show in them.
     with torch.device("meta"):
-        shell = NeuroTrailsLlamaForCausalLM(model.config)
+        shell = causal_lm_class(model.config)(model.config)
     shell.generation_config = model.generation_config
     with writing(path / "model.safetensors"):
         shell.save_pretrained(path, state_dict=weights)
@@ -201,14 +202,14 @@ def _state_tensors(state: TrainingState, with_weights: bool) -> dict[str, torch.
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def load_model(path: Path) -> NeuroTrailsLlamaForCausalLM:
+def load_model(path: Path) -> MultiHeadForCausalLM:
     """The model of a checkpoint in fp32, its weights as ``model.safetensors`` has them.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged, or of another kind of model.
     """
     try:
-        model = NeuroTrailsLlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = NeuroTrailsForCausalLM.from_pretrained(path, dtype=torch.float32)
     except ValueError:
         raise
     except Exception as error:  # damaged files raise whatever the code that meets them raises

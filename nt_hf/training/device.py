@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 
 
-def compile_blocks(model: NeuroTrailsLlamaForCausalLM) -> None:
+def compile_blocks(model: MultiHeadForCausalLM) -> None:
     """Compiles the decoder blocks in place; names, masks and checkpoints stay as they are.
 
     All blocks share one graph. Masks are no part of it, so topology updates do not compile anything again.

@@ -1,6 +1,5 @@
 """The model of a run: its configuration, its place on the devices, what is wrapped around it."""
 
-import copy
 import warnings
 
 import torch
@@ -11,18 +10,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerBase
 
 from ..config import RunConfig, TrainConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.modeling_neurotrails import MultiHeadForCausalLM
 from ..sparsity.sharding import shard_model
 from .device import compile_blocks
 from .launch import wants_bf16
 
 
-def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaConfig:
+def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MultiHeadConfig:
     """The model's configuration, with what follows from the data."""
-    return NeuroTrailsLlamaConfig(
-        **copy.deepcopy(config.model),  # the model completes rope_parameters; run.yaml keeps them as they were given
-        max_position_embeddings=config.data.sequence_length,
+    return config.model_config(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -30,7 +27,7 @@ def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Neuro
 
 
 def place_model(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,
@@ -51,7 +48,7 @@ def place_model(
 
 
 def wrap_model(
-    model: NeuroTrailsLlamaForCausalLM,
+    model: MultiHeadForCausalLM,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,

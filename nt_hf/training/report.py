@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import MultiHeadConfig
 from ..text import markdown_table, pyplot
 from .metrics import last_record, read_metrics
 
@@ -108,7 +108,7 @@ def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
     axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
-def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
+def model_card(model: MultiHeadConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
     """The README of a checkpoint: what it is, how to load it, what was measured."""
     front = yaml.safe_dump(
         {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
@@ -122,11 +122,11 @@ def model_card(model: NeuroTrailsLlamaConfig, config: RunConfig, step: int, reco
         )
     return f"""---
 {front}---
-# NeuroTrails Llama
+# NeuroTrails model
 
-A multi-head Llama (NeuroTrails, arXiv 2505.17909) after {step} of {config.train.max_steps} training steps on
-`{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of {model.blocks_in_head} blocks on a backbone of
-{model.num_backbone_layers}. {sparsity}
+A multi-head {model.stock_class.model_type} model (NeuroTrails, arXiv 2505.17909) after {step} of
+{config.train.max_steps} training steps on `{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of
+{model.blocks_in_head} blocks on a backbone of {model.num_backbone_layers}. {sparsity}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -21,7 +21,7 @@ from ..data.prepared import tokenizer_fingerprint
 from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
 from ..files import write_atomic
-from ..models.modeling_neurotrails_llama import NeuroTrailsLlamaForCausalLM
+from ..models.modeling_neurotrails import causal_lm_class
 from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import full_tensor, require_equal_replicas
@@ -157,21 +157,21 @@ class TrainingRun:
 
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.model_max_length = config.data.sequence_length
-        llama = model_config(config, tokenizer)
+        shape = model_config(config, tokenizer)
         options = reading_options(config, self.accelerator)
-        batches = training_batches(config, llama.num_ensemble_heads, tokenizer, options)
+        batches = training_batches(config, shape.num_ensemble_heads, tokenizer, options)
         self.validation = validation_batches(config, tokenizer, options)
         fingerprint = tokenizer_fingerprint(tokenizer)
         if changes and resume_override:
             logger.warning("continuing with another configuration: %s", changes)
         elif changes:
             refuse_changes(changes, written, checkpoint and cannot_continue(checkpoint, fingerprint, batches))
-        check_vocabulary(tokenizer, llama.vocab_size)
+        check_vocabulary(tokenizer, shape.vocab_size)
 
         if checkpoint:
             self.model = load_model(checkpoint)
         else:
-            self.model = NeuroTrailsLlamaForCausalLM(llama).to(self.device)
+            self.model = causal_lm_class(shape)(shape).to(self.device)
             text = functools.partial(saliency_batch, config, tokenizer, options, self.device)
             draw_masks(self.model, config.sparsity, loss=lambda: self.model(**text(), use_cache=False).loss)
         place_model(self.model, train, self.accelerator, self.sharding)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import RunConfig
 from ..evaluation.perplexity import perplexity
-from ..models.configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+from ..models.configuration_neurotrails import MultiHeadConfig
 from ..plan.flops import training_flops_per_token
 from ..plan.hardware import peak_tflops
 from .checkpoint import Progress
@@ -40,7 +40,7 @@ class RunLog:
         self,
         path: Path,
         config: RunConfig,
-        model: NeuroTrailsLlamaConfig,
+        model: MultiHeadConfig,
         accelerator: Accelerator,
         progress: Progress,
         *,

@@ -31,7 +31,7 @@ PLOTS = {f"{name}.{ending}" for name in ("calibration", "gain", "heads_used", "s
 
 def four_heads() -> NeuroTrailsLlamaForCausalLM:
     """Four unlike heads: of three, every choice of two is a window."""
-    model = NeuroTrailsLlamaForCausalLM.from_llama(
+    model = NeuroTrailsLlamaForCausalLM.from_stock(
         trained("dense").extract_trail(0), num_ensemble_heads=4, blocks_in_head=1
     )
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def test_chosen_heads_are_measured_as_they_are_within_all():
 
 def test_equal_heads_have_no_diversity():
     llama = trained("dense").extract_trail(0)
-    model = NeuroTrailsLlamaForCausalLM.from_llama(llama, masked_modules=["model.heads.*"])
+    model = NeuroTrailsLlamaForCausalLM.from_stock(llama, masked_modules=["model.heads.*"])
     result = measure_diversity(model, BATCHES)
     ones = [[1.0] * 3] * 3
     assert (result.disagreement.mean, result.kl.matrix) == (0, [[0.0] * 3] * 3)
@@ -279,7 +279,7 @@ def test_equal_heads_have_no_diversity():
 def test_one_head_has_no_pairs():
     result = measure_diversity(trained("dense"), BATCHES)
     head = trained("dense").extract_trail(0)
-    stock = measure_diversity(NeuroTrailsLlamaForCausalLM.from_llama(head, num_ensemble_heads=1), BATCHES)
+    stock = measure_diversity(NeuroTrailsLlamaForCausalLM.from_stock(head, num_ensemble_heads=1), BATCHES)
     for one in (result, stock):
         pairs = [one.disagreement, one.kl, one.error_correlation, *one.similarity.values()]
         assert {each.mean for each in pairs} == {None} and one.mask_overlap is None

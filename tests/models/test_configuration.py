@@ -93,7 +93,7 @@ def test_caches_see_a_layer_a_slot(heads, blocks, slots):
 
 def test_a_trails_configuration_is_llamas():
     changes = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "pad_token_id": 5}
-    trail = config(**HEADS, **changes).to_llama_config()
+    trail = config(**HEADS, **changes).to_stock_config()
     assert type(trail) is LlamaConfig
     expected = LlamaConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=4, **changes)
     assert trail.to_dict() == expected.to_dict()

@@ -236,25 +236,25 @@ LLAMAS = {
     ids=["backbone", "only_lm_heads", "no_backbone", "full_ensemble"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_llama_is_exact_and_so_is_the_way_back(llama, options, dtype, prompts, tmp_path):
+def test_from_stock_is_exact_and_so_is_the_way_back(llama, options, dtype, prompts, tmp_path):
     stock_llama(**llama).to(dtype).save_pretrained(tmp_path)
     llama = LlamaForCausalLM.from_pretrained(tmp_path)
-    model = NeuroTrailsLlamaForCausalLM.from_llama(llama, num_ensemble_heads=2, masked_modules=["*"], **options)
+    model = NeuroTrailsLlamaForCausalLM.from_stock(llama, num_ensemble_heads=2, masked_modules=["*"], **options)
     expected = llama(**prompts).logits
     for logits in model(**prompts, output_head_logits=True).head_logits:
         assert torch.equal(logits, expected)
     assert torch.equal(model.extract_trail(1)(**prompts).logits, expected)
     assert model.extract_trail(1).state_dict().keys() == llama.state_dict().keys()
     assert model.dtype == dtype and model.training == llama.training and not check_masks(model)
-    assert model.config.to_llama_config().to_diff_dict() == {
+    assert model.config.to_stock_config().to_diff_dict() == {
         key: value for key, value in llama.config.to_diff_dict().items() if key != "architectures"
     }
 
 
-def test_from_llama_keeps_its_own_generation_config():
+def test_from_stock_keeps_its_own_generation_config():
     llama = stock_llama()
     llama.generation_config = GenerationConfig(temperature=0.6, do_sample=True)
-    model = NeuroTrailsLlamaForCausalLM.from_llama(llama, blocks_in_head=1)
+    model = NeuroTrailsLlamaForCausalLM.from_stock(llama, blocks_in_head=1)
     assert model.generation_config.temperature == 0.6
     model.generation_config.temperature = 0.1
     assert llama.generation_config.temperature == 0.6
@@ -265,7 +265,7 @@ def test_llamas_trained_apart_become_a_full_ensemble(tied, prompts, tmp_path):
     llamas = [stock_llama(tie_word_embeddings=tied) for _ in range(3)]
     for index, llama in enumerate(llamas):
         llama.load_state_dict({name: value * (1 + index / 10) for name, value in llama.state_dict().items()})
-    NeuroTrailsLlamaForCausalLM.from_llamas(llamas, ensemble_mode="probs").save_pretrained(tmp_path)
+    NeuroTrailsLlamaForCausalLM.from_stocks(llamas, ensemble_mode="probs").save_pretrained(tmp_path)
     model = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path)
     output = model(**prompts, output_head_logits=True)
     assert torch.equal(output.head_logits, torch.stack([llama(**prompts).logits for llama in llamas]))
@@ -274,11 +274,11 @@ def test_llamas_trained_apart_become_a_full_ensemble(tied, prompts, tmp_path):
 
 
 def test_llamas_of_different_shapes_are_no_ensemble():
-    with pytest.raises(ValueError, match=r"^llamas=\[\]: accepted are one or more$"):
-        NeuroTrailsLlamaForCausalLM.from_llamas([])
+    with pytest.raises(ValueError, match=r"^stocks=\[\]: accepted are one or more$"):
+        NeuroTrailsLlamaForCausalLM.from_stocks([])
     llamas = [stock_llama(), stock_llama(), stock_llama(rms_norm_eps=1e-3)]
-    with pytest.raises(ValueError, match=r"^llamas\[2\]: rms_norm_eps must be as in the first$"):
-        NeuroTrailsLlamaForCausalLM.from_llamas(llamas)
+    with pytest.raises(ValueError, match=r"^stocks\[2\]: rms_norm_eps must be as in the first$"):
+        NeuroTrailsLlamaForCausalLM.from_stocks(llamas)
 
 
 # Ensembles
@@ -817,7 +817,7 @@ def test_a_truncated_checkpoint_is_an_error_that_names_it(model, loader, tmp_pat
 def test_a_foreign_checkpoint_is_an_error_that_names_it(model, tmp_path):
     stock_llama().save_pretrained(tmp_path)
     for loader in (NeuroTrailsLlamaForCausalLM, NeuroTrailsLlamaConfig):
-        with pytest.raises(ValueError, match=r"model_type='llama'.*from_llama") as error:
+        with pytest.raises(ValueError, match=r"model_type='llama'.*from_stock") as error:
             loader.from_pretrained(tmp_path)
         assert str(tmp_path) in str(error.value)
     model.config.save_pretrained(tmp_path)  # Our config beside a stock Llama's weights.

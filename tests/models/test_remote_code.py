@@ -36,7 +36,7 @@ assert isinstance(model.config, type(config)) and type(config).__name__ == "Neur
 assert not any(name == "nt_hf" or name.startswith("nt_hf.") for name in sys.modules if sys.modules[name])
 model.save_pretrained(target)
 trail = model.extract_trail(1)
-copied = type(model).from_llama(trail, num_ensemble_heads=2, blocks_in_head=1)
+copied = type(model).from_stock(trail, num_ensemble_heads=2, blocks_in_head=1)
 loss = model.train()(**prompts, labels=prompts["input_ids"], use_cache=False).loss
 loss.backward()
 model.eval()

@@ -18,7 +18,7 @@ from nt_hf import (
 )
 from nt_hf.models import sparse_checkpoint
 from nt_hf.models.masks import full_mask, get_mask, masked_modules, pack_mask
-from nt_hf.models.modeling_neurotrails_llama import maskable_names
+from nt_hf.models.modeling_neurotrails import maskable_names
 from nt_hf.models.multi_head import keep_heads
 from nt_hf.models.sparse_checkpoint import compress, expand
 

@@ -98,7 +98,7 @@ def test_chunks_do_not_matter_and_need_little_memory(positions, monkeypatch):
 def test_one_or_equal_heads_have_entropy_but_no_mutual_information(model, prompts):
     one = model(**prompts, output_uncertainty=True, active_heads=[1]).uncertainty
     assert not one.mutual_information.any() and not one.disagreement.any() and (one.predictive_entropy > 0.1).all()
-    equal = NeuroTrailsLlamaForCausalLM.from_llama(model.extract_trail(1), num_ensemble_heads=3, blocks_in_head=1)
+    equal = NeuroTrailsLlamaForCausalLM.from_stock(model.extract_trail(1), num_ensemble_heads=3, blocks_in_head=1)
     ours = equal(**prompts, output_uncertainty=True).uncertainty
     assert ours.mutual_information.min() >= 0 and ours.mutual_information.max() < 2e-6 and not ours.disagreement.any()
     torch.testing.assert_close(ours.predictive_entropy, one.predictive_entropy, atol=1e-5, rtol=0)

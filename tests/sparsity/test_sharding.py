@@ -83,7 +83,7 @@ def update_under(processes: int, name: str) -> dict:
             "report": sparsifier.report(), "ever": sparsifier.ever_active()}  # fmt: skip
 
 
-FAST = {"neurotrails", "momentum", "2:4"}  # of four processes each; between them all kinds of counts over shards
+FAST = {"2:4"}  # of four processes; with two of two processes, below, and the slow ones all kinds of counts
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from processes import finish, wait_for
 from recipe_runs import call, of, start, train
 from safetensors.torch import load_file
@@ -110,7 +111,7 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, number):
     require_same_result(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("step", [0, 6, 12])
+@pytest.mark.parametrize("step", [slow(0), 6, slow(12)])
 def test_a_signal_during_an_evaluation_loses_neither_step_nor_evaluation(config, whole, tmp_path, monkeypatch, step):
     evaluate = training_run.evaluate
     calls = iter((0, 6, 12))
@@ -226,7 +227,9 @@ def test_old_checkpoints_go_when_a_newer_one_is_verified(config, tmp_path, monke
     assert "older checkpoints stay" in caplog.text
 
 
-@pytest.mark.parametrize("where", ["checkpoint.save_file", "manifest.sync", "yaml.safe_dump", "checkpoint.os.rename"])
+@pytest.mark.parametrize(
+    "where", ["checkpoint.save_file", slow("manifest.sync"), slow("yaml.safe_dump"), slow("checkpoint.os.rename")]
+)
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(config, whole, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(8, die, patch)

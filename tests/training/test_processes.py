@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from processes import finish, free_port, wait_for
 from recipe_runs import of, start, train
 from safetensors.torch import load_file
@@ -26,10 +27,6 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
              "--data.validation", Path(__file__).parents[1] / "small.jsonl", "--train.micro_batch_size", 1)  # fmt: skip
 OWN_ORDERS = ("--data.order_per_head", "true")
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # Of prepared tokens the shuffled rows of a step are the same ones as well.
@@ -70,7 +67,7 @@ def single(config, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("processes", "environment"), [(2, {}), slow(4, {}), (2, FSDP2), slow(4, FSDP2)])
+@pytest.mark.parametrize(("processes", "environment"), [(2, {}), slow(4, {}), slow(2, FSDP2), slow(4, FSDP2)])
 def test_several_processes_train_as_one(config, single, tmp_path, processes, environment):
     one = read_metrics(single / "metrics.jsonl")
     many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
@@ -107,7 +104,7 @@ def test_several_processes_resume_exactly(config, tmp_path, environment):
 
 @pytest.mark.parametrize(
     ("first", "then", "overrides"),
-    [((2, FSDP2), (1, {}), ()), slow((2, FSDP2), (4, FSDP2), ()), slow((1, {}), (2, FSDP2), ()),
+    [slow((2, FSDP2), (1, {}), ()), slow((2, FSDP2), (4, FSDP2), ()), slow((1, {}), (2, FSDP2), ()),
      slow((2, {}), (2, FSDP2), ()), slow((4, {}), (1, {}), ()), ((2, {}), (2, FSDP2), OWN_ORDERS),
      slow((1, {}), (2, {}), OWN_ORDERS)],
 )  # fmt: skip
@@ -124,6 +121,7 @@ def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path
     assert jaccard(masks_of(tmp_path / "single"), masks_of(tmp_path / "run")) >= 0.999
 
 
+@pytest.mark.slow
 def test_text_is_dealt_again_to_another_number_of_processes(config, tmp_path):
     train_on(2, config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-12")
@@ -136,7 +134,7 @@ def test_text_is_dealt_again_to_another_number_of_processes(config, tmp_path):
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
-@pytest.mark.parametrize(("name", "shards"), [("ddp", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(("name", "shards"), [("ddp", 1), slow("fsdp2", 2)])
 def test_the_launch_files(config, tmp_path, name, shards):
     command = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/" + name + ".yaml"]
     result = subprocess.run(
@@ -148,6 +146,7 @@ def test_the_launch_files(config, tmp_path, name, shards):
     assert len(list((tmp_path / "run" / "checkpoint-3" / "training_state").glob("state-*"))) == shards
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_reaches_every_process(config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run_dir = tmp_path / "run"
@@ -168,6 +167,7 @@ def test_scripts_are_bash(script):
     subprocess.run(["bash", "-n", str(ROOT / "recipes" / "accelerate" / script)], check=True)
 
 
+@pytest.mark.slow
 def test_the_multi_node_script_starts_the_recipe(config, tmp_path):
     environment = os.environ | ON_CPU | {"NODES": "1", "GPUS_PER_NODE": "2", "HEAD": f"127.0.0.1:{free_port()}"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

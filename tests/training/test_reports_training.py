@@ -231,6 +231,7 @@ def test_the_validated_text_does_not_depend_on_the_micro_batch(config, tmp_path)
 # ----------------------------------------------------------------------------------------------- signals, workers
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_leave_the_loader_alive(config, tmp_path):
     """C2, E4: as `timeout` and launchers send them."""
     run_dir = tmp_path / "run"
@@ -377,6 +378,7 @@ def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
+@pytest.mark.slow
 def test_several_processes_without_a_gpu(config, tmp_path):
     """C10: torchrun sets no ACCELERATE_USE_CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
