@@ -26,7 +26,10 @@ DIGITS = Path(__file__).parent / "digits" / "digits.npz"
 DIGITS_SPLITS = {"train": slice(None, -360), "validation": slice(-360, None)}  # the last fifth, as the source has them
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
-ACCEPTED = "digits:train, digits:validation, a folder of class folders, .parquet files or hub:<repo>"
+ACCEPTED = (
+    "digits:train, digits:validation, an existing folder of class folders, .parquet files, hub:<repo>, "
+    "or a list of the last two"
+)
 KEEP_BYTES = 2 << 30  # a set that is no larger is decoded once
 
 
@@ -193,12 +196,13 @@ def _folder(root: str) -> Found:
 def _table(entries: list[str], config: ImageConfig) -> Found:
     for entry in entries:
         if not entry.startswith("hub:") and not entry.endswith(".parquet"):
-            raise DataError(f"{entry}: no such folder, and no .parquet file by its name; accepted is {ACCEPTED}")
+            raise DataError(f"{entry}: accepted is {ACCEPTED}")
     files, name = find_files(entries), ", ".join(entries)
     if other := next((file for file in files if not file.endswith(".parquet")), None):
         raise DataError(f"{other}: accepted are .parquet files")
     try:
         import datasets
+        import pyarrow
 
         table = datasets.load_dataset("parquet", data_files=files, split="train")
     except ModuleNotFoundError as error:
@@ -209,7 +213,7 @@ def _table(entries: list[str], config: ImageConfig) -> Found:
         if column not in table.column_names:
             raise DataError(f"{name}: has no column {column!r}, its columns are {', '.join(table.column_names)}")
     records, column = table.data.column(config.image_field), table.data.column(config.label_field)
-    if "int" not in str(column.type) or column.null_count:
+    if not pyarrow.types.is_integer(column.type) or column.null_count:
         problem = f"is of type {column.type} with {column.null_count} nulls; accepted are whole numbers"
         raise DataError(f"{name}: column {config.label_field!r} {problem}")
     names = getattr(table.features[config.label_field], "names", None)
@@ -225,7 +229,7 @@ def _numbered(
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
         first = outside[0]
-        raise DataError(f"{source}, image {first + 1}: label {labels[first]}; accepted is 0 to {len(classes) - 1}")
+        raise DataError(f"{source}, image {first + 1}: label={labels[first]}: accepted is 0 to {len(classes) - 1}")
     if not like or classes == like.classes:
         return labels, classes
     if unknown := sorted(set(classes) - set(like.classes)):

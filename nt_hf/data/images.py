@@ -59,8 +59,8 @@ class ImageBatches:
 
     Raises:
         ValueError: an argument has a value that is not accepted.
-        DataError: (while iterating) an image cannot be read and ``on_bad_image`` is ``"error"``, or no image of a
-            training batch can be read.
+        DataError: (while iterating) an image cannot be read and ``on_bad_image`` is ``"error"``; or none can be read,
+            in training none of a batch.
     """
 
     images: ImageSet
@@ -136,6 +136,8 @@ class ImageBatches:
             if len(batch["labels"]):
                 yield batch
             asked = time.perf_counter()
+        if self.bad_images == len(self.images):
+            raise DataError(f"{self.images.source}: none of its images can be read")
 
     def _end(self, start: int) -> float:
         return float("inf") if self.training else max(start, len(self.images))
