@@ -43,7 +43,8 @@ class ImageSet:
 
     Attributes:
         source: where they are from, for messages.
-        records: of each image the path of its file, its encoded bytes (or ``{"bytes", "path"}``), or its pixels.
+        records: the paths of image files; a column of their bytes or of ``{"bytes", "path"}``; or the pixels of all,
+            uint8 ``[records, H, W, 3]``.
         labels: int64 ``[records]``.
         classes: names of the classes.
         config: how to read them.
@@ -89,6 +90,8 @@ class ImageSet:
         return _scale(image, random_box(draws, *image.size, self.config.random_resized_crop), self.size)
 
     def _centre(self, record: int) -> np.ndarray:
+        if self.config.image_size is None and isinstance(self.records, np.ndarray):
+            return self.records[record]  # without Pillow, so that the digits need no package of their own
         image = _decode(self.records[record], self._name(record))
         width, height = image.size
         if self.config.image_size is None:
@@ -239,6 +242,8 @@ def _numbered(
 
 def _first_size(images: ImageSet) -> tuple[int, int]:
     """Height and width of the first image that can be read."""
+    if isinstance(images.records, np.ndarray):
+        return images.records.shape[1:3]
     for record in range(len(images.records)):
         try:
             width, height = _decode(images.records[record], images._name(record)).size
