@@ -9,7 +9,8 @@ loop over pixels (glass blur) or OpenCV (spatter, snow, elastic transform).
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,37 @@ def corrupt(images: torch.Tensor, name: str, severity: int, generator: torch.Gen
 def generator_of(name: str, severity: int, seed: int = 0) -> torch.Generator:
     """A generator of a corruption's own: its draws do not depend on which others are made."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {severity}".encode()))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Between images ``[n, 3, H, W]`` of uint8 and what a model takes, ``(image / 255 - mean) / std`` by channel."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def pixel_values(self, images: torch.Tensor) -> torch.Tensor:
+        """What the model takes."""
+        mean, std = self._by_channel()
+        return (images.float() / 255 - mean) / std
+
+    def images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The images that ``pixel_values`` were made from.
+
+        Raises:
+            ValueError: values lie outside 0 to 1, so they were made by another mean or standard deviation.
+        """
+        mean, std = self._by_channel()
+        values = pixel_values.float().cpu() * std + mean
+        if not ((values > -0.01) & (values < 1.01)).all():
+            raise ValueError(
+                f"pixel_values={float(values.min()):.3f} to {float(values.max()):.3f} without mean and std: accepted "
+                "is 0 to 1, images normalised by image_mean and image_std of the checkpoint"
+            )
+        return (values * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def _by_channel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
 
 # Each takes images in [0, 1], the constants of a severity and a generator.

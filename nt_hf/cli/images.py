@@ -1,0 +1,228 @@
+"""How well an image classifier predicts: accuracy, calibration, corrupted and out-of-distribution images.
+
+    nt-hf evaluate images --model runs/digits/checkpoint-800 --output images.json --corruptions all --severities 1,3,5
+
+Prints tables and writes the JSON file --output and plots beside it. Temperatures are fitted on --calibration, which
+must not be the images that are scored, one for each head and each ensemble. --against compares with an earlier result
+on the same images.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import check, choice
+from ..evaluation.classification import (
+    by_scorer,
+    disagreement,
+    figures,
+    fit_temperature,
+    gains,
+    load_image_model,
+    losses_of,
+    out_of_distribution,
+    predict,
+    reliability,
+)
+from ..evaluation.comparison import paired_bootstrap
+from ..evaluation.corruptions import (
+    CONSTANTS,
+    SEVERITIES,
+    Normalisation,
+    corrupt,
+    generator_of,
+    published_names,
+    read_published,
+)
+from ..evaluation.image_report import CORRUPTED, corruption_means, tables, write_plots
+from ..files import write_json
+from ..models.masks import overall_density
+from ..sparsity.measures import head_overlap, masks_by_head
+from ..text import strict_json
+from .program import check_output, provenance
+
+Batch = Mapping[str, torch.Tensor]
+BATCH_SIZE = 256  # of the published arrays
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    check_output(args.output)
+    corruptions = parse_corruptions(args.corruptions)
+    severities = parse_severities(args.severities)
+    published = published_names(args.cifar_c) if args.cifar_c else []
+    if args.calibration == args.data:
+        raise ValueError(f"--calibration {args.calibration}: accepted are images other than those of --data")
+    other = read_result(args.against) if args.against else None
+    model = load_image_model(args.model)
+    scale = read_normalisation(args.model)
+
+    data = open_images(args.data, args.model)
+    digest = hashlib.sha256()
+    logits, labels = predict(model, hashing(data, scale, digest))
+    fingerprint = digest.hexdigest()[:16]
+    if other and other["fingerprint"] != fingerprint:
+        raise ValueError(f"--against {args.against}: is of other images; accepted is a result on those of --data")
+    mode = getattr(model.config, "ensemble_mode", "logits")
+    main_scorer = "head 0" if len(logits) == 1 else f"ensemble, {mode}"
+    temperatures = {}
+    if args.calibration:
+        held_out, truth = predict(model, open_images(args.calibration, args.model))
+        temperatures = {name: fit_temperature(x, truth) for name, x in by_scorer(held_out).items()}
+
+    def scores(head_logits: torch.Tensor, truth: torch.Tensor) -> dict[str, dict[str, float]]:
+        return {name: figures(x, truth, temperatures.get(name)) for name, x in by_scorer(head_logits).items()}
+
+    def corrupted_scores(names: Sequence[str], batches: Callable[[str, int], Iterator[Batch]]) -> dict[str, Any]:
+        return {n: {str(s): scores(*predict(model, batches(n, s))) for s in severities} for n in names}
+
+    clean = scores(logits, labels)
+    scorers = by_scorer(logits)
+    result: dict[str, Any] = {
+        "images": len(labels),
+        "classes": logits.shape[-1],
+        "heads": len(logits),
+        "ensemble_mode": mode,
+        "main_scorer": main_scorer,
+        "scores": clean,
+        "gains": gains(clean),
+        "disagreement": asdict(disagreement(logits)),
+        "mask_overlap": head_overlap(masks_by_head(model)),
+        "density": overall_density(model),
+        "corruptions": corrupted_scores(corruptions, lambda n, s: corrupted(data, scale, n, s, args.seed)),
+        "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args.cifar_c, scale, n, s)),
+        "ood": None,
+        "against": None,
+        "model": str(args.model),
+        "data": args.data,
+        "calibration": args.calibration,
+        "seed": args.seed,
+        "fingerprint": fingerprint,
+        "reliability": {name: asdict(reliability(x, labels)) for name, x in scorers.items()},
+        "per_image": {name: per_image(x, labels) for name, x in scorers.items()},
+        **provenance(*(["pillow"] if corruptions else [])),
+    }
+    if args.ood:
+        unknown, _ = predict(model, unlabelled(open_images(args.ood, args.model)))
+        areas = out_of_distribution(logits, unknown, main_scorer)
+        result["ood"] = {"data": args.ood, "images": unknown.shape[1], "auroc": areas}
+    for key in CORRUPTED:
+        if result[key]:
+            result[f"{key}_means"] = {name: corruption_means(result[key], name) for name in scorers}
+    if other:
+        result["against"] = {"file": str(args.against), "differences": differences(result, other)}
+    print(tables(result))
+    write_json(args.output, result)
+    plots = write_plots(result, args.output)
+    print(f"written to {', '.join(str(path) for path in [args.output, *plots])}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nt-hf evaluate images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="checkpoint directory, of a multi-head or a stock classifier"
+    )
+    parser.add_argument("--data", default="sample:test", help="images to score, default: sample:test")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--calibration", help="images to fit temperatures on, such as a validation split")
+    parser.add_argument("--ood", help="images of another task, to be told from those of --data")
+    parser.add_argument("--corruptions", help=f"'all', or of {','.join(CONSTANTS)}; default: none")
+    parser.add_argument("--severities", default="1,2,3,4,5", help="default: 1,2,3,4,5")
+    parser.add_argument("--cifar_c", type=Path, help="directory of the published arrays CIFAR-10-C or CIFAR-100-C")
+    parser.add_argument("--against", type=Path, help="an earlier result, for a paired bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of the corruptions")
+    return parser.parse_args(argv)
+
+
+def open_images(source: str, model: Path) -> Iterable[Batch]:
+    """Batches of a source as the model of the checkpoint directory takes them; they can be read more than once."""
+    from ..data.images import evaluation_images
+
+    return evaluation_images(source, model)
+
+
+def parse_corruptions(text: str | None) -> list[str]:
+    names = list(CONSTANTS) if text == "all" else text.split(",") if text is not None else []
+    for name in names:
+        check("--corruptions", name, choice(CONSTANTS))
+    return list(dict.fromkeys(names))
+
+
+def parse_severities(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not set(numbers) <= {str(severity) for severity in SEVERITIES} or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--severities {text}: accepted are different numbers of 1 to 5, joined by commas")
+    return sorted(map(int, numbers))
+
+
+def read_normalisation(model: Path) -> Normalisation:
+    """The mean and standard deviation of ``preprocessor_config.json``, where Transformers keeps them."""
+    path = model / "preprocessor_config.json"
+    try:
+        settings = strict_json(path.read_text(encoding="utf-8"))
+        scale = Normalisation(settings["image_mean"], settings["image_std"])
+        scale.pixel_values(torch.zeros(1, 3, 1, 1))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: {reason}; accepted is JSON with image_mean and image_std of 3 numbers") from error
+    return scale
+
+
+def hashing(data: Iterable[Batch], scale: Normalisation, digest: Any) -> Iterator[Batch]:
+    """The batches, whose images and labels go into ``digest``: two models may normalise the same images differently."""
+    for batch in data:
+        digest.update(scale.images(batch["pixel_values"]).numpy().tobytes())
+        digest.update(batch["labels"].cpu().numpy().tobytes())
+        yield batch
+
+
+def corrupted(data: Iterable[Batch], scale: Normalisation, name: str, severity: int, seed: int) -> Iterator[Batch]:
+    generator = generator_of(name, severity, seed)
+    for batch in data:
+        images = corrupt(scale.images(batch["pixel_values"]), name, severity, generator)
+        yield {"pixel_values": scale.pixel_values(images), "labels": batch["labels"]}
+
+
+def published_batches(directory: Path, scale: Normalisation, name: str, severity: int) -> Iterator[Batch]:
+    for images, labels in zip(*(part.split(BATCH_SIZE) for part in read_published(directory, name, severity))):
+        yield {"pixel_values": scale.pixel_values(images), "labels": labels}
+
+
+def unlabelled(data: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches with labels 0: those of another task are no classes of the model."""
+    for batch in data:
+        yield {"pixel_values": batch["pixel_values"], "labels": torch.zeros_like(batch["labels"])}
+
+
+def per_image(log_probs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Of every image whether the best guess is right, as "0110…", and its NLL, in nats."""
+    correct = (log_probs.argmax(-1) == labels).int().tolist()
+    return {"correct": "".join(map(str, correct)), "nll": [round(x, 6) for x in losses_of(log_probs, labels).tolist()]}
+
+
+def read_result(path: Path) -> Mapping[str, Any]:
+    accepted = "accepted is a file of nt-hf evaluate images"
+    try:
+        result = strict_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--against {path}: {' '.join(str(error).split())}; {accepted}") from error
+    if not isinstance(result, dict) or not {"fingerprint", "main_scorer", "per_image"} <= result.keys():
+        raise ValueError(f"--against {path}: {accepted}")
+    return result
+
+
+def differences(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy and NLL of this result's main scorer less the other's, with the bootstrap's intervals."""
+    first, second = (x["per_image"][x["main_scorer"]] for x in (result, other))
+    rows = {"accuracy": "correct", "NLL": "nll"}
+    return {
+        name: asdict(paired_bootstrap([([float(x) for x in first[key]], [float(x) for x in second[key]])]))
+        for name, key in rows.items()
+    }
