@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..checks import check, choice
 from ..evaluation.classification import (
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_image_model(args.model)
     scale = read_normalisation(args.model)
 
-    data = open_images(args.data, args.model)
+    sources = {source: open_images(source, args.model) for source in (args.data, args.calibration, args.ood) if source}
+    data = sources[args.data]
     digest = hashlib.sha256()
     logits, labels = predict(model, hashing(data, scale, digest))
     fingerprint = digest.hexdigest()[:16]
@@ -72,17 +74,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     main_scorer = "head 0" if len(logits) == 1 else f"ensemble, {mode}"
     temperatures = {}
     if args.calibration:
-        held_out, truth = predict(model, open_images(args.calibration, args.model))
-        temperatures = {name: fit_temperature(x, truth) for name, x in by_scorer(held_out).items()}
+        held_out, truth = predict(model, sources[args.calibration])
+        temperatures = {name: fit_temperature(x, truth) for name, x in by_scorer(held_out)}
 
     def scores(head_logits: torch.Tensor, truth: torch.Tensor) -> dict[str, dict[str, float]]:
-        return {name: figures(x, truth, temperatures.get(name)) for name, x in by_scorer(head_logits).items()}
+        return {name: figures(x, truth, temperatures.get(name)) for name, x in by_scorer(head_logits)}
 
     def corrupted_scores(names: Sequence[str], batches: Callable[[str, int], Iterator[Batch]]) -> dict[str, Any]:
         return {n: {str(s): scores(*predict(model, batches(n, s))) for s in severities} for n in names}
 
     clean = scores(logits, labels)
-    scorers = by_scorer(logits)
     result: dict[str, Any] = {
         "images": len(labels),
         "classes": logits.shape[-1],
@@ -94,26 +95,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "disagreement": asdict(disagreement(logits)),
         "mask_overlap": head_overlap(masks_by_head(model)),
         "density": overall_density(model),
+        "ood": args.ood and unknown_images(model, sources[args.ood], logits, main_scorer) | {"data": args.ood},
         "corruptions": corrupted_scores(corruptions, lambda n, s: corrupted(data, scale, n, s, args.seed)),
-        "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args.cifar_c, scale, n, s)),
-        "ood": None,
+        "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args.cifar_c, data, scale, n, s)),
         "against": None,
         "model": str(args.model),
         "data": args.data,
         "calibration": args.calibration,
         "seed": args.seed,
         "fingerprint": fingerprint,
-        "reliability": {name: asdict(reliability(x, labels)) for name, x in scorers.items()},
-        "per_image": {name: per_image(x, labels) for name, x in scorers.items()},
+        "reliability": {name: asdict(reliability(x, labels)) for name, x in by_scorer(logits)},
+        "per_image": {name: per_image(x, labels) for name, x in by_scorer(logits)},
         **provenance(*(["pillow"] if corruptions else [])),
     }
-    if args.ood:
-        unknown, _ = predict(model, unlabelled(open_images(args.ood, args.model)))
-        areas = out_of_distribution(logits, unknown, main_scorer)
-        result["ood"] = {"data": args.ood, "images": unknown.shape[1], "auroc": areas}
     for key in CORRUPTED:
         if result[key]:
-            result[f"{key}_means"] = {name: corruption_means(result[key], name) for name in scorers}
+            result[f"{key}_means"] = {name: corruption_means(result[key], name) for name in clean}
     if other:
         result["against"] = {"file": str(args.against), "differences": differences(result, other)}
     print(tables(result))
@@ -190,15 +187,25 @@ def corrupted(data: Iterable[Batch], scale: Normalisation, name: str, severity: 
         yield {"pixel_values": scale.pixel_values(images), "labels": batch["labels"]}
 
 
-def published_batches(directory: Path, scale: Normalisation, name: str, severity: int) -> Iterator[Batch]:
-    for images, labels in zip(*(part.split(BATCH_SIZE) for part in read_published(directory, name, severity))):
-        yield {"pixel_values": scale.pixel_values(images), "labels": labels}
+def published_batches(
+    directory: Path, data: Iterable[Batch], scale: Normalisation, name: str, severity: int
+) -> Iterator[Batch]:
+    images, labels = read_published(directory, name, severity)
+    shape, sides = (list(values.shape[1:]) for values in (images, next(iter(data))["pixel_values"]))
+    if shape != sides:
+        raise ValueError(f"{directory / name}.npy has images {shape}; accepted is {sides}, as --data gives the model")
+    for part, truth in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE)):
+        yield {"pixel_values": scale.pixel_values(part), "labels": truth}
 
 
-def unlabelled(data: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches with labels 0: those of another task are no classes of the model."""
-    for batch in data:
-        yield {"pixel_values": batch["pixel_values"], "labels": torch.zeros_like(batch["labels"])}
+def unknown_images(
+    model: PreTrainedModel, data: Iterable[Batch], logits: torch.Tensor, main_scorer: str
+) -> dict[str, Any]:
+    """How well images of another task are told from those whose logits are given."""
+    # Their labels are no classes of the model.
+    unlabelled = (dict(batch, labels=torch.zeros(len(batch["pixel_values"]), dtype=torch.long)) for batch in data)
+    other, _ = predict(model, unlabelled)
+    return {"images": other.shape[1], "auroc": out_of_distribution(logits, other, main_scorer)}
 
 
 def per_image(log_probs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

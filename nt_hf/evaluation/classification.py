@@ -3,15 +3,14 @@
 The figures are functions of logits and labels alone; two functions load a model and collect its logits.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..models.configuration_neurotrails import ENSEMBLE_MODES
-from ..models.ensemble import combine_logits, uncertainty
+from ..models.ensemble import uncertainty
 from .diversity import Calibration, Pairs, bin_sums, calibration
 
 # Temperatures are looked for between exp(-LOG_RANGE) and exp(LOG_RANGE), to a relative 2e-9.
@@ -109,18 +108,17 @@ def check_predictions(logits: torch.Tensor, labels: torch.Tensor) -> None:
         )
 
 
-def by_scorer(head_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+def by_scorer(head_logits: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Log-probabilities ``[n, classes]``, float64, of "ensemble, logits", "ensemble, probs", "head 0", "head 1", …
 
-    One head has no ensembles. The probabilities of "ensemble, probs" are the mean of the heads', those of "ensemble,
-    logits" come from the mean logits.
+    One head has no ensembles. They are those of ``combine_logits``: the softmax of the mean logits, and the mean of the
+    heads' probabilities. One at a time, because those of all together need much memory where classes are many.
     """
-    logits = head_logits.double()
-    heads = {f"head {head}": values for head, values in enumerate(logits)}
-    ensembles = (
-        {f"ensemble, {mode}": combine_logits(logits, mode) for mode in ENSEMBLE_MODES} if len(logits) > 1 else {}
-    )
-    return {name: values.log_softmax(-1) for name, values in (ensembles | heads).items()}
+    if len(head_logits) > 1:
+        yield "ensemble, logits", head_logits.mean(0, dtype=torch.float64).log_softmax(-1)
+        yield "ensemble, probs", head_logits.double().log_softmax(-1).logsumexp(0).log_softmax(-1)
+    for head, logits in enumerate(head_logits):
+        yield f"head {head}", logits.double().log_softmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------------- the figures
@@ -226,7 +224,7 @@ def out_of_distribution(logits: torch.Tensor, other_logits: torch.Tensor, scorer
             {
                 "mutual_information": unsure.mutual_information,
                 "predictive_entropy": unsure.predictive_entropy,
-                "maximum_probability": -by_scorer(part)[scorer].amax(-1),
+                "maximum_probability": -dict(by_scorer(part))[scorer].amax(-1),
             }
         )
     names = list(measures[0])[len(logits) == 1 :]

@@ -83,7 +83,10 @@ def corrupt(images: torch.Tensor, name: str, severity: int, generator: torch.Gen
         images: on the CPU, sides of 8 pixels or more.
         name: one of ``CONSTANTS``.
         severity: 1 to 5.
-        generator: what noise, directions and fog are drawn from; see [`generator_of`].
+        generator: what noise, directions and fog are drawn from, for all images together; see [`generator_of`].
+
+    Raises:
+        ValueError: an argument is none of these.
     """
     check("corruption", name, choice(CONSTANTS))
     check("severity", severity, integer(SEVERITIES[0], SEVERITIES[-1]))
@@ -294,16 +297,16 @@ def _convolve(x: torch.Tensor, kernel: torch.Tensor, border: str) -> torch.Tenso
 _FUNCTIONS = {name: globals()[f"_{name}"] for name in CONSTANTS}
 
 
-def read_published(directory: Path, name: str, severity: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``[n, 3, H, W]`` of uint8 and labels ``[n]`` of one severity of the arrays CIFAR-10-C or CIFAR-100-C.
+def open_published(directory: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """One corruption of the arrays CIFAR-10-C or CIFAR-100-C (zenodo.org/records/2535967 and 3555552), not read yet.
 
-    ``<name>.npy`` holds uint8 ``[5 n, H, W, 3]``, severity after severity, and ``labels.npy`` its labels; as they were
-    published (zenodo.org/records/2535967 and 3555552), ``n`` is 10,000 and the sides are 32.
+    Returns:
+        Images of ``<name>.npy``, uint8 ``[5 n, H, W, 3]``, severity after severity, and the labels ``[5 n]`` of
+        ``labels.npy``. As they were published, ``n`` is 10,000 and the sides are 32.
 
     Raises:
         ValueError: a file is missing, or holds something else.
     """
-    check("severity", severity, integer(SEVERITIES[0], SEVERITIES[-1]))
     images, labels = (_array(directory / f"{file}.npy") for file in (name, "labels"))
     good = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and len(images) % 5 == 0
     if not good or labels.shape != images.shape[:1] or labels.dtype.kind not in "ui":
@@ -311,20 +314,29 @@ def read_published(directory: Path, name: str, severity: int) -> tuple[torch.Ten
             f"{directory / name}.npy is {images.dtype} {list(images.shape)} with {labels.dtype} labels "
             f"{list(labels.shape)}; accepted is uint8 [5 n, H, W, 3] with whole numbers [5 n]"
         )
+    return images, labels
+
+
+def read_published(directory: Path, name: str, severity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[n, 3, H, W]`` of uint8 and labels ``[n]`` of one severity, see [`open_published`]."""
+    check("severity", severity, integer(SEVERITIES[0], SEVERITIES[-1]))
+    images, labels = open_published(directory, name)
     count = len(images) // 5
     rows = slice((severity - 1) * count, severity * count)
     return torch.from_numpy(images[rows].copy()).permute(0, 3, 1, 2), torch.from_numpy(labels[rows].astype(np.int64))
 
 
 def published_names(directory: Path) -> list[str]:
-    """The corruptions whose arrays lie in ``directory``.
+    """The corruptions whose arrays lie in ``directory``, all of them checked.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one is not as it was published.
     """
     names = sorted(path.stem for path in directory.glob("*.npy") if path.stem != "labels")
     if not names:
         raise ValueError(f"{directory} has no arrays; accepted is a directory of CIFAR-10-C or CIFAR-100-C (*.npy)")
+    for name in names:
+        open_published(directory, name)
     return names
 
 
