@@ -48,7 +48,6 @@ from ..text import strict_json
 from .program import check_output, provenance
 
 Batch = Mapping[str, torch.Tensor]
-BATCH_SIZE = 256  # of the published arrays
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,10 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.calibration == args.data:
         raise ValueError(f"--calibration {args.calibration}: accepted are images other than those of --data")
     other = read_result(args.against) if args.against else None
-    model = load_image_model(args.model)
     scale = read_normalisation(args.model)
-
-    sources = {source: open_images(source, args.model) for source in (args.data, args.calibration, args.ood) if source}
+    model = load_image_model(args.model)
+    sources = {source: open_images(source, scale, args) for source in (args.data, args.calibration, args.ood) if source}
     data = sources[args.data]
     digest = hashlib.sha256()
     logits, labels = predict(model, hashing(data, scale, digest))
@@ -97,16 +95,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "density": overall_density(model),
         "ood": args.ood and unknown_images(model, sources[args.ood], logits, main_scorer) | {"data": args.ood},
         "corruptions": corrupted_scores(corruptions, lambda n, s: corrupted(data, scale, n, s, args.seed)),
-        "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args.cifar_c, data, scale, n, s)),
+        "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args, data, scale, n, s)),
         "against": None,
         "model": str(args.model),
         "data": args.data,
         "calibration": args.calibration,
         "seed": args.seed,
+        "batch_size": args.batch_size,
         "fingerprint": fingerprint,
         "reliability": {name: asdict(reliability(x, labels)) for name, x in by_scorer(logits)},
         "per_image": {name: per_image(x, labels) for name, x in by_scorer(logits)},
-        **provenance(*(["pillow"] if corruptions else [])),
+        **provenance("pillow"),
     }
     for key in CORRUPTED:
         if result[key]:
@@ -126,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, required=True, help="checkpoint directory, of a multi-head or a stock classifier"
     )
-    parser.add_argument("--data", default="sample:test", help="images to score, default: sample:test")
+    parser.add_argument("--data", default="digits:validation", help="images to score; default: digits:validation")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--calibration", help="images to fit temperatures on, such as a validation split")
     parser.add_argument("--ood", help="images of another task, to be told from those of --data")
@@ -135,14 +134,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cifar_c", type=Path, help="directory of the published arrays CIFAR-10-C or CIFAR-100-C")
     parser.add_argument("--against", type=Path, help="an earlier result, for a paired bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions")
+    parser.add_argument("--batch_size", type=int, default=250, help="images a batch; corruptions draw batch by batch")
+    parser.add_argument("--image_field", default="image", help="column of parquet files")
+    parser.add_argument("--label_field", default="label", help="column of parquet files")
+    parser.add_argument("--image_size", type=int, help="side that images are scaled to; default: as they are")
+    parser.add_argument("--center_crop", type=float, default=1.0, help="share of the shorter side that is taken")
     return parser.parse_args(argv)
 
 
-def open_images(source: str, model: Path) -> Iterable[Batch]:
-    """Batches of a source as the model of the checkpoint directory takes them; they can be read more than once."""
-    from ..data.images import evaluation_images
+def open_images(source: str, scale: Normalisation, args: argparse.Namespace) -> Iterable[Batch]:
+    """Batches of a source as the model takes them; every ``iter()`` begins anew."""
+    from ..data.image_config import ImageConfig
+    from ..data.image_sets import open_images
+    from ..data.images import ImageBatches
 
-    return evaluation_images(source, model)
+    options = {name: getattr(args, name) for name in ("image_field", "label_field", "image_size", "center_crop")}
+    config = ImageConfig(normalize=[list(scale.mean), list(scale.std)], **options)
+    return ImageBatches(open_images(source, config), batch_size=args.batch_size, training=False)
 
 
 def parse_corruptions(text: str | None) -> list[str]:
@@ -188,13 +196,13 @@ def corrupted(data: Iterable[Batch], scale: Normalisation, name: str, severity: 
 
 
 def published_batches(
-    directory: Path, data: Iterable[Batch], scale: Normalisation, name: str, severity: int
+    args: argparse.Namespace, data: Iterable[Batch], scale: Normalisation, name: str, severity: int
 ) -> Iterator[Batch]:
-    images, labels = read_published(directory, name, severity)
-    shape, sides = (list(values.shape[1:]) for values in (images, next(iter(data))["pixel_values"]))
-    if shape != sides:
-        raise ValueError(f"{directory / name}.npy has images {shape}; accepted is {sides}, as --data gives the model")
-    for part, truth in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE)):
+    images, labels = read_published(args.cifar_c, name, severity)
+    shape, expected = (list(values.shape[1:]) for values in (images, next(iter(data))["pixel_values"]))
+    if shape != expected:
+        raise ValueError(f"{args.cifar_c / name}.npy has images {shape}; accepted is {expected}, as of --data")
+    for part, truth in zip(images.split(args.batch_size), labels.split(args.batch_size)):
         yield {"pixel_values": scale.pixel_values(part), "labels": truth}
 
 

@@ -18,10 +18,8 @@ def corruption_means(scores: Mapping[str, Mapping[str, Result]], scorer: str) ->
 
 def tables(result: Result) -> str:
     """What is printed: every figure but those of single bins, pairs and images."""
-    title = (
-        f"{result['images']:,} images, {result['classes']} classes, {result['heads']} heads, "
-        f"ensemble mode {result['ensemble_mode']}"
-    )
+    heads = f"{result['heads']} heads, ensemble mode {result['ensemble_mode']}" if result["heads"] > 1 else "one head"
+    title = f"{result['images']:,} images, {result['classes']} classes, {heads}"
     figures = {"accuracy": "accuracy", "nll": "NLL", "brier": "Brier", "ece": "ECE"}
     if result["calibration"]:
         figures |= {
@@ -60,11 +58,8 @@ def _severity_table(result: Result, key: str, label: str) -> str:
         rows.append([name, *(f"{value:.4f}" for value in values), f"{sum(values) / len(values):.4f}"])
     means = corruption_means(result[key], scorer)
     rows.append(["mean of all", *[""] * len(severities), f"{means['accuracy']:.4f}"])
-    rows += [[f"mean {name}", *[""] * len(severities), f"{means[figure]:.4f}"] for name, figure in _OTHERS.items()]
+    rows += [[f"mean {figure.upper()}", *[""] * len(severities), f"{means[figure]:.4f}"] for figure in ("nll", "ece")]
     return plain_table(rows)
-
-
-_OTHERS = {"NLL": "nll", "ECE": "ece"}
 
 
 def write_plots(result: Result, output: Path) -> list[Path]:

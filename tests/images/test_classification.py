@@ -172,7 +172,7 @@ def run(tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-    monkeypatch.setattr(program, "open_images", lambda name, model: source(int(name)))
+    monkeypatch.setattr(program, "open_images", lambda name, scale, args: source(int(name)))
 
     def run(*arguments: str, seed: int = 0, output: str = "out.json") -> tuple[dict, str]:
         monkeypatch.setattr(program, "load_image_model", lambda path: Heads(seed))
@@ -195,11 +195,10 @@ def test_the_program_writes_figures_tables_and_plots(run):
     logits = torch.cat([Heads()(b["pixel_values"], True).head_logits for b in batches], 1).detach()
     labels = torch.cat([b["labels"] for b in batches])
     held_out = source(2)
-    for name, log_probs in c.by_scorer(logits):
-        other = dict(
-            c.by_scorer(torch.cat([Heads()(b["pixel_values"], True).head_logits for b in held_out], 1).detach())
-        )
-        temperature = c.fit_temperature(other[name], torch.cat([b["labels"] for b in held_out]))
+    other = torch.cat([Heads()(b["pixel_values"], True).head_logits for b in held_out], 1).detach()
+    truth = torch.cat([b["labels"] for b in held_out])
+    for (name, log_probs), (_, others) in zip(c.by_scorer(logits), c.by_scorer(other)):
+        temperature = c.fit_temperature(others, truth)
         assert result["scores"][name] == pytest.approx(c.figures(log_probs, labels, temperature))
         correct = result["per_image"][name]["correct"]
         assert correct.count("1") / len(correct) == result["scores"][name]["accuracy"]
@@ -268,7 +267,7 @@ def test_a_stock_classifier_counts_as_one_head(run, monkeypatch):
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5)
     stock = ResNetForImageClassification(config).eval()
     stock.save_pretrained(run.folder / "model")
-    monkeypatch.setattr(program, "open_images", lambda name, model: source(int(name)))
+    monkeypatch.setattr(program, "open_images", lambda name, scale, args: source(int(name)))
     output = run.folder / "stock.json"
     program.main(["--model", str(run.folder / "model"), "--data", "1", "--output", str(output)])
     result = json.loads(output.read_text())
