@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "disagreement": asdict(disagreement(logits)),
         "mask_overlap": head_overlap(masks_by_head(model)),
         "density": overall_density(model),
-        "ood": args.ood and unknown_images(model, sources[args.ood], logits, main_scorer) | {"data": args.ood},
+        "ood": args.ood and unknown_images(model, sources, args, logits, main_scorer),
         "corruptions": corrupted_scores(corruptions, lambda n, s: corrupted(data, scale, n, s, args.seed)),
         "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args, data, scale, n, s)),
         "against": None,
@@ -199,21 +199,29 @@ def published_batches(
     args: argparse.Namespace, data: Iterable[Batch], scale: Normalisation, name: str, severity: int
 ) -> Iterator[Batch]:
     images, labels = read_published(args.cifar_c, name, severity)
-    shape, expected = (list(values.shape[1:]) for values in (images, next(iter(data))["pixel_values"]))
-    if shape != expected:
-        raise ValueError(f"{args.cifar_c / name}.npy has images {shape}; accepted is {expected}, as of --data")
+    check_same_shape(f"{args.cifar_c / name}.npy", images, data)
     for part, truth in zip(images.split(args.batch_size), labels.split(args.batch_size)):
         yield {"pixel_values": scale.pixel_values(part), "labels": truth}
 
 
 def unknown_images(
-    model: PreTrainedModel, data: Iterable[Batch], logits: torch.Tensor, main_scorer: str
-) -> dict[str, Any]:
-    """How well images of another task are told from those whose logits are given."""
+    model: PreTrainedModel, sources: Mapping[str, Iterable[Batch]], args: argparse.Namespace, logits: torch.Tensor,
+    main_scorer: str,
+) -> dict[str, Any]:  # fmt: skip
+    """How well the images of --ood are told from those of --data, whose logits are given."""
+    other = sources[args.ood]
+    check_same_shape(f"--ood {args.ood}", next(iter(other))["pixel_values"], sources[args.data])
     # Their labels are no classes of the model.
-    unlabelled = (dict(batch, labels=torch.zeros(len(batch["pixel_values"]), dtype=torch.long)) for batch in data)
-    other, _ = predict(model, unlabelled)
-    return {"images": other.shape[1], "auroc": out_of_distribution(logits, other, main_scorer)}
+    unlabelled = (dict(batch, labels=torch.zeros(len(batch["pixel_values"]), dtype=torch.long)) for batch in other)
+    other_logits, _ = predict(model, unlabelled)
+    areas = out_of_distribution(logits, other_logits, main_scorer)
+    return {"data": args.ood, "images": other_logits.shape[1], "auroc": areas}
+
+
+def check_same_shape(name: str, images: torch.Tensor, data: Iterable[Batch]) -> None:
+    shape, expected = (list(values.shape[1:]) for values in (images, next(iter(data))["pixel_values"]))
+    if shape != expected:
+        raise ValueError(f"{name} has images {shape}; accepted is {expected}, as of --data; --image_size scales both")
 
 
 def per_image(log_probs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def load_image_model(path: str | Path) -> PreTrainedModel:
             path, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # damaged files raise errors of many types
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be loaded ({reason[:300]}); {accepted}") from error
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])

@@ -234,6 +234,17 @@ def test_two_results_on_the_same_images_are_compared(run):
         run("--data", "4", "--against", str(run.folder / "other.json"))
 
 
+def test_images_of_another_size_are_one_line(run, monkeypatch):
+    np.save(run.folder / "fog.npy", np.zeros((5, 9, 9, 3), np.uint8))
+    np.save(run.folder / "labels.npy", np.zeros(5, np.uint8))
+    with pytest.raises(ValueError, match=r"fog\.npy has images \[3, 9, 9\]; accepted is \[3, 8, 8\], as of --data"):
+        run("--cifar_c", str(run.folder))
+    large = [{"pixel_values": torch.zeros(2, 3, 9, 9), "labels": torch.zeros(2, dtype=torch.long)}]
+    monkeypatch.setattr(program, "open_images", lambda name, *_: large if name == "large" else source(int(name)))
+    with pytest.raises(ValueError, match=r"^--ood large has images \[3, 9, 9\]; accepted is \[3, 8, 8\], as of --data"):
+        run("--ood", "large")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
