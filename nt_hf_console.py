@@ -16,6 +16,7 @@ VERBS = {
     "evaluate perplexity": ("perplexity", "perplexity and bits per byte of a checkpoint on any text"),
     "evaluate diversity": ("diversity", "how the heads of a checkpoint differ, and what their ensemble gains by it"),
     "evaluate zero-shot": ("zero_shot", "accuracy on lm-eval's tasks (needs nt_hf[eval])"),
+    "evaluate images": ("images", "accuracy, calibration and robustness of an image classifier"),
     "evaluate compare": ("compare", "which differences between zero-shot results are real"),
     "plan": ("plan", "parameters, memory and time of a run before it is started"),
     "report": ("report", "table and plot of a run, also while it is training"),
