@@ -5,6 +5,7 @@ nt-hf evaluate images --model runs/image-classifier --output runs/image-classifi
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from nt_hf import NeuroTrailsForImageClassification, NeuroTrailsWideResNetConfig
 from nt_hf.data.image_config import ImageConfig
 from nt_hf.data.image_sets import open_training_images
 from nt_hf.data.images import ImageBatches
+from nt_hf.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> torch.nn.Module:
@@ -50,6 +52,8 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
     heads, ensemble = (right / len(validation)).split([3, 1])
     print(f"accuracy of the heads {[f'{x:.3f}' for x in heads.tolist()]}, of the ensemble {ensemble.item():.3f}")
     model.save_pretrained(args.output)
+    mean, std = train.config.statistics  # what evaluation, and an image processor of Transformers, needs to know
+    write_json(Path(args.output, "preprocessor_config.json"), {"image_mean": list(mean), "image_std": list(std)})
     return model
 
 
