@@ -143,7 +143,7 @@ def _apart(grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     seen: set[int] = set()
     apart = []
     for grad in grads:
-        storage = None if grad is None else grad.untyped_storage().data_ptr()
+        storage = None if grad is None else grad.untyped_storage()._cdata
         apart.append(grad.clone() if storage in seen else grad)
         seen |= {storage} - {None}
     return apart

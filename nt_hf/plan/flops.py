@@ -1,60 +1,88 @@
 """FLOPs of training and decoding, as executed and as the literature counts sparse networks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from ..config import RunConfig
-from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
-from .parameters import Parameters
+from ..models.transformers_versions import CACHE
+from .parameters import Parameters, build, without_values
 
 
-def forward_flops_per_token(
-    config: NeuroTrailsLlamaConfig, sequence_length: int, order_per_head: bool = False
-) -> float:
-    """Matrix FLOPs that a forward pass executes for a token, all heads together.
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Matrix FLOPs of a forward pass for a token; a multiplication and an addition are two.
 
-    With ``order_per_head`` each head has a token of its own, and the backbone runs for each.
-
-    A multiplication and an addition are two. Masks do not lower it: zeros are multiplied like any weight. Attention
-    counts every query-key pair of the sequence, as is usual (PaLM, arXiv 2204.02311, appendix B), though half of
-    them are masked. The same is the cost of decoding one token that attends to ``sequence_length`` ones, itself
-    included.
+    Attributes:
+        total, blocks, backbone: of the model, of all its blocks, and of the backbone's.
+        modules: of each module, by name.
     """
-    block = 2 * block_products(config) + attention_flops(config, sequence_length)
-    lm_heads = 2 * config.num_ensemble_heads * config.hidden_size * config.vocab_size
-    blocks = config.num_cache_layers + further_passes(config, order_per_head) * config.num_backbone_layers
-    return block * blocks + lm_heads
+
+    total: float
+    blocks: float
+    backbone: float
+    modules: Mapping[str, float]
+
+    def sparse(self, densities: Mapping[str, float]) -> float:
+        """The total without the products by zeros, of modules whose weights have these densities."""
+        return self.total - sum(self.modules[name] * (1 - density) for name, density in densities.items())
 
 
-def further_passes(config: NeuroTrailsLlamaConfig, order_per_head: bool) -> int:
-    """Passes through the backbone beyond the first."""
-    return config.num_ensemble_heads - 1 if order_per_head else 0
+def _build(config: PreTrainedConfig, length: int) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The model on no device, and a row of tokens for it."""
+    model = build(config).eval()
+    model.set_attn_implementation("eager")  # whose products the counter sees one by one
+    return model, torch.zeros(1, length, dtype=torch.long, device="meta")
 
 
-def training_flops_per_token(
-    config: NeuroTrailsLlamaConfig, sequence_length: int, order_per_head: bool = False
-) -> float:
-    """Matrix FLOPs of a training step for a token: the backward pass costs two forward passes."""
-    return 3 * forward_flops_per_token(config, sequence_length, order_per_head)
-
-
-def block_products(config: NeuroTrailsLlamaConfig) -> int:
-    """Weights of a block's products."""
-    hidden, queries, keys = widths(config)
-    return 2 * hidden * (queries + keys) + 3 * hidden * config.intermediate_size
-
-
-def widths(config: NeuroTrailsLlamaConfig) -> tuple[int, int, int]:
-    """Of the hidden states, of all queries, of all keys."""
-    return (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
+def _count(model: PreTrainedModel, passes: int = 1, **inputs) -> ForwardFlops:
+    """What PyTorch counts in a forward pass, its backbone running ``passes`` times."""
+    with torch.no_grad(), without_values(model), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    counts, tokens = counter.get_flop_counts(), inputs["input_ids"].numel()
+    blocks = model.blocks()
+    backbone = blocks[: model.config.num_backbone_layers]
+    repeated = {module for block in backbone for module in block.modules()}
+    flops = {
+        module: sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
+        * (passes if module in repeated else 1) / tokens
+        for name, module in model.named_modules()
+    }  # fmt: skip
+    of_backbone = sum(flops[block] for block in backbone)
+    return ForwardFlops(
+        total=counter.get_total_flops() / tokens + of_backbone / passes * (passes - 1),
+        blocks=sum(flops[block] for block in blocks),
+        backbone=of_backbone,
+        modules={name: flops[module] for name, module in model.named_modules()},
     )
 
 
-def attention_flops(config: NeuroTrailsLlamaConfig, sequence_length: int) -> float:
-    """A block's FLOPs of the products of queries, keys and values, for a token."""
-    return 4 * widths(config)[1] * sequence_length
+def forward_flops(config: PreTrainedConfig, length: int, order_per_head: bool = False) -> ForwardFlops:
+    """What a forward pass over sequences of ``length`` tokens executes, all heads together.
+
+    Masks do not lower it: zeros are multiplied like any weight. Attention counts every query-key pair of the sequence,
+    as is usual (PaLM, arXiv 2204.02311, appendix B), though half of them are masked. With ``order_per_head`` each head
+    has a token of its own, and the backbone runs for each.
+    """
+    model, ids = _build(config, length)
+    return _count(model, config.num_ensemble_heads if order_per_head else 1, input_ids=ids, use_cache=False)
+
+
+def decoding_flops(config: PreTrainedConfig, length: int) -> tuple[ForwardFlops, int]:
+    """What decoding a token executes that attends to ``length`` ones, itself included; numbers in the cache then."""
+    model, ids = _build(config, length)
+    with torch.no_grad(), without_values(model):
+        cache = model(input_ids=ids[:, 1:], use_cache=True)[CACHE]
+    flops = _count(model, input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
+    return flops, sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+
+
+def training_flops_per_token(config: PreTrainedConfig, length: int, order_per_head: bool = False) -> float:
+    """Matrix FLOPs of a training step for a token: the backward pass costs two forward passes."""
+    return 3 * forward_flops(config, length, order_per_head).total
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,7 @@ class Flops:
             steps of a topology update that looks at gradients count the dense weight gradient (RigL, Evci et al. 2020,
             appendix H). Attention is never sparse.
         recomputed: executed beside ``training`` for gradient checkpointing.
+        backbone: its share of ``training``.
         context: tokens.
         cache_bytes: of the keys and values of one sequence of ``context`` tokens, bf16.
     """
@@ -75,34 +104,32 @@ class Flops:
     training: float
     sparse_training: float
     recomputed: float
+    backbone: float
     decoding: float
     sparse_decoding: float
     context: int
     cache_bytes: int
 
 
-def count_flops(run: RunConfig, config: NeuroTrailsLlamaConfig, parameters: Parameters) -> Flops:
+def count_flops(run: RunConfig, config: PreTrainedConfig, parameters: Parameters) -> Flops:
     """The FLOPs of a run's training, and of decoding at the length it was trained on."""
-    length = run.data.sequence_length
-    attention, further = attention_flops(config, length), further_passes(config, run.data.order_per_head)
-    dense = forward_flops_per_token(config, length, run.data.order_per_head)
-    decoding = 2 * parameters.products.active + config.num_cache_layers * attention
-    backbone = 2 * parameters.parts["backbone"].active + config.num_backbone_layers * attention
-    sparse = decoding + further * backbone
-    sparsity = run.sparsity
+    length, densities, sparsity = run.data.sequence_length, parameters.densities, run.sparsity
+    forward = forward_flops(config, length, run.data.order_per_head)
+    decoding, cached = decoding_flops(config, length)
+    sparse = forward.sparse(densities)
     training = 3 * sparse
     if parameters.mobile and sparsity.update_interval:
         gradients = {"momentum", "gradient", "gradient_random"}
         interval = 1 if sparsity.needs_momentum else sparsity.update_interval
         needs_gradients = bool({sparsity.grow, sparsity.redistribute} & gradients)
-        training += needs_gradients * (dense - sparse) / interval
-    blocks = (2 * block_products(config) + attention) * (config.num_cache_layers + further * config.num_backbone_layers)
+        training += needs_gradients * (forward.total - sparse) / interval
     return Flops(
-        training=3 * dense,
+        training=3 * forward.total,
         sparse_training=training,
-        recomputed=blocks if run.train.gradient_checkpointing else 0,
-        decoding=forward_flops_per_token(config, length),
-        sparse_decoding=decoding,
+        recomputed=forward.blocks if run.train.gradient_checkpointing else 0,
+        backbone=forward.backbone / forward.total,
+        decoding=decoding.total,
+        sparse_decoding=decoding.sparse(densities),
         context=length,
-        cache_bytes=config.num_cache_layers * 2 * widths(config)[2] * length * 2,
+        cache_bytes=2 * cached,
     )

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
-from .flops import attention_flops, block_products, forward_flops_per_token
 from .hardware import GPU
-from .memory import FP32, StepSettings
+from .memory import FP32
+from .step import StepSettings
 
 
 @dataclass(frozen=True)
@@ -26,25 +25,23 @@ class Communication:
         return computing + max(0.0, self.seconds - self.overlap * computing)
 
 
-def overlap(config: NeuroTrailsLlamaConfig, settings: StepSettings) -> float:
+def overlap(settings: StepSettings, backbone: float) -> float:
     """Share of a step's computing during which gradients or weights can travel, at best.
 
     FSDP2 gathers and reduces all along. DDP reduces a gradient once it is there, in the last pass only: in the backward
     pass, two thirds of a pass; where heads run head by head, in the backbone's alone, since all the heads' gradients
     are handed over when the backward pass of the whole begins.
+
+    Args:
+        settings: of the step.
+        backbone: share of the backbone in a pass.
     """
     if settings.strategy == "FSDP2":
         return 1.0
-    trunk = config.num_backbone_layers
-    forward = forward_flops_per_token(config, settings.length)
-    block = 2 * block_products(config) + attention_flops(config, settings.length)
-    late = forward if settings.checkpointing else trunk * block
-    return 2 / 3 * late / forward / settings.passes
+    return 2 / 3 * (1 if settings.checkpointing else backbone) / settings.passes
 
 
-def communication(
-    config: NeuroTrailsLlamaConfig, weights: int, settings: StepSettings, gpu: GPU, per_node: int
-) -> Communication:
+def communication(weights: int, settings: StepSettings, gpu: GPU, per_node: int, backbone: float) -> Communication:
     """Communication of one step.
 
     DDP all-reduces the fp32 gradients once a step: each rank sends ``2 (n - 1) / n`` times their bytes. FSDP2 gathers
@@ -68,4 +65,4 @@ def communication(
         total = settings.passes * (gathered + gradients)
     else:
         total = 2 * gradients
-    return Communication(settings.strategy, (gpus - 1) / gpus * total, seconds(total), overlap(config, settings))
+    return Communication(settings.strategy, (gpus - 1) / gpus * total, seconds(total), overlap(settings, backbone))

@@ -1,18 +1,45 @@
 """The parameters of a model, and how many of them are active."""
 
-import re
+import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
-from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
-from ..models.masks import attach_masks, masked_modules, packed_shape
-from ..models.modeling_neurotrails import NeuroTrailsLlamaForCausalLM
-from ..models.multi_head import renumber_head
+from ..models.masks import MASKABLE, attach_masks, masked_modules, packed_shape
+from ..models.modeling_neurotrails import causal_lm_class
 from ..sparsity.config import SparsityConfig
 from ..sparsity.first_masks import target_counts
 
 PARTS = ("embedding", "backbone", "heads", "LM heads", "norms")
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The multi-head model of a configuration on the meta device, for forward passes within [`without_values`]."""
+    config = copy.deepcopy(config)
+    config.pad_token_id = None  # some models look for it in their input
+    with torch.device("meta"):
+        return causal_lm_class(config)(config)
+
+
+@contextlib.contextmanager
+def without_values(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model runs on tensors that have shapes and no values.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        # Whether rows are packed of several texts only values can tell.
+        with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        name, reason = type(model).__name__, str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be planned: accepted are models that run without values ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -33,66 +60,78 @@ class Parameters:
     Attributes:
         parts: by part, see ``PARTS``; the blocks' norms and the final ones are "norms".
         trails: of the model of each trail.
-        products: weights that a forward pass multiplies by, a tied LM head included: all but embeddings and norms.
+        densities: of the masked weight of a module, by the module's name; a tied weight under both names.
         masked: weights that carry a mask.
         mobile: of these, the weights of tensors that are not dense.
         packed: bytes of the packed masks.
         largest: weights of the largest mobile tensor.
+        unit: weights of the largest of the modules that FSDP2 gathers one by one: blocks, embeddings, LM heads.
     """
 
     parts: dict[str, WeightCount]
     trails: list[WeightCount]
-    products: WeightCount
+    densities: dict[str, float]
     masked: int
     mobile: int
     packed: int
     largest: int
+    unit: int
 
     @property
     def all(self) -> WeightCount:
         return sum(self.parts.values(), WeightCount())
 
 
-def count_parameters(config: NeuroTrailsLlamaConfig, sparsity: SparsityConfig) -> Parameters:
+def count_parameters(config: PreTrainedConfig, sparsity: SparsityConfig) -> Parameters:
     """Counts the parameters of a model on no device; exactly those that `draw_masks` leaves active.
 
     With a ``density_start`` the active ones are those of the end.
     """
-    with torch.device("meta"):
-        model = NeuroTrailsLlamaForCausalLM(config)
+    model = build(config)
     if sparsity.is_sparse or config.masked_modules:
         attach_masks(model, [*(config.masked_modules or ["*"]), *(f"!{glob}" for glob in sparsity.exclude)])
-    modules = masked_modules(model)
-    targets = target_counts(model, sparsity) if modules else {}
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    counts = {name: WeightCount(weight.numel(), targets.get(name, weight.numel())) for name, weight in weights.items()}
-    owners = {id(weight): name for name, weight in reversed(weights.items())}  # of a tied weight the first name
+    masked = masked_modules(model)
+    targets = target_counts(model, sparsity) if masked else {}
+    active = {id(module.weight): targets[name] for name, module in masked.items()}
+    heads = [set(model.head_modules(head).values()) for head in range(config.num_ensemble_heads)]
+    lm_heads = model.get_lm_heads()
 
-    parts = dict.fromkeys(PARTS, WeightCount())
-    for name in owners.values():
-        parts[_part(name)] += counts[name]
+    def part_of(module: nn.Module) -> str:
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+        if module in lm_heads:
+            return "LM heads"
+        if not isinstance(module, MASKABLE) and all(p.dim() < 2 for p in module.parameters(recurse=False)):
+            return "norms"
+        return "heads" if any(module in head for head in heads) else "backbone"
+
+    def count(weight: nn.Parameter) -> WeightCount:
+        return WeightCount(weight.numel(), active.get(id(weight), weight.numel()))
+
+    parts, seen = dict.fromkeys(PARTS, WeightCount()), set()
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if weight not in seen:
+                seen.add(weight)
+                parts[part_of(module)] += count(weight)
     trails = []
-    for head in range(config.num_ensemble_heads):
-        names = [name for name in weights if renumber_head(name, {head: 0}) is not None]
-        trails.append(
-            sum((counts[name] for name in {id(weights[n]): n for n in reversed(names)}.values()), WeightCount())
-        )
-    products = [name for name, weight in weights.items() if weight.dim() == 2 and _part(name) != "embedding"]
-    mobile = [module.weight.numel() for name, module in modules.items() if targets[name] < module.weight.numel()]
+    for head in heads:
+        others = set().union(*heads) - head
+        weights = {p for module in model.modules() if module not in others for p in module.parameters(recurse=False)}
+        trails.append(sum(map(count, weights), WeightCount()))
+    mobile = [module.weight.numel() for name, module in masked.items() if targets[name] < module.weight.numel()]
+    units = (*model.blocks(), *model.get_embeddings(), *lm_heads)
     return Parameters(
         parts=parts,
         trails=trails,
-        products=sum((counts[owners[id(weights[name])]] for name in products), WeightCount()),
-        masked=sum(module.weight.numel() for module in modules.values()),
+        densities={
+            name: active[id(module.weight)] / module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, MASKABLE) and id(module.weight) in active
+        },
+        masked=sum(module.weight.numel() for module in masked.values()),
         mobile=sum(mobile),
-        packed=sum(torch.Size(packed_shape(module.weight.shape)).numel() for module in modules.values()),
+        packed=sum(torch.Size(packed_shape(module.weight.shape)).numel() for module in masked.values()),
         largest=max(mobile, default=0),
+        unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )
-
-
-def _part(name: str) -> str:
-    if "norm" in name:
-        return "norms"
-    if "embed_tokens" in name:
-        return "embedding"
-    return {"lm_heads": "LM heads", "model.heads": "heads"}.get(re.split(r"\.\d", name)[0], "backbone")

@@ -3,16 +3,17 @@
 Pure functions; nothing is measured and no GPU is needed.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails import NeuroTrailsLlamaConfig
 from .flops import Flops, count_flops
 from .hardware import GIB, GPU, RESERVE
-from .memory import ADAM, FP32, MemorySnapshot, StepSettings, peak_snapshot
+from .memory import ADAM, FP32, MemorySnapshot, resident, step_memory
 from .network import Communication, communication
 from .parameters import Parameters, count_parameters
+from .step import StepSettings, record_step
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
         raise ValueError(f"--gpus {gpus}: accepted are up to {per_node}, a node's, and multiples of it")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu:g}: accepted is a number in (0, 1]")
-    config = NeuroTrailsLlamaConfig(**run.model, max_position_embeddings=run.data.sequence_length)
+    config = run.model_config()
     rows, passes = run.train.accumulation_steps(gpus)
     parameters = count_parameters(config, run.sparsity)
     flops = count_flops(run, config, parameters)
@@ -126,16 +127,22 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
     base = StepSettings(
         rows, run.data.sequence_length, bf16, passes=passes, ranks=gpus, order_per_head=run.data.order_per_head
     )
+    record = functools.cache(functools.partial(record_step, config))
+    usable = gpu.memory_gib * GIB * (1 - RESERVE)
 
+    @functools.cache
     def memory(settings: StepSettings) -> Memory:
-        peak = peak_snapshot(config, parameters, settings)
-        return Memory(settings, peak, peak.total <= gpu.memory_gib * GIB * (1 - RESERVE))
+        peak = max(step_memory(record, parameters, settings), key=lambda snapshot: snapshot.total)
+        return Memory(settings, peak, peak.total <= usable)
+
+    def fits(settings: StepSettings) -> bool:
+        return sum(resident(parameters, settings).values()) <= usable and memory(settings).fits
 
     variants = [replace(base, strategy=name, checkpointing=on) for name in strategies for on in (False, True)]
     as_configured = replace(base, strategy=strategies[0], checkpointing=run.train.gradient_checkpointing)
     remedies = []
     if not memory(as_configured).fits:
-        remedies = list(_remedies(as_configured, memory, run.train.batch_size))
+        remedies = list(_remedies(as_configured, fits, run.train.batch_size))
     return Plan(
         gpu=gpu,
         gpus=gpus,
@@ -149,7 +156,7 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
         remedies=remedies,
         checkpoint=checkpoint_size(run, parameters),
         communication=[
-            communication(config, parameters.all.total, replace(as_configured, strategy=name), gpu, per_node)
+            communication(parameters.all.total, replace(as_configured, strategy=name), gpu, per_node, flops.backbone)
             for name in strategies
             if gpus > 1
         ],
@@ -158,16 +165,16 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
     )
 
 
-def _remedies(settings: StepSettings, memory: Callable[[StepSettings], Memory], batch: int) -> Iterator[str]:
+def _remedies(settings: StepSettings, fits: Callable[[StepSettings], bool], batch: int) -> Iterator[str]:
     """What makes a step fit, one change or two at a time."""
     smaller = [rows for rows in range(settings.rows - 1, 0, -1) if settings.rows % rows == 0]
 
     def fitting(settings: StepSettings) -> Iterator[str]:
-        if memory(settings).fits:
+        if fits(settings):
             yield ""
             return
         for rows in smaller:
-            if memory(replace(settings, rows=rows, passes=settings.passes * settings.rows // rows)).fits:
+            if fits(replace(settings, rows=rows, passes=settings.passes * settings.rows // rows)):
                 yield f" with --train.micro_batch_size {rows}"
                 return
 
@@ -182,7 +189,7 @@ def _remedies(settings: StepSettings, memory: Callable[[StepSettings], Memory], 
         for on in sorted({settings.checkpointing, True}):
             rows = min(settings.rows, batch // ranks)
             sharded = replace(settings, strategy="FSDP2", ranks=ranks, rows=rows, checkpointing=on)
-            changes = [text for text in fitting(sharded) if memory(sharded).fits or rows > 1]
+            changes = [text for text in fitting(sharded) if fits(sharded) or rows > 1]
             for text in changes:
                 more = f" on {ranks} GPUs" if ranks > settings.ranks else ""
                 yield f"FSDP2{more}{' and gradient checkpointing' if on else ''}{text}"

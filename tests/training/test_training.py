@@ -16,7 +16,7 @@ from nt_hf.config import TrainConfig, load_run_config
 from nt_hf.data.streams import pad_rows
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import masked_modules
-from nt_hf.plan.flops import forward_flops_per_token, training_flops_per_token
+from nt_hf.plan.flops import training_flops_per_token
 from nt_hf.plan.hardware import peak_tflops
 from nt_hf.sparsity.first_masks import target_counts
 from nt_hf.training.batches import count_targets, grouped, limited, to_device
@@ -333,8 +333,7 @@ def test_flops_are_those_of_the_matrix_products(model):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=tokens)
     model.config._attn_implementation = "sdpa"
-    assert counter.get_total_flops() == 12 * forward_flops_per_token(model.config, 12)
-    assert training_flops_per_token(model.config, 12) == 3 * forward_flops_per_token(model.config, 12)
+    assert 3 * counter.get_total_flops() == 12 * training_flops_per_token(model.config, 12)
 
 
 def test_known_peaks():
