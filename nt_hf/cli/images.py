@@ -187,10 +187,11 @@ def predict_known(
     def hashing() -> Iterator[Batch]:
         for batch in data:
             digest.update(scale.images(batch["pixel_values"]).numpy().tobytes())
-            digest.update(batch["labels"].cpu().numpy().tobytes())
             yield batch
 
-    return *predict(model, hashing()), digest.hexdigest()[:16]
+    logits, labels = predict(model, hashing())
+    digest.update(labels.numpy().tobytes())  # not batch by batch: the hash must not depend on the size of batches
+    return logits, labels, digest.hexdigest()[:16]
 
 
 def corrupted(data: Iterable[Batch], scale: Normalisation, name: str, severity: int, seed: int) -> Iterator[Batch]:
