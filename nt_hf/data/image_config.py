@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, list_of, number, optional
+from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, list_of, number, optional, setting
 from .config import SOURCE
 
 # Means and standard deviations of the training images' red, green and blue, on a scale from 0 to 1.
@@ -23,34 +23,15 @@ def _is_statistics(value: object) -> bool:
     return pair and all(deviation > 0 for deviation in value[1])
 
 
-RULES = {
-    "train": SOURCE,
-    "validation": SOURCE,
-    "validation_share": number("[0, 1)", "a share of the training images"),
-    "split_seed": integer(0),
-    "image_field": TEXT,
-    "label_field": TEXT,
-    "image_size": optional(integer(1)),
-    "center_crop": number("(0, 1]", "a share of the shorter side"),
-    "normalize": Rule(
-        _is_statistics,
-        f"{', '.join(STATISTICS)}, or [[mean, mean, mean], [std, std, std]] with std above 0",
-        tuple(STATISTICS),
-    ),
-    "flip": SWITCH,
-    "crop_padding": integer(0),
-    "random_resized_crop": optional(
-        Rule(
-            lambda value: list_of(number("(0, 1]"), "", length=2).valid(value) and value[0] <= value[1],
-            "the least and the largest share of the area, two numbers in (0, 1]",
-        )
-    ),
-    "mixup": number("[0, inf)"),
-    "label_smoothing": number("[0, 1)"),
-    "order_per_head": SWITCH,
-    "num_workers": integer(0),
-    "on_bad_image": choice(["error", "skip"]),
-}
+NORMALIZE = Rule(
+    _is_statistics,
+    f"{', '.join(STATISTICS)}, or [[mean, mean, mean], [std, std, std]] with std above 0",
+    tuple(STATISTICS),
+)
+AREA = Rule(
+    lambda value: list_of(number("(0, 1]"), "", length=2).valid(value) and value[0] <= value[1],
+    "the least and the largest share of the area, two numbers in (0, 1]",
+)
 
 
 @dataclass
@@ -86,26 +67,26 @@ class ImageConfig:
         ValueError: a field has a value that is not accepted.
     """
 
-    train: str | list[str] = "digits:train"
-    validation: str | list[str] = "digits:validation"
-    validation_share: float = 0.0
-    split_seed: int = 0
-    image_field: str = "image"
-    label_field: str = "label"
-    image_size: int | None = None
-    center_crop: float = 1.0
-    normalize: str | list[list[float]] = "digits"
-    flip: bool = False
-    crop_padding: int = 0
-    random_resized_crop: list[float] | None = None
-    mixup: float = 0.0
-    label_smoothing: float = 0.0
-    order_per_head: bool = False
-    num_workers: int = 0
-    on_bad_image: str = "error"
+    train: str | list[str] = setting("digits:train", SOURCE)
+    validation: str | list[str] = setting("digits:validation", SOURCE)
+    validation_share: float = setting(0.0, number("[0, 1)", "a share of the training images"))
+    split_seed: int = setting(0, integer(0))
+    image_field: str = setting("image", TEXT)
+    label_field: str = setting("label", TEXT)
+    image_size: int | None = setting(None, optional(integer(1)))
+    center_crop: float = setting(1.0, number("(0, 1]", "a share of the shorter side"))
+    normalize: str | list[list[float]] = setting("digits", NORMALIZE)
+    flip: bool = setting(False, SWITCH)
+    crop_padding: int = setting(0, integer(0))
+    random_resized_crop: list[float] | None = setting(None, optional(AREA))
+    mixup: float = setting(0.0, number("[0, inf)"))
+    label_smoothing: float = setting(0.0, number("[0, 1)"))
+    order_per_head: bool = setting(False, SWITCH)
+    num_workers: int = setting(0, integer(0))
+    on_bad_image: str = setting("error", choice(["error", "skip"]))
 
     def __post_init__(self):
-        check_fields(self, RULES)
+        check_fields(self)
         scaled = Rule(lambda share: share == 1 or self.image_size is not None, "1 where image_size is null")
         check("center_crop", self.center_crop, scaled)
 

@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checks import Rule, check_fields, integer, one_line, optional
+from ..checks import Rule, check, check_fields, integer, one_line, optional, setting
 from .augmentation import BOX, draw, mix, move_and_flip, smooth
 from .errors import DataError
 from .image_sets import BadImageError, ImageSet
@@ -65,17 +65,17 @@ class ImageBatches:
 
     images: ImageSet
     _: KW_ONLY
-    batch_size: int
+    batch_size: int = setting(MISSING, integer(1))
     training: bool = True
-    heads: int | None = None
-    seed: int = 0
+    heads: int | None = setting(None, optional(integer(1)))
+    seed: int = setting(0, integer(0))
     rank: int = 0
-    world_size: int = 1
+    world_size: int = setting(1, integer(1))
 
     def __post_init__(self):
+        check_fields(self)
         ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
-        rules = {"batch_size": integer(1), "heads": optional(integer(1)), "seed": integer(0), "world_size": integer(1)}
-        check_fields(self, rules | {"rank": Rule(lambda rank: rank in range(self.world_size), ranks)})
+        check("rank", self.rank, Rule(lambda rank: rank in range(self.world_size), ranks))
         self.wait_seconds = 0.0
         self.bad_images = 0
         self._used = 0  # images, by all ranks
@@ -176,8 +176,8 @@ class ImageBatches:
         numbers, epochs = positions % len(images), positions // len(images)
         if self.training:
             for epoch in np.unique(epochs):
-                here = epochs == epoch
-                numbers[here] = shuffled(numbers[here], len(images), f"{seed}/{epoch}")
+                in_epoch = epochs == epoch
+                numbers[in_epoch] = shuffled(numbers[in_epoch], len(images), f"{seed}/{epoch}")
         draws = draw(seed, first, len(numbers))
         crops = self.training and config.random_resized_crop is not None
         read, good = [], []
