@@ -1,4 +1,4 @@
-"""The model of a run: its configuration, its place on the devices, what is wrapped around it."""
+"""The model of a run: its place on the devices, what is wrapped around it."""
 
 import warnings
 
@@ -7,27 +7,16 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..config import RunConfig, TrainConfig
-from ..models.configuration_neurotrails import MultiHeadConfig
-from ..models.modeling_neurotrails import MultiHeadForCausalLM
+from ..config import TrainConfig
 from ..sparsity.sharding import shard_model
 from .device import compile_blocks
 from .launch import wants_bf16
 
 
-def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MultiHeadConfig:
-    """The model's configuration, with what follows from the data."""
-    return config.model_config(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def place_model(
-    model: MultiHeadForCausalLM,
+    model: PreTrainedModel,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,
@@ -48,7 +37,7 @@ def place_model(
 
 
 def wrap_model(
-    model: MultiHeadForCausalLM,
+    model: PreTrainedModel,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,

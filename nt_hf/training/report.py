@@ -11,6 +11,7 @@ from ..config import RunConfig
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..text import markdown_table, pyplot
 from .metrics import last_record, read_metrics
+from .tasks import Task
 
 Record = Mapping[str, Any]
 
@@ -108,10 +109,10 @@ def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
     axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
-def model_card(model: MultiHeadConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
+def model_card(model: MultiHeadConfig, config: RunConfig, task: Task, step: int, records: Sequence[Record]) -> str:
     """The README of a checkpoint: what it is, how to load it, what was measured."""
     front = yaml.safe_dump(
-        {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
+        {"library_name": "transformers", "pipeline_tag": task.pipeline, "tags": ["neurotrails", "sparse"]}
     )
     sparsity = "No weight carries a mask."
     if model.masked_modules:
@@ -129,10 +130,7 @@ A multi-head {model.stock_class.model_type} model (NeuroTrails, arXiv 2505.17909
 {model.blocks_in_head} blocks on a backbone of {model.num_backbone_layers}. {sparsity}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+{task.example}
 ```
 
 Validation on `{json.dumps(config.data.validation)}`:
