@@ -63,15 +63,20 @@ def limited(
             return
 
 
-def synchronized(batches: Iterable[Batch], length: int, accelerator: Accelerator) -> Iterator[Batch]:
+def until(batches: Iterable[Batch], stop: Callable[[], bool]) -> Iterator[Batch]:
+    """Batches, at least one, until ``stop`` says so."""
+    for batch in batches:
+        yield batch
+        if stop():
+            return
+
+
+def synchronized(batches: Iterable[Batch], empty: Batch, accelerator: Accelerator) -> Iterator[Batch]:
     """As many batches on every process, whose passes through a sharded model must come together.
 
-    A process that has run out gets rows ``[1, length]`` without a token to predict.
+    A process that has run out gets ``empty``, a batch without targets.
     """
     iterator = iter(batches)
-    empty = {"input_ids": torch.zeros(1, length, dtype=torch.long)}
-    empty |= {"attention_mask": torch.ones(1, length, dtype=torch.long)}
-    empty |= {"labels": torch.full((1, length), IGNORE_INDEX)}
     while True:
         batch = next(iterator, None)
         if not accelerator.reduce(torch.tensor(int(batch is not None), device=accelerator.device)):

@@ -44,6 +44,7 @@ from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_sha
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches
 from .manifest import delete_old, remove_checkpoint, sync_with_checksum, write_manifest
+from .model_setup import running_statistics
 from .tasks import Task
 
 STATE = "training_state"
@@ -182,7 +183,8 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
     # A second model without weights writes the files: wrappers around the trained model would show in them.
     with torch.device("meta"):
         shell = register(model.config)(model.config)
-    shell.generation_config = model.generation_config
+    if model.can_generate():
+        shell.generation_config = model.generation_config
     with writing(path / "model.safetensors"):
         shell.save_pretrained(path, state_dict=weights)
     config = json.loads((path / "config.json").read_text())
@@ -205,6 +207,8 @@ def _state_tensors(state: TrainingState, with_weights: bool) -> dict[str, torch.
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
         if with_weights:
             tensors[f"weight.{name}"] = parameter.detach()
+    if with_weights:
+        tensors |= {f"weight.{name}": value for name, value in running_statistics(state.model).items()}
     return tensors
 
 
@@ -234,7 +238,7 @@ def cannot_continue(path: Path, task: Task, batches: Batches) -> str | None:
     try:
         progress, ranks = _read_progress(path)
         if progress.fingerprint != task.fingerprint:
-            return f"it was trained with another {task.fingerprint_key}"
+            return f"it was trained with {task.misfit}"
         batches.load_state_dict([rank["data"] for rank in ranks])
     except ValueError as error:
         return " ".join(str(error).split())
@@ -291,11 +295,12 @@ def _tensors_to_load_into(
 ) -> dict[str, torch.Tensor]:
     """Tensors to read a training state into, sharded as the model is; weights are read into the model's own."""
     parameters = dict(model.named_parameters())
+    values = {name: parameter.detach() for name, parameter in parameters.items()} | running_statistics(model)
     tensors = {f"sparsifier.{name}": value for name, value in sparsifier.state_dict().items()}
     for entry, saved in reader.read_metadata().state_dict_metadata.items():
         kind, _, name = entry.partition(".")
         if kind == "weight":
-            tensors[entry] = parameters[name].detach()
+            tensors[entry] = values[name]
         elif kind == "optimizer":
             parameter = parameters[name.partition(".")[2]].detach()
             if saved.size == parameter.shape:

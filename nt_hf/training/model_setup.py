@@ -36,6 +36,16 @@ def place_model(
         )
 
 
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model learns beside its parameters, by name: the means and variances of batch norms, for example."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in parameters and value.is_floating_point()
+    }
+
+
 def wrap_model(
     model: PreTrainedModel,
     train: TrainConfig,

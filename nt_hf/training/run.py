@@ -28,13 +28,13 @@ from .device import HostCopy, peak_memory
 from .launch import end_training, lock_run, main_process_only, start_processes
 from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
-from .model_setup import place_model, wrap_model
+from .model_setup import place_model, running_statistics, wrap_model
 from .optimizer import learning_rate, make_optimizer
 from .report import model_card, write_report
 from .resume import changed_keys, find_resume, refuse_changes
 from .run_log import RunLog
 from .signals import EXIT_PREEMPTED, Preemption
-from .tasks import TextTask
+from .tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class TrainingRun:
         previous = load_run_config([written]) if continues else config
         changes = changed_keys(config, previous, written)
 
-        self.task = task = TextTask(config, self.accelerator)
+        self.task = task = task_of(config, self.accelerator)
         shape = task.model_config()
         batches = task.training_batches(shape.num_ensemble_heads)
         self.validation = task.validation_batches()
@@ -165,6 +165,7 @@ class TrainingRun:
             self._restore(checkpoint, previous)
         self.wrapped = wrap_model(self.model, train, self.accelerator, self.sharding)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.statistics = list(running_statistics(self.model).values())
         self._read_ahead()
         self._open_files(continued=checkpoint is not None)
 
@@ -176,7 +177,7 @@ class TrainingRun:
         progress = self.state.progress
         if progress.fingerprint != self.task.fingerprint:
             value = getattr(self.config.data, key.partition(".")[2])
-            raise ValueError(f"{key}={value!r}: {checkpoint} was trained with another one")
+            raise ValueError(f"{key}={value!r}: {checkpoint} was trained with {self.task.misfit}")
         progress.processes = self.accelerator.num_processes
         rate, rate_before = (learning_rate(progress.step, settings) for settings in (train, previous.train))
         if rate != rate_before and progress.step < train.max_steps:
@@ -247,6 +248,7 @@ class TrainingRun:
         """One optimizer step over the batches of a group: forward and backward passes, topology update, update."""
         state, train, step = self.state, self.config.train, self.state.progress.step + 1
         head_losses = self._accumulate_gradients(group)
+        self._average_statistics()
         bad = (self.first_bad_step < 0) & ~head_losses.mean().isfinite()
         self.first_bad_step = torch.where(bad, step, self.first_bad_step)
         if state.sparsifier.update_is_next:
@@ -294,6 +296,13 @@ class TrainingRun:
                 accelerator.backward(loss)
             head_losses += of_heads.detach() / processes
         return head_losses
+
+    def _average_statistics(self) -> None:
+        """Makes running statistics, which every process takes of its own batches, the mean over all processes."""
+        if self.statistics and self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(torch.cat([values.flatten() for values in self.statistics]), "mean")
+            for values, new in zip(self.statistics, mean.split([values.numel() for values in self.statistics])):
+                values.copy_(new.view_as(values))
 
     def _after_step(self, result: StepResult) -> None:
         """Logs a topology update and prepares the record of a step that is to be logged."""

@@ -1,5 +1,7 @@
 """What a run trains for: what differs between models of text and of images. `TrainingRun` knows nothing of either."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -9,16 +11,21 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config import RunConfig
+from ..data.config import DataConfig
+from ..data.image_sets import open_training_images
+from ..data.images import ImageBatches
 from ..data.prepared import token_batches, tokenizer_fingerprint
 from ..data.streams import HeadBatches
 from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate, perplexity
-from ..files import writing
-from ..models.auto import NeuroTrailsForCausalLM
+from ..evaluation.validation_images import evaluate_images
+from ..files import write_text, writing
+from ..models.auto import NeuroTrailsForCausalLM, NeuroTrailsForImageClassification
 from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.losses import IGNORE_INDEX
 from ..plan.flops import training_flops_per_token
 from ..sparsity.sharding import is_sharded
-from .batches import Batch, Batches, count_targets, limited, synchronized, to_device
+from .batches import Batch, Batches, count_targets, limited, synchronized, to_device, until
 
 
 class Task(Protocol):
@@ -30,6 +37,7 @@ class Task(Protocol):
         units_per_step: that many in an optimizer step.
         fingerprint: of what gives a model's inputs and outputs their meaning; a run keeps it.
         fingerprint_key: the setting that it follows from.
+        misfit: what a checkpoint of another fingerprint was trained with, in words.
         pipeline: what the hub calls such models.
         example: code that loads a checkpoint, for its README.
     """
@@ -39,6 +47,7 @@ class Task(Protocol):
     units_per_step: int
     fingerprint: str
     fingerprint_key: ClassVar[str]
+    misfit: ClassVar[str]
     pipeline: ClassVar[str]
     example: ClassVar[str]
 
@@ -86,6 +95,15 @@ class Task(Protocol):
         """Writes what a model's user needs to make inputs."""
 
 
+def task_of(config: RunConfig, accelerator: Accelerator) -> Task:
+    """The task of a run, which follows from the kind of its data.
+
+    Raises:
+        ValueError: the data, or what they are read by, cannot be found or read.
+    """
+    return (TextTask if isinstance(config.data, DataConfig) else ImageTask)(config, accelerator)
+
+
 class TextTask:
     """Next tokens of a text.
 
@@ -100,6 +118,7 @@ class TextTask:
     models = NeuroTrailsForCausalLM
     unit = "tokens"
     fingerprint_key = "data.tokenizer"
+    misfit = "another tokenizer"
     pipeline = "text-generation"
     example = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,7 +191,9 @@ tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=Tr
         passes = self._config.train.accumulation_steps(accelerator.num_processes)[1]
         batches = limited(validation, share, stop, multiple=passes)
         if is_sharded(model):
-            batches = synchronized(batches, data.sequence_length, accelerator)
+            row = torch.zeros(1, data.sequence_length, dtype=torch.long)
+            empty = {"input_ids": row, "attention_mask": row + 1, "labels": row + IGNORE_INDEX}
+            batches = synchronized(batches, empty, accelerator)
         return evaluate(
             model,
             batches,
@@ -194,3 +215,118 @@ tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=Tr
     def save(self, folder: Path) -> None:
         with writing(folder / "tokenizer.json"):
             self._tokenizer.save_pretrained(folder)
+
+
+class ImageTask:
+    """Classes of images.
+
+    Args:
+        config: of the run.
+        accelerator: of this process.
+
+    Raises:
+        DataError: the images cannot be found or read.
+    """
+
+    models = NeuroTrailsForImageClassification
+    unit = "images"
+    fingerprint_key = "data.train"
+    misfit = "other classes"
+    pipeline = "image-classification"
+    example = """\
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("THIS DIRECTORY")"""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        self._config, self._accelerator = config, accelerator
+        self.units_per_step = config.train.batch_size
+        self._rows = config.train.accumulation_steps(accelerator.num_processes)[0]
+        self._ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        self._train, self._validation = open_training_images(config.data)
+        names = json.dumps(self._train.classes)
+        self.fingerprint = f"{len(self._train.classes)} ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
+
+    def model_config(self) -> MultiHeadConfig:
+        classes, (height, width) = self._train.classes, self._train.size
+        return self._config.model_config(
+            id2label=dict(enumerate(classes)),
+            label2id={name: label for label, name in enumerate(classes)},
+            image_size=height if height == width else [height, width],
+        )
+
+    def check_model(self, model: MultiHeadConfig) -> None:
+        sides, patch = self._train.size, getattr(model, "patch_size", 1)
+        if any(side % patch for side in sides):
+            raise ValueError(f"model.patch_size={patch}: accepted is a divisor of the images' sides {sides}")
+
+    def training_batches(self, heads: int) -> Batches:
+        own = heads if self._config.data.order_per_head else None
+        seed = self._config.train.seed
+        return ImageBatches(self._train, batch_size=self._rows, heads=own, seed=seed, **self._ranks)
+
+    def validation_batches(self) -> Iterable[Batch]:
+        return ImageBatches(self._validation, batch_size=self._rows, training=False, **self._ranks)
+
+    def saliency_loss(self, model: nn.Module) -> torch.Tensor:
+        train = self._config.train
+        rows = train.micro_batch_size or min(train.batch_size, 128)
+        batch = next(iter(ImageBatches(self._train, batch_size=rows, seed=train.seed)))
+        return model(**to_device(batch, model.device)).loss
+
+    def count_targets(self, group: Sequence[Batch]) -> list[int]:
+        return [sum(_count_images(batch) for batch in group)]
+
+    def losses(self, model: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = model(**to_device(batch, targets.device))
+        share = _count_images(batch) / targets.squeeze()
+        return output.loss * share, output.head_losses * share
+
+    def evaluate(self, model: nn.Module, validation: Iterable[Batch], stop: Callable[[], bool]) -> dict[str, Any]:
+        accelerator = self._accelerator
+        batches = until(validation, stop)
+        if is_sharded(model):
+            image = torch.zeros(1, 3, *self._train.size)
+            batches = synchronized(
+                batches, {"pixel_values": image, "labels": torch.tensor([IGNORE_INDEX])}, accelerator
+            )
+        return evaluate_images(
+            model,
+            batches,
+            autocast=accelerator.autocast,
+            reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device)),
+        )
+
+    def summary(self, result: dict[str, Any]) -> str:
+        heads = ", ".join(f"{value:.4f}" for value in result["head_accuracies"])
+        return (
+            f"accuracy {result['accuracy']:.4f} (heads {heads}), NLL {result['loss']:.4f}, ECE {result['ece']:.4f}, "
+            f"disagreement {result['disagreement']:.3f}"
+        )
+
+    def loss_figures(self, loss: float) -> dict[str, float]:
+        return {}
+
+    def flops_per_unit(self, model: MultiHeadConfig) -> float | None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        data = self._config.data
+        mean, std = data.statistics
+        settings: dict[str, Any] = {
+            "image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": False,
+            "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(mean), "image_std": list(std),
+        }  # fmt: skip
+        if side := data.image_size:
+            settings |= {
+                "do_resize": True, "size": {"shortest_edge": round(side / data.center_crop)}, "resample": 2,
+                "do_center_crop": True, "crop_size": {"height": side, "width": side},
+            }  # fmt: skip
+        write_text(folder / "preprocessor_config.json", json.dumps(settings, indent=2))
+
+
+def _count_images(batch: Batch) -> int:
+    """The images of a batch, or of each head's."""
+    return batch["pixel_values"].shape[-4]
