@@ -56,23 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     corruptions = parse_corruptions(args.corruptions)
     severities = parse_severities(args.severities)
     published = published_names(args.cifar_c) if args.cifar_c else []
-    if args.calibration == args.data:
-        raise ValueError(f"--calibration {args.calibration}: accepted are images other than those of --data")
     other = read_result(args.against) if args.against else None
     scale = read_normalisation(args.model)
     model = load_image_model(args.model)
     sources = {source: open_images(source, scale, args) for source in (args.data, args.calibration, args.ood) if source}
     data = sources[args.data]
-    digest = hashlib.sha256()
-    logits, labels = predict(model, hashing(data, scale, digest))
-    fingerprint = digest.hexdigest()[:16]
+    logits, labels, fingerprint = predict_known(model, data, scale)
     if other and other["fingerprint"] != fingerprint:
         raise ValueError(f"--against {args.against}: is of other images; accepted is a result on those of --data")
     mode = getattr(model.config, "ensemble_mode", "logits")
     main_scorer = "head 0" if len(logits) == 1 else f"ensemble, {mode}"
     temperatures = {}
     if args.calibration:
-        held_out, truth = predict(model, sources[args.calibration])
+        held_out, truth, other_images = predict_known(model, sources[args.calibration], scale)
+        if other_images == fingerprint:
+            raise ValueError(f"--calibration {args.calibration}: accepted are images other than those of --data")
         temperatures = {name: fit_temperature(x, truth) for name, x in by_scorer(held_out)}
 
     def scores(head_logits: torch.Tensor, truth: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -180,12 +178,20 @@ def read_normalisation(model: Path) -> Normalisation:
     return scale
 
 
-def hashing(data: Iterable[Batch], scale: Normalisation, digest: Any) -> Iterator[Batch]:
-    """The batches, whose images and labels go into ``digest``: two models may normalise the same images differently."""
-    for batch in data:
-        digest.update(scale.images(batch["pixel_values"]).numpy().tobytes())
-        digest.update(batch["labels"].cpu().numpy().tobytes())
-        yield batch
+def predict_known(
+    model: PreTrainedModel, data: Iterable[Batch], scale: Normalisation
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Logits and labels, see [`predict`], and a hash of the labels and of the images before they were normalised."""
+    digest = hashlib.sha256()
+
+    def hashing() -> Iterator[Batch]:
+        for batch in data:
+            digest.update(scale.images(batch["pixel_values"]).numpy().tobytes())
+            yield batch
+
+    logits, labels = predict(model, hashing())
+    digest.update(labels.numpy().tobytes())  # not batch by batch: the hash must not depend on the size of batches
+    return logits, labels, digest.hexdigest()[:16]
 
 
 def corrupted(data: Iterable[Batch], scale: Normalisation, name: str, severity: int, seed: int) -> Iterator[Batch]:

@@ -3,19 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checks import (
-    SWITCH,
-    TEXT,
-    Rule,
-    check,
-    check_fields,
-    choice,
-    integer,
-    list_of,
-    number,
-    optional,
-    setting,
-)
+from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, list_of, number, optional, setting
 from .config import SOURCE
 
 # Means and standard deviations of the training images' red, green and blue, on a scale from 0 to 1.
@@ -35,16 +23,14 @@ def _is_statistics(value: object) -> bool:
     return pair and all(deviation > 0 for deviation in value[1])
 
 
-_NORMALIZE = Rule(
+NORMALIZE = Rule(
     _is_statistics,
     f"{', '.join(STATISTICS)}, or [[mean, mean, mean], [std, std, std]] with std above 0",
     tuple(STATISTICS),
 )
-_AREA = optional(
-    Rule(
-        lambda value: list_of(number("(0, 1]"), "", length=2).valid(value) and value[0] <= value[1],
-        "the least and the largest share of the area, two numbers in (0, 1]",
-    )
+AREA = Rule(
+    lambda value: list_of(number("(0, 1]"), "", length=2).valid(value) and value[0] <= value[1],
+    "the least and the largest share of the area, two numbers in (0, 1]",
 )
 
 
@@ -89,10 +75,10 @@ class ImageConfig:
     label_field: str = setting("label", TEXT)
     image_size: int | None = setting(None, optional(integer(1)))
     center_crop: float = setting(1.0, number("(0, 1]", "a share of the shorter side"))
-    normalize: str | list[list[float]] = setting("digits", _NORMALIZE)
+    normalize: str | list[list[float]] = setting("digits", NORMALIZE)
     flip: bool = setting(False, SWITCH)
     crop_padding: int = setting(0, integer(0))
-    random_resized_crop: list[float] | None = setting(None, _AREA)
+    random_resized_crop: list[float] | None = setting(None, optional(AREA))
     mixup: float = setting(0.0, number("[0, inf)"))
     label_smoothing: float = setting(0.0, number("[0, 1)"))
     order_per_head: bool = setting(False, SWITCH)

@@ -73,8 +73,8 @@ class ImageBatches:
     world_size: int = setting(1, integer(1))
 
     def __post_init__(self):
-        ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
         check_fields(self)
+        ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
         check("rank", self.rank, Rule(lambda rank: rank in range(self.world_size), ranks))
         self.wait_seconds = 0.0
         self.bad_images = 0
@@ -176,8 +176,8 @@ class ImageBatches:
         numbers, epochs = positions % len(images), positions // len(images)
         if self.training:
             for epoch in np.unique(epochs):
-                here = epochs == epoch
-                numbers[here] = shuffled(numbers[here], len(images), f"{seed}/{epoch}")
+                in_epoch = epochs == epoch
+                numbers[in_epoch] = shuffled(numbers[in_epoch], len(images), f"{seed}/{epoch}")
         draws = draw(seed, first, len(numbers))
         crops = self.training and config.random_resized_crop is not None
         read, good = [], []

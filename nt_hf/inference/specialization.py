@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..models.masks import canonical_name, check_masks, is_transposed, masked_modules
 from ..text import plain_table
@@ -160,7 +159,7 @@ def _masked_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         canonical_name(name): module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if (isinstance(module, nn.Linear) or is_transposed(module))
         and id(module.weight) in masked
         and module.weight.is_floating_point()
         and not module.weight.is_meta

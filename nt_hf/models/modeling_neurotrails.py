@@ -29,7 +29,7 @@ from .forward_arguments import checked_forward, packed_masks, tokens_seen
 from .lm_heads import LMHead, LMHeads, by_head, check_adapters, head_loss, side_by_side, stacked_losses
 from .losses import IGNORE_INDEX, HeadByHead, next_tokens
 from .masks import attach_masks, maskable_modules
-from .multi_head import MultiHeadMixin, TokenTablesMixin, select_heads, trainable
+from .multi_head import HeadStatesMixin, TokenTablesMixin, select_heads, trainable
 from .multi_head_generation import MultiHeadGenerationMixin
 from .multi_head_pretrained import MultiHeadPreTrained, built_anew, make_model_class
 from .stock_forward import BlockCalls, StockLogits, TrailCache, find_parts
@@ -225,7 +225,7 @@ def maskable_names(config: PreTrainedConfig) -> list[str]:
 
 
 class MultiHeadForCausalLM(
-    MultiHeadMixin, TrailsMixin, MultiHeadGenerationMixin, TokenTablesMixin, MultiHeadPreTrained
+    HeadStatesMixin, TrailsMixin, MultiHeadGenerationMixin, TokenTablesMixin, MultiHeadPreTrained
 ):
     """Several heads over one backbone, whose next-token predictions are combined; goes before a stock causal LM."""
 

@@ -25,7 +25,7 @@ from .ensemble import Uncertainty, combine_logits, uncertainty
 from .forward_arguments import checked_forward
 from .losses import HeadByHead
 from .masks import attach_masks, maskable_modules
-from .multi_head import select_heads, trainable
+from .multi_head import MultiHeadMixin, select_heads, trainable
 from .multi_head_pretrained import MultiHeadPreTrained, built_anew, make_model_class, reset_parameters
 from .stock_forward import BlockCalls, StandIn, plain_forward, recording_blocks
 from .trails import TrailsMixin
@@ -326,7 +326,7 @@ class MultiHeadImageModel(MultiHeadPreTrained):
         )
 
 
-class MultiHeadForImageClassification(TrailsMixin, MultiHeadPreTrained):
+class MultiHeadForImageClassification(MultiHeadMixin, TrailsMixin, MultiHeadPreTrained):
     """Several heads over one backbone, whose classifications are combined; goes before a stock image classifier."""
 
     def build(self, config: PreTrainedConfig) -> None:
@@ -345,14 +345,6 @@ class MultiHeadForImageClassification(TrailsMixin, MultiHeadPreTrained):
                 reset_parameters(classifier)
         self.post_init()
         attach_masks(self, config.masked_modules)
-
-    def blocks(self) -> list[nn.Module]:
-        """All blocks: the backbone's, then head after head."""
-        return [*self.model.layers, *(block for head in self.model.heads for block in head.layers)]
-
-    def head_modules(self, head: int) -> dict[str, nn.Module]:
-        """The modules of one head alone, by names that are the same in all heads: "layers.0.conv1", "classifier"."""
-        return {**dict(self.model.heads[head].named_modules()), "classifier": self.classifiers[head]}
 
     def head_logits(self, head: int, output: Any) -> torch.Tensor:
         """The logits ``[batch, num_labels]`` of one head from the stock base model's output of its trail."""

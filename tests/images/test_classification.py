@@ -154,16 +154,16 @@ class Heads(torch.nn.Module):
         return SimpleNamespace(head_logits=torch.einsum("hci,bi->hbc", self.weight, pixel_values.flatten(1)))
 
 
-def source(seed: int, count: int = 40) -> list[dict[str, torch.Tensor]]:
-    """Two batches of noise, labelled mostly as the model of seed 0 sees them."""
+def source(seed: int, count: int = 40, batches: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Batches of noise, labelled mostly as the model of seed 0 sees them."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
     values = Normalisation(MEAN, STD).pixel_values(pixels)
     with torch.no_grad():
         labels = Heads()(values, output_head_logits=True).head_logits.mean(0).argmax(-1)
     labels[: count // 4] = torch.randint(5, (count // 4,), generator=generator)
-    halves = zip(values.split(count // 2), labels.split(count // 2))
-    return [{"pixel_values": x, "labels": y} for x, y in halves]
+    parts = zip(values.split(count // batches), labels.split(count // batches))
+    return [{"pixel_values": x, "labels": y} for x, y in parts]
 
 
 @pytest.fixture
@@ -221,8 +221,10 @@ def test_the_program_writes_figures_tables_and_plots(run):
     assert sorted(path.name for path in run.folder.glob("*.png")) == ["out_calibration.png", "out_severity.png"]
 
 
-def test_two_results_on_the_same_images_are_compared(run):
-    run(seed=1, output="other.json")
+def test_two_results_on_the_same_images_are_compared(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "open_images", lambda name, *_: source(int(name), batches=5))
+        run(seed=1, output="other.json")
     result, text = run("--against", str(run.folder / "other.json"))
     gaps = result["against"]["differences"]
     other = json.loads((run.folder / "other.json").read_text())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nt_hf.data.augmentation import draw, move_and_flip, random_box
+from nt_hf.data.augmentation import draw, mix, move_and_flip, random_box, smooth
 from nt_hf.data.errors import DataError
 from nt_hf.data.image_config import STATISTICS, ImageConfig
 from nt_hf.data.image_sets import open_images, open_training_images
@@ -245,6 +245,10 @@ def test_augmentation_is_applied_in_training_only():
     (batch,) = take(ImageBatches(augmented, batch_size=50, seed=3), 1)
     expected = move_and_flip(raw["pixel_values"], draw(3, 0, 50), 2, True)
     assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], raw["labels"])
+    soft = take(ImageBatches(digits(mixup=0.4, label_smoothing=0.1), batch_size=50, seed=3), 2)
+    for batch, raw, key in zip(soft, take(ImageBatches(plain, batch_size=50, seed=3), 2), ("3/0", "3/50")):
+        mixed, targets = mix(raw["pixel_values"], smooth(raw["labels"], 10, 0.1), 0.4, key)
+        assert torch.equal(batch["pixel_values"], mixed) and torch.equal(batch["labels"], targets)
     both = [list(ImageBatches(images, batch_size=500, training=False)) for images in (plain, digits(**AUGMENTED))]
     assert equal(*both) and both[0][0]["labels"].dtype == torch.int64
 
@@ -366,6 +370,17 @@ def test_bad_images_are_named_or_skipped_and_counted(tmp_path, caplog):
         assert resumed.bad_images == 16 * (heads or 1)
     scaled = open_images(folder, ImageConfig(on_bad_image="skip", image_size=5))
     assert len(numbers_in(ImageBatches(scaled, batch_size=12, training=False))) == 9, "another size is scaled"
+
+
+def test_images_after_a_bad_one_keep_their_own_augmentation(tmp_path):
+    slopes = [np.arange(75, dtype=np.uint8).reshape(5, 5, 3) + 5 * number for number in range(20)]
+    contents = [encoded(pixels) for pixels in slopes]
+    good = open_images(write_folders(tmp_path / "good", a=contents), ImageConfig(flip=True))
+    contents[7] = b""
+    bad = open_images(write_folders(tmp_path / "bad", a=contents), ImageConfig(flip=True, on_bad_image="skip"))
+    (expected,), (got,) = (take(ImageBatches(images, batch_size=20), 1) for images in (good, bad))
+    same = [any(torch.equal(row, other) for other in got["pixel_values"]) for row in expected["pixel_values"]]
+    assert sum(same) == 19, "all but the bad one"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 
 import nt_hf
-from nt_hf import NeuroTrailsForCausalLM, NeuroTrailsForImageClassification
+from nt_hf import NeuroTrailsForCausalLM, NeuroTrailsForImageClassification, SparsityConfig, draw_masks
 from nt_hf.models.auto import class_of_family
 from nt_hf.models.modeling_neurotrails_images import image_class
+from nt_hf.sparsity.measures import head_overlap, masks_by_head
 
 SIZES = {
     "image_size": 32, "patch_size": 8, "num_channels": 3, "num_labels": 7, "hidden_size": 32, "num_hidden_layers": 6,
@@ -210,6 +211,14 @@ def test_what_cannot_have_heads_is_named(family, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         kind = class_of_family(family)
         kind(kind.config_class())
+
+
+def test_two_heads_masks_are_compared():
+    model = tiny_model("wide_resnet", **MASKED)
+    draw_masks(model, SparsityConfig(density=0.5, distribution="uniform"))
+    masks = masks_by_head(model)
+    assert len(masks) == 3 and masks[0].keys() == masks[1].keys() and "layers.0.conv1" in masks[0]
+    assert 0.2 < head_overlap(masks) < 0.5
 
 
 def test_kinds_are_told_apart(tmp_path):
