@@ -11,6 +11,7 @@ from collections.abc import Sequence
 # The module of each verb, and what ``nt-hf --help`` says of it.
 VERBS = {
     "train": ("train", "pretrain a multi-head model, or continue a run"),
+    "train-images": ("train_images", "train an image classifier with several heads, or continue a run"),
     "prepare": ("prepare", "tokenize text once, for runs that read prepared tokens"),
     "tokenizer": ("tokenizer", "train a small tokenizer on any text"),
     "evaluate perplexity": ("perplexity", "perplexity and bits per byte of a checkpoint on any text"),

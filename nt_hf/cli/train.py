@@ -20,7 +20,12 @@ from .program import run, verb_parser
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line ``argv`` asks for; ``None``: that of this process."""
-    parser = verb_parser("train", __doc__, allow_abbrev=False)
+    start("train", __doc__, argv)
+
+
+def start(verb: str, description: str | None, argv: Sequence[str] | None) -> None:
+    """The program of ``nt-hf <verb>``; what is trained follows from the configuration's family of models."""
+    parser = verb_parser(verb, description, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", required=True, help="files or names; later ones override earlier ones")
     parser.add_argument("--output_dir", required=True, help="the run's directory")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint's path")
