@@ -18,7 +18,7 @@ from .train import start
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line ``argv`` asks for; ``None``: that of this process."""
-    start("train-images", __doc__, argv)
+    start("train-images", __doc__, argv, images_only=True)
 
 
 if __name__ == "__main__":

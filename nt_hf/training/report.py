@@ -34,7 +34,7 @@ def _figures(evaluation: Record) -> dict[str, tuple[str, str]]:
 def _missing(record: Record) -> list[str]:
     needed = list(NEEDED.get(record["event"], ()))
     if record["event"] == "eval":
-        needed += [f"{scorer}_{key}" for key in _figures(record) for scorer in ("head", "ensemble")]
+        needed[2:2] = [f"{scorer}_{key}" for key in _figures(record) for scorer in ("head", "ensemble")]
     return [key for key in dict.fromkeys(needed) if key not in record]
 
 
