@@ -102,7 +102,7 @@ def trained(variant: str, steps: int = 50) -> NeuroTrailsLlamaForCausalLM:
     return model.zero_grad() or model.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config(tmp_path_factory) -> Path:
     """The configuration file of a tiny run of the recipe."""
     from recipe_runs import write_config

@@ -230,20 +230,6 @@ def test_blank_documents_and_lines_are_skipped(tokenizer, tmp_path):
     assert (found.documents, found.bad_lines) == (2, 0)
 
 
-def test_local_training_imports_no_datasets_and_warns_of_no_fork(tmp_path):
-    code = f"""
-import sys
-from nt_hf.data.streams import TokenBatches
-from nt_hf.data.tokenizers import load_tokenizer
-options = dict(batch_size=4, sequence_length=16, epochs=1)
-for workers in (0, 2):  # first in this process, so that the tokenizer's threads run when it forks
-    list(TokenBatches({save(tmp_path, [texts(300)])!r}, load_tokenizer("sample"), num_workers=workers, **options))
-print(sorted({{"datasets", "lm_eval", "recipes"}} & set(sys.modules)))
-"""
-    done = run_python(code)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
 def test_hub_data_set_is_streamed(tokenizer, tmp_path):
     pytest.importorskip("datasets")
     documents = texts(40)

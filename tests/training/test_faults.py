@@ -27,7 +27,6 @@ from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
-SLOW = pytest.mark.slow
 SAVES_OFTEN = ("--train.save_steps", 3, "--train.keep", 2)
 
 
@@ -81,10 +80,10 @@ def die() -> None:
 
 
 @pytest.mark.parametrize("overrides", [("--data.packing", "pad", "--data.num_workers", "2"),
-                                       pytest.param((), marks=SLOW),
-                                       pytest.param(("--data.order_per_head", "true"), marks=SLOW),
-                                       pytest.param(("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
-                                                     "--train.save_dtype", "bfloat16"), marks=SLOW),
+                                       slow(()),
+                                       slow(("--data.order_per_head", "true")),
+                                       slow(("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
+                                             "--train.save_dtype", "bfloat16")),
                                        ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",
                                         "--sparsity.density_start", 1.0)])  # fmt: skip
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):
@@ -97,7 +96,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_pat
     require_same_result(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGUSR1)])
 def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -177,12 +176,12 @@ def damage(file: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.safetensors",
-        "run.yaml",
         "manifest.json",
-        "training_state/rank-0.json",
-        "training_state/state.json",
         "training_state/state-00001-of-00001.safetensors",
+        slow("model.safetensors"),
+        slow("run.yaml"),
+        slow("training_state/rank-0.json"),
+        slow("training_state/state.json"),
     ],
 )
 def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(config, whole, tmp_path, caplog, name):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import slow
 from processes import finish, free_port, wait_for
 from recipe_runs import of, start, train
@@ -17,6 +19,7 @@ from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data.prepare import prepare
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import check_masks, count_active
+from nt_hf.training.launch import sharding_asked_for
 from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics
 
@@ -31,7 +34,7 @@ OWN_ORDERS = ("--data.order_per_head", "true")
 
 # Of prepared tokens the shuffled rows of a step are the same ones as well.
 PREPARED = ("--train.micro_batch_size", 1, "--data.train")
-LONG = ("--train.max_steps", 40, "--train.eval_steps", 20, "--train.save_steps", 20, "--sparsity.update_interval", 10)
+LONG = ("--train.max_steps", 24, "--train.eval_steps", 12, "--train.save_steps", 12, "--sparsity.update_interval", 8)
 
 
 def train_on(processes: int, config: Path, run_dir: Path, *overrides: object, **environment: str) -> list[dict]:
@@ -61,7 +64,7 @@ def tokens(config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(config, tmp_path_factory) -> Path:
-    """The directory of a run of 40 steps on one process."""
+    """The directory of a run of 24 steps on one process."""
     directory = tmp_path_factory.mktemp("single") / "run"
     train(config, directory, *SAME_ROWS, *LONG)
     return directory
@@ -73,11 +76,11 @@ def test_several_processes_train_as_one(config, single, tmp_path, processes, env
     many = train_on(processes, config, tmp_path / "run", *SAME_ROWS, *LONG, "--train.check_interval", 1, **environment)
     for key in ("head_losses", "grad_norm"):
         pairs = list(zip(of(one, "train", key), of(many, "train", key)))
-        assert len(pairs) == 40
-        for (a,), (b,) in pairs[:9]:
+        assert len(pairs) == 24
+        for (a,), (b,) in pairs[:7]:
             assert b == pytest.approx(a, rel=1e-5)
         # From the first update on rounding decides between weights that score the same.
-        for (a,), (b,) in pairs[9:] if key == "head_losses" else []:
+        for (a,), (b,) in pairs[7:] if key == "head_losses" else []:
             assert b == pytest.approx(a, rel=1e-3)
     assert jaccard(masks_of(single), masks_of(tmp_path / "run")) >= 0.999
     assert of(many, "eval", "tokens") == of(one, "eval", "tokens")
@@ -92,13 +95,14 @@ def test_several_processes_train_as_one(config, single, tmp_path, processes, env
 
 @pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.slow), FSDP2])
 def test_several_processes_resume_exactly(config, tmp_path, environment):
-    whole = train_on(2, config, tmp_path / "run", **environment)
-    expected = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
-    again = train_on(2, config, tmp_path / "run", **environment)
+    steps = ("--train.max_steps", 8, "--train.save_steps", 4, "--train.eval_steps", 8)
+    whole = train_on(2, config, tmp_path / "run", *steps, **environment)
+    expected = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    again = train_on(2, config, tmp_path / "run", *steps, **environment)
     keys = ("step", "head_losses", "grad_norm")
     assert of(again, "train", *keys) == of(whole, "train", *keys)
-    found = load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")
+    found = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
@@ -109,13 +113,13 @@ def test_several_processes_resume_exactly(config, tmp_path, environment):
      slow((1, {}), (2, {}), OWN_ORDERS)],
 )  # fmt: skip
 def test_a_run_goes_on_with_another_number_of_processes(config, tokens, tmp_path, first, then, overrides):
-    settings = (*PREPARED, f"prepared:{tokens}", *LONG, *overrides)
+    settings = (*PREPARED, f"prepared:{tokens}", *overrides)
     expected = train(config, tmp_path / "single", *settings)
     train_on(first[0], config, tmp_path / "run", *settings, **first[1])
-    shutil.rmtree(tmp_path / "run" / "checkpoint-40")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
     moved = train_on(then[0], config, tmp_path / "run", *settings, **then[1])
     pairs = list(zip(of(moved, "train", "step", "head_losses"), of(expected, "train", "step", "head_losses")))
-    assert len(pairs) == 40
+    assert len(pairs) == 12
     for (step, losses), (same_step, expected_losses) in pairs:
         assert step == same_step and losses == pytest.approx(expected_losses, rel=1e-3)
     assert jaccard(masks_of(tmp_path / "single"), masks_of(tmp_path / "run")) >= 0.999
@@ -134,7 +138,19 @@ def test_text_is_dealt_again_to_another_number_of_processes(config, tmp_path):
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
-@pytest.mark.parametrize(("name", "shards"), [("ddp", 1), slow("fsdp2", 2)])
+@pytest.mark.parametrize(("name", "sharded"), [("one_gpu", False), ("ddp", False), ("fsdp2", True)])
+def test_the_launch_files_ask_for_what_their_names_say(monkeypatch, name, sharded):
+    """By what Accelerate puts into the environment of each process."""
+    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", file, "--num_processes", "2", "script"])
+    for key, value in prepare_multi_gpu_env(_validate_launch_command(arguments)[0]).items():
+        monkeypatch.setenv(key, value)
+    plugin = sharding_asked_for()
+    assert bool(plugin) == sharded and not (plugin and not plugin.reshard_after_forward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shards"), [("ddp", 1), ("fsdp2", 2)])
 def test_the_launch_files(config, tmp_path, name, shards):
     command = ["accelerate.commands.launch", "--config_file", "recipes/accelerate/" + name + ".yaml"]
     result = subprocess.run(

@@ -3,7 +3,6 @@
 Each test names the entry of the list of reports that it is for.
 """
 
-import contextlib
 import errno
 import os
 import shutil
@@ -25,6 +24,9 @@ from nt_hf.cli import prepare, tokenizer
 from nt_hf.cli.program import run as run_program
 from nt_hf.cli.train import main
 from nt_hf.config import TrainConfig, load_run_config, parse_overrides
+from nt_hf.data.sources import read_texts
+from nt_hf.data.streams import TokenBatches
+from nt_hf.data.tokenizers import load_tokenizer, tokenize
 from nt_hf.files import LockedError, lock_directory, write_atomic
 from nt_hf.training.batches import limited
 from nt_hf.training.launch import start_processes
@@ -201,12 +203,12 @@ def test_an_error_recommends_only_what_helps(config, tmp_path):
     """C8"""
     train(config, tmp_path / "run", "--train.max_steps", 6)
     steps, override = ("--train.max_steps", 6), "--resume_override continues all the same"
-    shutil.copy(ROOT / "nt_hf" / "data" / "sample" / "c4-train-1000.jsonl.gz", tmp_path / "c4-train-1000.jsonl.gz")
-    moved = ("--data.train", tmp_path / "c4-train-1000.jsonl.gz")  # the same file elsewhere: it would help
+    shutil.copy(config.parent / "train.jsonl", tmp_path / "train.jsonl")
+    moved = ("--data.train", tmp_path / "train.jsonl")  # the same file elsewhere: it would help
     for changes in (moved, ("--train.learning_rate", 0.5), ("--data.num_workers", 1)):
         with pytest.raises(ValueError, match=override):
             train(config, tmp_path / "run", *steps, *changes)
-    other = ("--data.train", "sample:validation")
+    other = ("--data.train", config.parent / "validation.jsonl")
     for changes in (other, ("--data.packing", "pad"), ("--data.shuffle_block", 7, "--train.learning_rate", 0.5)):
         with pytest.raises(ValueError, match=r"cannot continue so \(data state: was saved with") as caught:
             train(config, tmp_path / "run", *steps, *changes)
@@ -265,29 +267,23 @@ def training_killer(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FORKED = """
-import sys
-from nt_hf.data.sources import read_texts
-from nt_hf.data.streams import TokenBatches
-from nt_hf.data.tokenizers import load_tokenizer, tokenize
-tokenizer = load_tokenizer(sys.argv[1])
-tokenize(list(read_texts("sample:train"))[:200], tokenizer)
-batches = TokenBatches("sample:train", tokenizer, batch_size=2, sequence_length=32, num_workers=1)
-print(list(next(iter(batches))["input_ids"].shape))
-"""
-
-
-def test_workers_do_not_wait_for_threads_that_forking_lost(config):
+def test_workers_do_not_wait_for_threads_that_forking_lost(config, monkeypatch):
     """C3: the tokenizer's threads have run in the main process by then."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKED, str(config.parent / "tokenizer")], stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}, start_new_session=True,
-    )  # fmt: skip
+
+    def waited(*_):
+        pytest.fail("the worker waits for threads that it does not have")
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    text, tokenizer = str(config.parent / "train.jsonl"), load_tokenizer(str(config.parent / "tokenizer"))
+    tokenize(list(read_texts(text)) * 10, tokenizer)
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(60)
     try:
-        assert process.communicate(timeout=60)[0] == "[2, 32]\n"
+        batches = TokenBatches(text, tokenizer, batch_size=2, sequence_length=32, num_workers=1)
+        assert next(iter(batches))["input_ids"].shape == (2, 32)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with a worker that hangs
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # -------------------------------------------------------------------------------------------------- files, locks
