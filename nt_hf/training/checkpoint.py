@@ -2,12 +2,14 @@
 
 ```
 checkpoint-<step>/
-  config.json, model.safetensors, …   what from_pretrained reads, tokenizer and model code included
+  config.json, model.safetensors, …   what from_pretrained reads, model code and tokenizer (or how to
+                                      prepare images) included
   README.md, sparsity.json, run.yaml  the model card, densities by tensor, the configuration
   training_state/
-    state.json                        step, tokens, number of processes, the tokenizer's fingerprint
+    state.json                        step, tokens or images seen, number of processes, fingerprint of the task
     rank-<rank>.json                  position in the data and random generators of each process
-    state-<i>-of-<n>.safetensors      optimizer, sparsifier, and the fp32 weights where the model's own file is rounded
+    state-<i>-of-<n>.safetensors      optimizer, sparsifier, and where the model's own file is rounded, weights and
+                                      statistics of batch norms in fp32
   manifest.json                       size and CRC-32 of every file above; written last
 ```
 
@@ -140,7 +142,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, model_card: str) -> Pat
 
 
 def _write_model_files(folder: Path, state: TrainingState, model_card: str) -> None:
-    """Writes, on the main process, what is not training state: model, tokenizer, descriptions."""
+    """Writes, on the main process, what is not training state: model, tokenizer or the like, descriptions."""
     main, config, sparsifier = state.accelerator.is_main_process, state.config, state.sparsifier
     weights = full_state_dict(state.model, keep=main)  # all processes take part in gathering them
     report = sparsifier.report()

@@ -34,6 +34,7 @@ VIT = CONFIG.replace(
     "{base: wide_resnet, num_hidden_layers: 3, embedding_size: 4, width: 1,",
     "{base: vit, num_hidden_layers: 3, hidden_size: 16, intermediate_size: 24, num_attention_heads: 2, patch_size: 4,",
 )
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +210,10 @@ def on_two(config: Path, run_dir: Path, *overrides: object, **environment: str) 
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(vit, tmp_path):
+@pytest.mark.parametrize("environment", [{}, FSDP2])
+def test_two_processes_train_as_one(vit, tmp_path, environment):
     one = train(vit, tmp_path / "one", "--train.micro_batch_size", 8)
-    two = on_two(vit, tmp_path / "two", "--train.micro_batch_size", 8, "--train.check_interval", 1)
+    two = on_two(vit, tmp_path / "two", "--train.micro_batch_size", 8, "--train.check_interval", 1, **environment)
     for key in ("head_losses", "grad_norm"):
         for (a,), (b,) in zip(of(one, "train", key), of(two, "train", key), strict=True):
             assert b == pytest.approx(a, rel=1e-3)
@@ -220,11 +222,12 @@ def test_two_processes_train_as_one(vit, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_statistics_of_batch_norms_and_go_on_exactly(config, tmp_path):
-    whole = on_two(config, tmp_path / "run")
+@pytest.mark.parametrize("environment", [{}, FSDP2])
+def test_two_processes_share_the_statistics_of_batch_norms_and_go_on_exactly(config, tmp_path, environment):
+    whole = on_two(config, tmp_path / "run", **environment)
     shutil.copytree(tmp_path / "run" / "checkpoint-12", tmp_path / "expected")
     shutil.rmtree(tmp_path / "run" / "checkpoint-12")
-    again = on_two(config, tmp_path / "run")
+    again = on_two(config, tmp_path / "run", **environment)
     assert of(again, "train", "head_losses") == of(whole, "train", "head_losses")
     assert of(again, "eval", "head_losses") == of(whole, "eval", "head_losses")
     require_same_files(tmp_path / "expected", tmp_path / "run" / "checkpoint-12")
