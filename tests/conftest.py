@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, freeze_topology
+from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import masked_modules, set_mask
 
 torch.set_num_threads(1)  # The models are too small for more.
@@ -108,6 +110,12 @@ def config(tmp_path_factory) -> Path:
     from recipe_runs import write_config
 
     return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The sample's tokenizer, which is T5's."""
+    return load_tokenizer("sample")
 
 
 @pytest.fixture

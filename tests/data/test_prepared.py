@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import SERVER, finish
 from safetensors.numpy import load_file
 
 from nt_hf import files
 from nt_hf.cli import prepare as program
 from nt_hf.data.errors import DataError
 from nt_hf.data.prepare import prepare
-from nt_hf.data.prepared import PreparedTokens, shuffled, token_batches, tokenizer_fingerprint
+from nt_hf.data.prepared import PreparedTokens, token_batches, tokenizer_fingerprint
 from nt_hf.data.sources import find_files
 from nt_hf.data.streams import HeadBatches, TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer
@@ -82,67 +84,6 @@ def in_order(ranks, turns):
     """The rows of all ranks in the order of the run: turn by turn, rank by rank."""
     steps = [list(itertools.islice(loader, turns)) for loader in ranks]
     return rows_of(batch for turn in itertools.zip_longest(*steps) for batch in turn if batch)
-
-
-# --- the permutation ----------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None)
-@given(count=st.integers(1, 3000), key=st.text(max_size=8))
-def test_shuffling_is_a_bijection(count, key):
-    order = shuffled(np.arange(count), count, key)
-    assert sorted(order.tolist()) == list(range(count))
-
-
-@settings(max_examples=50, deadline=None)
-@given(count=st.integers(1, 2**62 - 1), data=st.data())
-def test_shuffling_of_many_rows_stays_within_them(count, data):
-    places = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=50))
-    order = shuffled(np.array(sorted(places)), count, "0/0").tolist()
-    assert len(set(order)) == len(places) and all(0 <= row < count for row in order)
-
-
-def test_shuffling_is_the_same_everywhere():
-    assert shuffled(np.arange(10), 10, "0/0").tolist() == [7, 5, 4, 9, 6, 1, 2, 0, 3, 8]
-    assert shuffled(np.array([0, 1, 2**40]), 10**15, "7/3").tolist() == [
-        129369076264514,
-        748725059155142,
-        584271139071481,
-    ]
-    places = np.arange(100)
-    assert shuffled(places[40:50], 100, "x").tolist() == shuffled(places, 100, "x")[40:50].tolist()
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 10, 30, 100])
-def test_small_shuffles_look_random(count):
-    """Over many epochs: each row at each place as often, neighbours no more often than by chance, no order twice."""
-    epochs = 3000
-    orders = np.stack([shuffled(np.arange(count), count, f"0/{epoch}") for epoch in range(epochs)])
-    seen = np.stack([(orders == row).sum(0) for row in range(count)])  # [row, place]
-    expected = epochs / count
-    squares = ((seen - expected) ** 2 / expected).sum()
-    freedom = (count - 1) ** 2
-    assert abs(squares - freedom) < 5 * np.sqrt(2 * freedom), "chi-squared of rows by places"
-    kept = (np.diff(orders, axis=1) == 1).sum()  # a row followed by the one after it: (n - 1) pairs at 1 / n each
-    mean = epochs * (count - 1) / count
-    assert abs(kept - mean) < 5 * np.sqrt(mean)
-    if count >= 10:
-        assert len({tuple(order) for order in orders.tolist()}) == epochs or count == 10
-    if count <= 4:  # every order as often
-        found = collections.Counter(map(tuple, orders.tolist()))
-        possible = np.prod(range(1, count + 1))
-        assert len(found) == possible
-        assert all(abs(n - epochs / possible) < 5 * np.sqrt(epochs / possible) for n in found.values())
-
-
-def test_large_shuffles_look_random():
-    count = 100_000
-    first, second = (shuffled(np.arange(count), count, key) for key in ("0/0", "0/1"))
-    for order in (first, second, np.argsort(first)[second]):  # the last: from one epoch's order to the next one's
-        assert abs(np.corrcoef(np.arange(count), order)[0, 1]) < 5 / np.sqrt(count)
-        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / np.sqrt(count)
-        assert (np.abs(np.diff(order)) == 1).sum() < 20  # 2 by chance
-        assert (order == np.arange(count)).sum() < 20  # 1 by chance
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -304,32 +245,26 @@ def test_blank_and_bad_lines(tmp_path):
         prepare(save(tmp_path / "blank", [[" "]]), Characters(), tmp_path / "none")
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-from test_prepared import Characters
-from nt_hf.data.prepare import prepare
-writes = iter(range({writes}))
-replace = os.replace
-def killed(*names):
-    if next(writes, None) is None:
-        os._exit(9)
-    replace(*names)
-os.replace = killed
-prepare({source!r}, Characters(), {output!r})
-"""
+def die_after(writes: int, source: str, output: Path) -> None:
+    """Prepares in this process, which ends like a killed one when so many files have been named."""
+    left, replace = iter(range(writes)), os.replace
+
+    def killed(*names):
+        if next(left, None) is None:
+            os._exit(9)
+        replace(*names)
+
+    os.replace = killed
+    prepare(source, Characters(), output)
 
 
-@pytest.mark.parametrize("writes", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 3))])
+@pytest.mark.parametrize("writes", [1, slow(0), slow(3)])
 def test_a_killed_preparation_goes_on(source, directory, tmp_path, writes):
     """Killed with so many files complete and the next one written, but not named; the last is the index."""
     output = tmp_path / "killed"
-    paths = [str(Path(__file__).parent), str(ROOT / "tests")]
-    code = KILLED.format(paths=paths, source=source, output=str(output), writes=writes)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 9, done.stderr
+    process = SERVER.Process(target=die_after, args=(writes, source, output))
+    process.start()
+    assert finish([process]) == [9]
     assert len(list(output.glob("tokens-*"))) == min(writes, 3) and len(list(output.glob(".*.partial"))) == 1
     with pytest.raises(
         DataError, match=r"^prepared:.*: has no index.json; accepted is a directory that [^\n]*completed$"

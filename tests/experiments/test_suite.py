@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, script
-from recipe_runs import call, start
+from recipe_runs import call, start, write_text
 
+from experiments import suite_report
 from experiments.suite import (
     budget,
     fill,
@@ -204,17 +205,27 @@ def test_a_suite_can_take_the_arms_of_another(tiny):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A directory with a suite, and all its runs made."""
+def begun(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A directory with a suite of which one arm is tuned, and the results that were there then."""
     directory = tmp_path_factory.mktemp("suite")
     (directory / "tiny.yaml").write_text(TINY)
-    run(directory)
+    run(directory, "--only", "tuning/single/*")
+    return directory, sorted(str(path.parent.relative_to(directory)) for path in directory.rglob("result.json"))
+
+
+@pytest.fixture(scope="module")
+def world(begun) -> Path:
+    """A directory with a suite, and all its runs made."""
+    directory, _ = begun
+    run(directory, plots=True)
     return directory
 
 
-def run(directory: Path, *arguments: str) -> list[str]:
+def run(directory: Path, *arguments: str, plots: bool = False) -> list[str]:
     """Runs a suite without starting an interpreter for each program. Returns the programs that were called."""
     called = []
+    if not (directory / "text.jsonl").exists():
+        write_text(directory / "text.jsonl")
 
     class Quick(runner.Programs):
         def __post_init__(self):
@@ -232,14 +243,14 @@ def run(directory: Path, *arguments: str) -> list[str]:
             else:
                 PROGRAMS[program].main(list(arguments))
 
-    before, runner.Programs = runner.Programs, Quick
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "Programs", Quick)
+        if not plots:
+            patch.setattr(suite_report, "pyplot", lambda: None)
         call(
-            runner.main, "--suite", directory / "tiny.yaml", "--data_root", "sample:validation",
+            runner.main, "--suite", directory / "tiny.yaml", "--data_root", directory / "text.jsonl",
             "--runs", directory / "runs", "--results", directory / "results", *arguments,
         )  # fmt: skip
-    finally:
-        runner.Programs = before
     return called
 
 
@@ -272,11 +283,8 @@ def test_finished_runs_are_skipped_and_one_that_lost_its_result_is_only_evaluate
     assert (world / "runs/runs/single/seed-0/metrics.jsonl").read_bytes() == metrics
 
 
-def test_only_makes_the_runs_it_names(world, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    run(tmp_path, "--only", "tuning/single/*")
-    assert sorted(path.parent.name for path in tmp_path.glob("results/*/*/*/result.json")) == ["lr-0.001", "lr-0.01"]
-    assert not (tmp_path / "results" / "runs").exists()
+def test_only_makes_the_runs_it_names(begun):
+    assert begun[1] == ["results/tuning/single/lr-0.001", "results/tuning/single/lr-0.01"]
 
 
 def test_results_of_another_configuration_are_refused_not_overwritten(world):
@@ -297,13 +305,13 @@ def test_list_and_report_train_nothing(world, capsys):
     assert "5 of 5 runs are finished" in (world / "results" / "report.md").read_text()
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_finished(world, tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     content = yaml.safe_load(TINY)
     content["arms"]["neurotrails"]["config"] = {"train": {"micro_batch_size": 3}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(ValueError, match=r"2 of 4 runs failed, for example tuning/neurotrails/lr-0\.001"):
-        run(tmp_path, "--only", "tuning/*")
-    assert len(list(tmp_path.glob("results/tuning/single/*/result.json"))) == 2
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, for example tuning/neurotrails/lr-0\.001"):
+        run(tmp_path, "--only", "tuning/*/lr-0.001")
+    assert len(list(tmp_path.glob("results/tuning/single/*/result.json"))) == 1
 
 
 def test_a_run_that_is_not_there_is_named(world):
@@ -343,8 +351,10 @@ def test_two_suites_do_not_work_in_one_directory(world):
 
 
 def test_the_last_line_of_a_program_that_fails_is_the_error(tmp_path):
-    with pytest.raises(ValueError, match=r"recipes/prepare_c4.py: .*nowhere"):
-        runner.Programs().call("recipes/prepare_c4.py", "--data", "nowhere/*.gz", "--output", str(tmp_path))
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nprint('begun')\nsys.exit(f'error: {sys.argv[1]}: no such file')\n")
+    with pytest.raises(ValueError, match=rf"^{program}: nowhere: no such file$"):
+        runner.Programs().call(str(program), "nowhere")
 
 
 # -------------------------------------------------------------------------------------------------------- reports
