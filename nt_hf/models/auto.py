@@ -24,10 +24,12 @@ from .modeling_neurotrails_images import base_class as image_base_class
 
 #: Families whose multi-head models the Auto classes know as soon as this package is imported; others follow when
 #: somebody asks for them. (Every family takes about 15 ms.)
-FAMILIES = (
+DECODERS = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2", "gpt_neox",
-    "cohere", "resnet", "vit", "convnext", "wide_resnet",
+    "cohere",
 )  # fmt: skip
+IMAGE_CLASSIFIERS = ("resnet", "vit", "convnext", "wide_resnet")
+FAMILIES = DECODERS + IMAGE_CLASSIFIERS
 # Of ``from_pretrained``, and also needed to read the configuration.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
