@@ -6,18 +6,18 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, MISSING, dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checks import Rule, check, check_fields, integer, one_line, optional, setting
+from ..checks import integer, optional, setting
 from .augmentation import BOX, draw, mix, move_and_flip, smooth
 from .errors import DataError
 from .image_sets import BadImageError, ImageSet
 from .prepared import shuffled
-from .streams import require_same
+from .streams import RankOptions, saved_place
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ AHEAD = 2  # batches that each thread prepares before they are asked for
 
 
 @dataclass(eq=False, repr=False)
-class ImageBatches:
+class ImageBatches(RankOptions):
     """Iterable over batches of images, for one rank.
 
     A batch is a dict of ``pixel_values``, float32 ``[batch_size, 3, H, W]``, normalised; and ``labels``, int64
@@ -46,11 +46,10 @@ class ImageBatches:
 
     Args:
         images: the set.
-        batch_size: images a batch, of each head.
         training: whether the batches are for training.
         heads: number of heads with an order of their own; None for one order for all.
         seed: of order and augmentation.
-        rank, world_size: this process among those that share the images.
+        further ones: those of [`RankOptions`]; ``batch_size`` are the images of each head.
 
     Attributes:
         wait_seconds: time that the consumer has waited for batches.
@@ -65,17 +64,12 @@ class ImageBatches:
 
     images: ImageSet
     _: KW_ONLY
-    batch_size: int = setting(MISSING, integer(1))
     training: bool = True
     heads: int | None = setting(None, optional(integer(1)))
     seed: int = setting(0, integer(0))
-    rank: int = 0
-    world_size: int = setting(1, integer(1))
 
     def __post_init__(self):
-        check_fields(self)
-        ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
-        check("rank", self.rank, Rule(lambda rank: rank in range(self.world_size), ranks))
+        super().__post_init__()
         self.wait_seconds = 0.0
         self.bad_images = 0
         self._used = 0  # images, by all ranks
@@ -103,19 +97,11 @@ class ImageBatches:
         Raises:
             ValueError: the states belong to other images or another order, or are no such states.
         """
-        try:
-            settings = [dict(state["settings"]) for state in states]
-            used, bad = {state["images"] for state in states}, [state["bad_images"] for state in states]
-            if not used or not all(isinstance(count, int) and count >= 0 for count in (*used, *bad)):
-                raise ValueError(f"images={sorted(map(str, used))}, bad_images={bad}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"data state: not one that ImageBatches wrote ({one_line(error)})") from error
-        for saved in settings:
-            require_same(saved, self._settings())
-        if len(used) > 1:
-            raise ValueError(f"data state: of ranks after {sorted(used)} images; accepted are all after as many")
-        (self._used,) = used
-        self.bad_images = sum(bad[self.rank :: self.world_size])
+        place = saved_place(states, "images", self._settings(), "ImageBatches")
+        bad = [state.get("bad_images") for state in states]
+        if not all(isinstance(count, int) and count >= 0 for count in bad):
+            raise ValueError(f"data state: not one that ImageBatches wrote (bad_images={bad})")
+        self._used, self.bad_images = place, sum(bad[self.rank :: self.world_size])
         self._resume = True
 
     def _settings(self) -> dict[str, Any]:

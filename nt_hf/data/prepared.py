@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import one_line
 from .errors import DataError
 from .sources import INDEX, PREPARED
-from .streams import BatchOptions, TokenBatches, require_same
+from .streams import BatchOptions, TokenBatches, saved_place
 from .tokenizers import eos_id, tokenize
 
 FORMAT_VERSION = 1
@@ -240,18 +240,7 @@ class PreparedTokens(BatchOptions):
         Raises:
             ValueError: the states belong to other tokens or another order, or are no such states.
         """
-        try:
-            settings = [dict(state["settings"]) for state in states]
-            used = {state["rows"] for state in states}
-            if not all(isinstance(rows, int) and rows >= 0 for rows in used) or not used:
-                raise ValueError(f"rows={sorted(map(str, used))}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"data state: not one that PreparedTokens wrote ({one_line(error)})") from error
-        for saved in settings:
-            require_same(saved, self._settings)
-        if len(used) > 1:
-            raise ValueError(f"data state: of ranks after {sorted(used)} rows; accepted are all after as many")
-        (self._used,) = used
+        self._used = saved_place(states, "rows", self._settings, "PreparedTokens")
         self._resume = True
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -47,14 +47,12 @@ def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokeni
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class BatchOptions:
-    """How rows make batches, and how these are divided among ranks.
+class RankOptions:
+    """How batches are divided among ranks.
 
     Args:
-        batch_size: rows a batch.
-        sequence_length: tokens a row.
-        seed: of the shuffling.
-        epochs: passes over the source; None for no end.
+        batch_size: rows, or images, a batch.
+        seed: of the order.
         rank, world_size: this process among those that share the source.
 
     Raises:
@@ -62,9 +60,7 @@ class BatchOptions:
     """
 
     batch_size: int = setting(MISSING, integer(1))
-    sequence_length: int = setting(MISSING, RULES["sequence_length"])
     seed: int = 0
-    epochs: int | None = setting(None, optional(integer(1)))
     rank: int = 0
     world_size: int = setting(1, integer(1))
 
@@ -72,6 +68,47 @@ class BatchOptions:
         check_fields(self)
         ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
         check("rank", self.rank, Rule(lambda rank: rank in range(self.world_size), ranks))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class BatchOptions(RankOptions):
+    """How rows of tokens make batches.
+
+    Args:
+        sequence_length: tokens a row.
+        epochs: passes over the source; None for no end.
+        further ones: those of [`RankOptions`].
+    """
+
+    sequence_length: int = setting(MISSING, RULES["sequence_length"])
+    epochs: int | None = setting(None, optional(integer(1)))
+
+
+def saved_place(states: Sequence[dict], unit: str, settings: Mapping[str, Any], writer: str) -> int:
+    """The place in an order that all ranks share, from the states that they saved.
+
+    Args:
+        states: with ``settings`` and, by the name ``unit``, how many rows or images all ranks together have used.
+        unit: that name.
+        settings: those that the saved ones must be.
+        writer: the class that wrote the states.
+
+    Raises:
+        ValueError: the states are of other settings, of different places, or no such states.
+    """
+    try:
+        saved = [dict(state["settings"]) for state in states]
+        used = {state[unit] for state in states}
+        if not used or not all(isinstance(count, int) and count >= 0 for count in used):
+            raise ValueError(f"{unit}={sorted(map(str, used))}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data state: not one that {writer} wrote ({one_line(error)})") from error
+    for of_rank in saved:
+        require_same(of_rank, settings)
+    if len(used) > 1:
+        raise ValueError(f"data state: of ranks after {sorted(used)} {unit}; accepted are all after as many")
+    (place,) = used
+    return place
 
 
 def require_same(saved: Mapping[str, Any], accepted: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..models.ensemble import uncertainty
+from ..models.trails import load_complete
 from .diversity import Calibration, Pairs, bin_sums, calibration
+from .perplexity import one_line_errors, ready
 
 # Temperatures are looked for between exp(-LOG_RANGE) and exp(LOG_RANGE), to a relative 2e-9.
 LOG_RANGE, HALVINGS = 5.0, 32
@@ -44,26 +46,12 @@ def load_image_model(path: str | Path) -> PreTrainedModel:
     Raises:
         ValueError: ``path`` is no such directory, it is damaged or incomplete, or a weight is not finite.
     """
-    accepted = "accepted is a checkpoint directory of an image classifier"
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json; {accepted}")
-    try:
-        # Weights that are missing or of a wrong shape would become random ones.
-        model, info = AutoModelForImageClassification.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # damaged files raise errors of many types
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be loaded ({reason[:300]}); {accepted}") from error
-    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"{path} lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
-    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path} has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: has no config.json; accepted is a checkpoint directory of an image classifier")
+    with one_line_errors(path):
+        model = load_complete(AutoModelForImageClassification, path)
+    return ready(model, path)
 
 
 @torch.no_grad()

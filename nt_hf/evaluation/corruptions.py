@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from ..checks import check, choice, integer
+from ..data.images import normalised
 
 SEVERITIES = range(1, 6)
 # Images whose shorter side is below the first bound get the constants for 32 pixels, below the second for 64.
@@ -113,8 +114,7 @@ class Normalisation:
 
     def pixel_values(self, images: torch.Tensor) -> torch.Tensor:
         """What the model takes."""
-        mean, std = self._by_channel()
-        return (images.float() / 255 - mean) / std
+        return normalised(images, self.mean, self.std)
 
     def images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The images that ``pixel_values`` were made from.
@@ -122,7 +122,7 @@ class Normalisation:
         Raises:
             ValueError: values lie outside 0 to 1, so they were made by another mean or standard deviation.
         """
-        mean, std = self._by_channel()
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         values = pixel_values.float().cpu() * std + mean
         if not ((values > -0.01) & (values < 1.01)).all():
             raise ValueError(
@@ -130,9 +130,6 @@ class Normalisation:
                 "is 0 to 1, images normalised by image_mean and image_std of the checkpoint"
             )
         return (values * 255).round().clamp(0, 255).to(torch.uint8)
-
-    def _by_channel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
 
 # Each takes images in [0, 1], the constants of a severity and a generator.

@@ -34,7 +34,7 @@ def load_config(path: str | Path) -> MultiHeadConfig:
         ValueError: ``path`` is no directory of a multi-head model or a stock decoder, or its configuration is damaged.
     """
     path = Path(path)
-    with _one_line_errors(path):
+    with one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
             return kind.config_class.from_stock_config(AutoConfig.from_pretrained(path), num_ensemble_heads=1)
@@ -51,12 +51,21 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
             weight is not finite.
     """
     path = Path(path)
-    with _one_line_errors(path):
+    with one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
-            model = kind.from_stock(_load_stock(kind.stock_class, path), num_ensemble_heads=1)
+            model = kind.from_stock(path, num_ensemble_heads=1, dtype="auto")
         else:
             model = kind.from_pretrained(path, dtype="auto")
+    return ready(model, path)
+
+
+def ready(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """A loaded model in eval mode, on a GPU if there is one.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
@@ -65,7 +74,7 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def one_line_errors(path: Path) -> Iterator[None]:
     """Makes what loading a checkpoint raises one line that names it."""
     try:
         yield
@@ -89,15 +98,6 @@ def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
     except ValueError as error:
         raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
     return kind, model_type != kind.config_class.model_type
-
-
-def _load_stock(kind: type[PreTrainedModel], path: Path) -> PreTrainedModel:
-    # Stock, weights that are missing become random ones, and that or a wrong shape is named in the log only.
-    model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
-    wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
-    return model
 
 
 def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[Sequence[int], int]]:

@@ -9,7 +9,7 @@ stock dense modules compute the right thing.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import transformers
@@ -31,71 +31,17 @@ from .losses import IGNORE_INDEX, HeadByHead, next_tokens
 from .masks import attach_masks, maskable_modules
 from .multi_head import HeadStatesMixin, TokenTablesMixin, select_heads, trainable
 from .multi_head_generation import MultiHeadGenerationMixin
-from .multi_head_pretrained import MultiHeadPreTrained, built_anew, make_model_class
+from .multi_head_pretrained import MultiHeadBase, MultiHeadPreTrained, make_model_class
 from .stock_forward import BlockCalls, StockLogits, TrailCache, find_parts
 from .trails import TrailsMixin
 from .transformers_versions import CACHE, either_cache
 
 
-class NeuroTrailsHead(nn.Module):
-    """The last blocks and the final norm of one trail (the LM head lies beside the base model)."""
-
-    def __init__(self, embeddings: Mapping[str, nn.Module], layers: Iterable[nn.Module], norm: nn.Module):
-        super().__init__()
-        for name, module in embeddings.items():
-            self.add_module(name, module)
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-
-
-class MultiHeadModel(TokenTablesMixin, MultiHeadPreTrained):
+class MultiHeadModel(TokenTablesMixin, MultiHeadBase):
     """Backbone and heads, without the LM heads; goes before a stock base model."""
 
     def build(self, config: PreTrainedConfig) -> None:
-        # Past the module's own attributes, which exist only when the stock ``__init__`` has begun.
-        self.__dict__["_parts"] = find_parts(self.stock_class, config.to_stock_config())
-        self.stock_class.__init__(self, config)
-        attach_masks(self, config.masked_modules, prefix="model.", strict=False)
-
-    def post_init(self) -> None:
-        # The stock ``__init__`` ends here: a trail of its own has been built, and nothing is initialised yet.
-        self._take_apart()
-        super().post_init()
-
-    def _take_apart(self) -> None:
-        """Makes backbone and heads of the stock model's blocks and norm, which are built anew for further heads."""
-        config, parts = self.config, self._parts
-        modules, backbone = dict(self._modules), config.num_backbone_layers
-        blocks, norm = list(modules[parts.stack]), modules[parts.norm]
-        embeddings = {}
-        if not config.share_embedding:
-            others = {name: child for name, child in modules.items() if name not in (parts.stack, parts.norm)}
-            embeddings = {name: child for name, child in others.items() if any(True for _ in child.parameters())}
-        heads = [NeuroTrailsHead(embeddings, blocks[backbone:], norm)]
-        heads += [built_anew(heads[0], config) for _ in range(1, config.num_ensemble_heads)]
-        self._modules.clear()
-        for name, child in modules.items():  # in the stock model's order, in which weights are initialised
-            if name == parts.stack:
-                self._modules["layers"] = nn.ModuleList(blocks[:backbone])
-            elif name == parts.norm:
-                self._modules["heads"] = nn.ModuleList(heads)
-            elif name not in embeddings:
-                self._modules[name] = child
-
-    def trail_blocks(self, head: int) -> list[nn.Module]:
-        """The blocks of one trail, by depth."""
-        return [*self.layers, *self.heads[head].layers]
-
-    def trail_modules(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of corresponding modules: one trail's and a stock base model's, which lack the masks alone."""
-        body = self.heads[head]
-        pairs = list(zip(self.trail_blocks(head), getattr(stock, self._parts.stack)))
-        for name, child in stock.named_children():
-            if name == self._parts.norm:
-                pairs.append((body.norm, child))
-            elif name != self._parts.stack:
-                pairs.append((getattr(body, name) if hasattr(body, name) else getattr(self, name), child))
-        return pairs
+        self.build_of_parts(config, find_parts(self.stock_class, config.to_stock_config()))
 
     @checked_forward
     @merge_with_config_defaults
@@ -210,12 +156,11 @@ class MultiHeadModel(TokenTablesMixin, MultiHeadPreTrained):
             texts = texts * len(heads)
         recorded = []
         for index, text in enumerate(texts):
-            own = {} if config.share_embedding else dict(self.heads[heads[index]].named_children())
-            recorded.append(
-                self._parts.record(
-                    self, self.trail_blocks(heads[0]), own, cache=trail, input_ids=text, inputs_embeds=embeds, **inputs
-                )
+            own = self.own_parts(heads[index])
+            call = self._parts.record(
+                self, self.trail_blocks(heads[0]), own, cache=trail, input_ids=text, inputs_embeds=embeds, **inputs
             )
+            recorded.append(call)
         return recorded
 
 
@@ -349,21 +294,11 @@ class MultiHeadForCausalLM(
 
     def _can_run_head_by_head(self, heads: Sequence[int], options: Mapping) -> bool:
         """Whether the gradients of a head may be computed before the next head runs: nobody is to see the graph."""
-        parameters = trainable(*(self.model.heads[h] for h in heads), *(self.lm_heads[h] for h in heads))
         asked = (
             options.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
-        return (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and bool(parameters)
-            and not any(asked)
-            and not self.model.gradient_checkpointing  # which may not be compatible, and saves as much
-            and torch.backends.cuda.flash_sdp_enabled()  # see ``LMHead``
-            # A hook would run twice, and FSDP2, whose models have this method, wants the passes in their usual order.
-            and not hasattr(self, "unshard")
-            and not any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters)
-        )
+        modules = [*(self.model.heads[h] for h in heads), *(self.lm_heads[h] for h in heads)]
+        return not any(asked) and self.may_compute_gradients_early(modules)
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

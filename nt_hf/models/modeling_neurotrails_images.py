@@ -6,9 +6,8 @@ runs on stand-ins: once up to the blocks, and once more after each head's last b
 network. What comes after the blocks and has weights or statistics, such as a batch norm, exists once a head.
 """
 
-import dataclasses
+import copy
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,13 @@ from .forward_arguments import checked_forward
 from .losses import HeadByHead
 from .masks import attach_masks, maskable_modules
 from .multi_head import MultiHeadMixin, select_heads, trainable
-from .multi_head_pretrained import MultiHeadPreTrained, built_anew, make_model_class, reset_parameters
+from .multi_head_pretrained import (
+    MultiHeadBase,
+    MultiHeadPreTrained,
+    built_anew,
+    make_model_class,
+    reset_parameters,
+)
 from .stock_forward import BlockCalls, StandIn, plain_forward, recording_blocks
 from .trails import TrailsMixin
 from .wide_resnet import WideResNetConfig, WideResNetForImageClassification, WideResNetModel
@@ -89,32 +94,14 @@ class _Noted(StandIn):
 
 
 class _Encoder(StandIn):
-    """Stands for an encoder of stages: hands its input on, and records it if asked to."""
+    """Stands for an encoder of stages: records its input and hands it on."""
 
-    def __init__(self, calls: BlockCalls | None = None):
+    def __init__(self, calls: BlockCalls):
         super().__init__(None, {"_calls": calls})
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> BaseModelOutput:
-        if self._calls is not None:
-            self._calls.add(0, hidden_states, (), {})
+        self._calls.add(0, hidden_states, (), {})
         return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-def blocks_of(model: nn.Module, stack: str) -> list[nn.Module]:
-    """The blocks of a stock base model, in order.
-
-    Between stages some families have modules that halve the image; such a module is one with the block that follows.
-    """
-    child = getattr(model, stack)
-    if isinstance(child, nn.ModuleList):
-        return list(child)
-    blocks = []
-    for stage in child.stages:
-        before = [module for name, part in stage.named_children() if name != "layers" for module in part.children()]
-        for layer in stage.layers:
-            blocks.append(nn.Sequential(*before, layer) if before else layer)
-            before = []
-    return blocks
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,8 @@ class ImageParts:
         classifier: name of its classifier.
         stack: in the base model, name of the list of blocks, or of the encoder that has ``stages``.
         before: names of the base model's children that run before the blocks.
-        after: names of the base model's children that run after the blocks and have weights or buffers.
+        after: names of the base model's children that run after the blocks and have weights or buffers, each by itself:
+            a head calls it the same.
         has_stages: whether ``stack`` is an encoder of stages.
         options: of the base model's ``__init__``.
     """
@@ -135,9 +123,26 @@ class ImageParts:
     classifier: str
     stack: str
     before: tuple[str, ...]
-    after: tuple[str, ...]
+    after: Mapping[str, str]
     has_stages: bool
-    options: dict[str, bool]
+    options: Mapping[str, bool]
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of a stock base model, in order.
+
+        Between stages some families have modules that halve the image; such a module is one with the block that
+        follows.
+        """
+        child = getattr(model, self.stack)
+        if not self.has_stages:
+            return list(child)
+        blocks = []
+        for stage in child.stages:
+            before = [module for name, part in stage.named_children() if name != "layers" for module in part.children()]
+            for layer in stage.layers:
+                blocks.append(nn.Sequential(*before, layer) if before else layer)
+                before = []
+        return blocks
 
     def run(
         self, model: nn.Module, blocks: Sequence[nn.Module], replaced: Mapping[str, Any], pixel_values: torch.Tensor
@@ -155,12 +160,15 @@ class ImageParts:
         return calls, model.stock_forward(StandIn(model, {**replaced, self.stack: stack}), pixel_values)
 
 
-@functools.cache
-def _find_parts(stock_class: type[PreTrainedModel], settings: str) -> ImageParts:
-    config = stock_class.config_class.from_dict(json.loads(settings))
+def find_parts(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> ImageParts:
+    """Looks at a stock classifier, whether it can have heads, on the meta device: no weight is allocated.
+
+    Raises:
+        NotImplementedError: it cannot; the message names the class and what stands in the way.
+    """
     name = stock_class.__name__
     with torch.device("meta"):
-        shell = stock_class(config).eval()
+        shell = stock_class(copy.deepcopy(config)).eval()
     children = dict(shell.named_children())
     bases = [key for key, child in children.items() if isinstance(child, PreTrainedModel)]
     others = [key for key in children if key not in bases]
@@ -179,9 +187,7 @@ def _find_parts(stock_class: type[PreTrainedModel], settings: str) -> ImageParts
             f"{name} cannot have heads: accepted are models of one stack of {depth} blocks, or stages"
         )
     stack = (stacks + stages)[0]
-    blocks = blocks_of(base, stack)
     options = {"add_pooling_layer": False} if getattr(base, "pooler", base) is None else {}
-    found = ImageParts(bases[0], others[0], stack, (), (), bool(stages), options)
     called: list[tuple[str, bool]] = []
     calls = BlockCalls(name)
 
@@ -189,7 +195,7 @@ def _find_parts(stock_class: type[PreTrainedModel], settings: str) -> ImageParts
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     pixels = torch.zeros(1, config.num_channels, height, width, device="meta")
     try:
-        recorder = _Encoder(calls) if stages else recording_blocks(blocks, calls)
+        recorder = _Encoder(calls) if stages else recording_blocks(getattr(base, stack), calls)
         noted = {key: _Noted(child, key, calls, called) for key, child in parts.items() if key != stack}
         plain_forward(type(base))(StandIn(base, {**noted, stack: recorder}), pixels)
         if len(calls.arguments) != (1 if stages else depth):
@@ -202,70 +208,22 @@ def _find_parts(stock_class: type[PreTrainedModel], settings: str) -> ImageParts
             f"output of the one before ({' '.join(str(error).split())})"
         ) from error
     has_state = {key for key, child in parts.items() if [*child.parameters(), *child.buffers()]}
-    after = tuple(dict.fromkeys(key for key, late in called if late and key in has_state))
-    return dataclasses.replace(found, after=after, before=tuple(dict.fromkeys(k for k, late in called if not late)))
+    return ImageParts(
+        base=bases[0],
+        classifier=others[0],
+        stack=stack,
+        before=tuple(dict.fromkeys(key for key, late in called if not late)),
+        after={key: key for key, late in called if late and key in has_state},
+        has_stages=bool(stages),
+        options=options,
+    )
 
 
-def find_parts(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> ImageParts:
-    """Looks at a stock classifier, whether it can have heads, on the meta device: no weight is allocated.
-
-    Raises:
-        NotImplementedError: it cannot; the message names the class and what stands in the way.
-    """
-    return _find_parts(stock_class, json.dumps(config.to_dict(), sort_keys=True, default=str))
-
-
-class MultiHeadImageModel(MultiHeadPreTrained):
+class MultiHeadImageModel(MultiHeadBase):
     """Backbone and heads, without classifiers; goes before a stock base model."""
 
     def build(self, config: PreTrainedConfig) -> None:
-        self.__dict__["_parts"] = find_parts(_classifier_class(config), config.to_stock_config())
-        self.stock_class.__init__(self, config, **self._parts.options)
-        attach_masks(self, config.masked_modules, prefix="model.", strict=False)
-
-    def post_init(self) -> None:
-        # The stock ``__init__`` ends here: a trail of its own has been built, and nothing is initialised yet.
-        self._take_apart()
-        super().post_init()
-
-    def _take_apart(self) -> None:
-        config, parts = self.config, self._parts
-        blocks, backbone = blocks_of(self, parts.stack), config.num_backbone_layers
-        own = {}
-        if not config.share_embedding:
-            own = {key: child for key, child in self._modules.items() if child is not None and key != parts.stack}
-            own = {key: child for key, child in own.items() if any(True for _ in child.parameters())}
-        own |= {key: self._modules[key] for key in parts.after}
-        first = nn.Module()
-        first.layers = nn.ModuleList(blocks[backbone:])
-        for key, child in own.items():
-            first.add_module(key, child)
-        heads = [first, *(built_anew(first, config) for _ in range(1, config.num_ensemble_heads))]
-        modules = dict(self._modules)
-        self._modules.clear()
-        for key, child in modules.items():
-            if key == parts.stack:
-                self._modules["layers"] = nn.ModuleList(blocks[:backbone])
-                self._modules["heads"] = nn.ModuleList(heads)
-            elif key not in own:
-                self._modules[key] = child
-
-    def trail_blocks(self, head: int) -> list[nn.Module]:
-        """The blocks of one trail, by depth."""
-        return [*self.layers, *self.heads[head].layers]
-
-    def trail_modules(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of corresponding modules: one trail's and a stock base model's, which lack the masks alone."""
-        body = self.heads[head]
-        pairs = list(zip(self.trail_blocks(head), blocks_of(stock, self._parts.stack)))
-        for name, child in stock.named_children():
-            if name != self._parts.stack:
-                pairs.append((getattr(body, name) if hasattr(body, name) else getattr(self, name), child))
-        return pairs
-
-    def own_parts(self, head: int) -> dict[str, nn.Module]:
-        """What a head has beside its blocks."""
-        return {name: child for name, child in self.heads[head].named_children() if name != "layers"}
+        self.build_of_parts(config, find_parts(_classifier_class(config), config.to_stock_config()))
 
     def trunk(self, pixel_values: torch.Tensor, heads: Sequence[int]) -> tuple[list[BlockCalls], list[torch.Tensor]]:
         """The calls of the blocks and the backbone's output, once for all heads or for each."""
@@ -280,9 +238,8 @@ class MultiHeadImageModel(MultiHeadPreTrained):
             batches = batches if own_batches else batches * len(heads)
         every, states = [], []
         for index, batch in enumerate(batches):
-            replaced = {} if self.config.share_embedding else self.own_parts(heads[index])
-            aside = {name: _Returns(batch) for name in self._parts.after}
-            calls, _ = self._parts.run(self, self.trail_blocks(heads[index]), replaced | aside, batch)
+            replaced = self.own_parts(heads[index]) | {name: _Returns(batch) for name in self._parts.after}
+            calls, _ = self._parts.run(self, self.trail_blocks(heads[index]), replaced, batch)
             every.append(calls)
             states.append(self.run_blocks(calls, self.layers, 0, calls.first_input))
         return (every, states) if len(every) == len(heads) else (every * len(heads), states * len(heads))
@@ -301,7 +258,8 @@ class MultiHeadImageModel(MultiHeadPreTrained):
         """The stock base model's output of a trail, from the backbone's states."""
         hidden = self.run_blocks(calls, self.heads[head].layers, self.config.num_backbone_layers, states)
         own = self.own_parts(head)
-        skipped = {name: _Returns(hidden, own.get(name) or getattr(self, name)) for name in self._parts.before}
+        names = self._parts.before
+        skipped = {name: _Returns(hidden, own[name] if name in own else getattr(self, name)) for name in names}
         return self._parts.run(self, [], own | skipped, hidden)[1]
 
     @checked_forward
@@ -314,6 +272,7 @@ class MultiHeadImageModel(MultiHeadPreTrained):
             pixel_values: ``[batch, channels, height, width]``, or ``[active heads, batch, ...]``, a batch for each.
             active_heads: the heads to run, all by default.
         """
+        _refuse(self, kwargs)
         heads = select_heads(self.config, active_heads)
         calls, states = self.trunk(pixel_values, heads)
         outputs = [self.run_head(head, *values) for head, *values in zip(heads, calls, states)]
@@ -326,8 +285,20 @@ class MultiHeadImageModel(MultiHeadPreTrained):
         )
 
 
+def _refuse(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raises ``TypeError`` for what Transformers hands through a forward pass and image models do nothing with."""
+    asked = {name: getattr(model.config, name) for name in ("output_hidden_states", "output_attentions")} | options
+    if names := [name for name, value in asked.items() if value and name != "return_dict"]:
+        raise TypeError(
+            f"{type(model).__name__}.forward: {', '.join(names)}: not known to image models of several heads; accepted "
+            "are these with a stock model, extract_trail(h)"
+        )
+
+
 class MultiHeadForImageClassification(MultiHeadMixin, TrailsMixin, MultiHeadPreTrained):
     """Several heads over one backbone, whose classifications are combined; goes before a stock image classifier."""
+
+    accepts_loss_kwargs = False  # so that ``Trainer`` divides the loss, a mean, by the passes of a step
 
     def build(self, config: PreTrainedConfig) -> None:
         parts = find_parts(self.stock_class, config.to_stock_config())
@@ -371,6 +342,7 @@ class MultiHeadForImageClassification(MultiHeadMixin, TrailsMixin, MultiHeadPreT
             output_head_logits: also return the heads' logits ``[M, batch, num_labels]``.
             output_uncertainty: also return an ``Uncertainty`` over the active heads.
         """
+        _refuse(self, kwargs)
         heads = select_heads(self.config, active_heads)
         own_batches = pixel_values is not None and pixel_values.dim() == 5
         wants_logits = labels is None or not self.training or output_head_logits or output_uncertainty
@@ -404,11 +376,10 @@ class MultiHeadForImageClassification(MultiHeadMixin, TrailsMixin, MultiHeadPreT
             logits = self.head_logits(head, self.model.run_head(head, calls, states))
             return nn.functional.cross_entropy(logits.float(), labels)
 
-        parameters = trainable(self.model.heads[head], self.classifiers[head])
-        hidden = torch.compiler.is_compiling() or hasattr(self, "unshard") or not torch.is_grad_enabled()
-        if hidden or not parameters or any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters):
+        modules = [self.model.heads[head], self.classifiers[head]]
+        if not self.may_compute_gradients_early(modules):
             return loss(states)
-        return HeadByHead.apply(loss, states, *parameters)
+        return HeadByHead.apply(loss, states, *trainable(*modules))
 
     def _trail(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
         classifier = getattr(stock, self._parts.classifier)

@@ -3,7 +3,7 @@
 import copy
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,6 +31,21 @@ class MultiHeadMixin:
         modules = dict(self.model.heads[head].named_modules())
         last = getattr(self, f"{name}s")[head]
         return modules | {f"{name}.{part}".removesuffix("."): module for part, module in last.named_modules()}
+
+    def may_compute_gradients_early(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether nobody is to see the graph of some modules, so that it may go backward within the forward pass."""
+        parameters = trainable(*modules)
+        checkpointing = (getattr(x, "gradient_checkpointing", False) for x in (self.model, *self.blocks()))
+        return (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and bool(parameters)
+            and not any(checkpointing)  # which may not be compatible, and saves as much
+            and torch.backends.cuda.flash_sdp_enabled()  # see ``LMHead``
+            # A hook would run twice, and FSDP2, whose models have this method, wants the passes in their usual order.
+            and not hasattr(self, "unshard")
+            and not any(p._backward_hooks or hasattr(p, "device_mesh") for p in parameters)
+        )
 
 
 class HeadStatesMixin(MultiHeadMixin):

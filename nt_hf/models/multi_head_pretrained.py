@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import initialization as init
 
 from .checkpoint_files import CheckpointFilesMixin
 from .configuration_neurotrails import PREFIX
-from .masks import full_mask
+from .masks import attach_masks, full_mask
 from .multi_head import keep_heads, select_heads
 from .stock_forward import plain_forward
 
@@ -42,6 +43,94 @@ class MultiHeadPreTrained(CheckpointFilesMixin):
         # Reached for a mask that a checkpoint lacks: without this it would stay uninitialised memory.
         if getattr(module, "weight_mask", None) is not None:
             init.copy_(module.weight_mask, full_mask(module.weight.shape, module.weight_mask.device))
+
+
+class Parts(Protocol):
+    """Where a stock base model keeps what a multi-head model takes apart.
+
+    Attributes:
+        stack: name of the child that holds the blocks.
+        after: the children that come after the blocks and exist once a head, and what a head calls them.
+        options: of the base model's ``__init__``.
+    """
+
+    stack: str
+    after: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of a stock base model, in order."""
+
+
+class NeuroTrailsHead(nn.Module):
+    """The last blocks of one trail and what comes after them (the LM head or classifier lies beside the base model).
+
+    Args:
+        embeddings: what comes before the blocks, by name, where each head has its own.
+        layers: the blocks.
+        after: what comes after them, by name.
+    """
+
+    def __init__(
+        self, embeddings: Mapping[str, nn.Module], layers: Iterable[nn.Module], after: Mapping[str, nn.Module]
+    ):
+        super().__init__()
+        for name, module in {**embeddings, "layers": nn.ModuleList(layers), **after}.items():
+            self.add_module(name, module)
+
+
+class MultiHeadBase(MultiHeadPreTrained):
+    """Backbone and heads, without LM heads or classifiers; goes before a stock base model."""
+
+    def build_of_parts(self, config: PreTrainedConfig, parts: Parts) -> None:
+        """What ``build`` does once it is known where the stock model keeps its parts."""
+        # Past the module's own attributes, which exist only when the stock ``__init__`` has begun.
+        self.__dict__["_parts"] = parts
+        self.stock_class.__init__(self, config, **parts.options)
+        attach_masks(self, config.masked_modules, prefix="model.", strict=False)
+
+    def post_init(self) -> None:
+        # The stock ``__init__`` ends here: a trail of its own has been built, and nothing is initialised yet.
+        self._take_apart()
+        super().post_init()
+
+    def _take_apart(self) -> None:
+        """Makes backbone and heads of the stock model's parts, which are built anew for further heads."""
+        config, parts = self.config, self._parts
+        blocks, modules, backbone = parts.blocks_of(self), dict(self._modules), config.num_backbone_layers
+        embeddings = {}
+        if not config.share_embedding:
+            others = {key: x for key, x in modules.items() if x is not None and key not in (parts.stack, *parts.after)}
+            embeddings = {name: child for name, child in others.items() if any(True for _ in child.parameters())}
+        after = {own_name: modules[name] for name, own_name in parts.after.items()}
+        heads = [NeuroTrailsHead(embeddings, blocks[backbone:], after)]
+        heads += [built_anew(heads[0], config) for _ in range(1, config.num_ensemble_heads)]
+        self._modules.clear()
+        for name, child in modules.items():  # in the stock model's order, in which weights are initialised
+            if name == parts.stack:
+                self._modules["layers"] = nn.ModuleList(blocks[:backbone])
+                self._modules["heads"] = nn.ModuleList(heads)
+            elif name not in embeddings and name not in parts.after:
+                self._modules[name] = child
+
+    def trail_blocks(self, head: int) -> list[nn.Module]:
+        """The blocks of one trail, by depth."""
+        return [*self.layers, *self.heads[head].layers]
+
+    def own_parts(self, head: int) -> dict[str, nn.Module]:
+        """What a head has beside its blocks, by the stock model's names."""
+        names = {own_name: name for name, own_name in self._parts.after.items()}
+        children = self.heads[head].named_children()
+        return {names.get(name, name): child for name, child in children if name != "layers"}
+
+    def trail_modules(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of corresponding modules: one trail's and a stock base model's, which lack the masks alone."""
+        own = self.own_parts(head)
+        others = [(name, child) for name, child in stock.named_children() if name != self._parts.stack]
+        return [
+            *zip(self.trail_blocks(head), self._parts.blocks_of(stock)),
+            *((own[name] if name in own else getattr(self, name), child) for name, child in others),
+        ]
 
 
 def built_anew(module: nn.Module, config: PreTrainedConfig) -> nn.Module:

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ class TrailCache(Cache):
 
 
 class _TupleExpected(NotImplementedError):
-    pass
+    """A stand-in handed on a tensor where a tuple is expected."""
 
 
 @dataclass
@@ -138,6 +138,16 @@ class StockParts:
     stack: str
     norm: str
     as_tuple: bool
+    options: ClassVar[Mapping[str, Any]] = {}  # of the base model's ``__init__``
+
+    @property
+    def after(self) -> dict[str, str]:
+        """The norm exists once a head, where it has the same name in all families."""
+        return {self.norm: "norm"}
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of a stock base model, in order."""
+        return list(getattr(model, self.stack))
 
     def record(
         self,

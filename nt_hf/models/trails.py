@@ -38,9 +38,10 @@ class TrailsMixin:
 
         Raises:
             TypeError: ``stock`` is a model of another class, or there are ``kwargs`` for one that is loaded already.
+            ValueError: a checkpoint lacks weights.
         """
         if isinstance(stock, (str, os.PathLike)):
-            stock = cls.stock_class.from_pretrained(stock, **kwargs)
+            stock = load_complete(cls.stock_class, stock, **kwargs)
         elif kwargs:
             raise TypeError(f"from_stock got {', '.join(kwargs)} with a model: accepted are these with a path")
         if type(stock) is not cls.stock_class:
@@ -104,6 +105,28 @@ class TrailsMixin:
     def _trail(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
         """Pairs of corresponding modules: one trail's and the stock model's, which lacks the masks alone."""
         return [*self.model.trail_modules(head, stock.base_model), (self.lm_heads[head], stock.get_output_embeddings())]
+
+
+def load_complete(kind: type, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """The model of a checkpoint that has all of its weights.
+
+    Transformers makes weights that are missing random ones, and names that, or a wrong shape, in the log only.
+
+    Args:
+        kind: a class of models, or an Auto class.
+        path: a directory or hub id.
+        kwargs: for ``from_pretrained``; with ``ignore_mismatched_sizes=True`` weights of another shape are made anew.
+
+    Raises:
+        ValueError: weights are missing, or of another shape; the message names one.
+    """
+    ignored = kwargs.pop("ignore_mismatched_sizes", False)
+    model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    reshaped = {key for key, *_ in info["mismatched_keys"]}
+    missing = [key for key in info["missing_keys"] if key not in reshaped and not key.endswith("weight_mask")]
+    if wrong := sorted(missing) + ([] if ignored else sorted(reshaped)):
+        raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
+    return model
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

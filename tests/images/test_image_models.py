@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, Trainer, TrainingArguments
 
 import nt_hf
 from nt_hf import NeuroTrailsForCausalLM, NeuroTrailsForImageClassification, SparsityConfig, draw_masks
@@ -163,12 +163,8 @@ def test_a_batch_for_each_head_and_some_heads(family):
     model, batch = tiny_model(family), images()
     some = model(**batch, output_head_logits=True, active_heads=[2, 0]).head_logits
     assert torch.equal(some, model(**batch, output_head_logits=True).head_logits[[2, 0]])
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.track_running_stats = True
     model.train()
-    for module in model.modules():
+    for module in model.modules():  # whose statistics would depend on the batch
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     rows = torch.stack([batch["pixel_values"], batch["pixel_values"].flip(0), batch["pixel_values"].flip(1)])
@@ -219,6 +215,49 @@ def test_two_heads_masks_are_compared():
     masks = masks_by_head(model)
     assert len(masks) == 3 and masks[0].keys() == masks[1].keys() and "layers.0.conv1" in masks[0]
     assert 0.2 < head_overlap(masks) < 0.5
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("options", [{"output_hidden_states": True}, {"output_attentions": True}])
+def test_what_image_models_do_not_know_is_refused(options, base):
+    model = tiny_model("vit")
+    model = model.model if base else model
+    pixels = images()["pixel_values"]
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: not known to image models of several heads"):
+        model(pixels, **options)
+    with pytest.raises(TypeError, match="unknown argument pixels"):
+        model(pixels=pixels)
+    model.set_attn_implementation("eager")  # sdpa itself refuses attentions
+    setattr(model.config, next(iter(options)), True)
+    with pytest.raises(TypeError, match="not known to image models"):
+        model(pixels)
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    model, batch = tiny_model("vit").train(), images()
+    model(**batch).loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model(**batch).loss.backward()
+    for name, weight in model.named_parameters():
+        assert torch.allclose(gradients[name], weight.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_trainer_accumulates_means(tmp_path):
+    model, batch = tiny_model("vit", **MASKED), images(8)
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(batch["pixel_values"], batch["labels"])]
+    weights = []
+    for size, passes in ((8, 1), (2, 4)):
+        own = copy.deepcopy(model)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=passes,
+            learning_rate=1e-2, optim="sgd", max_grad_norm=0.0, report_to="none", save_strategy="no", use_cpu=True,
+            lr_scheduler_type="constant", remove_unused_columns=False,
+        )  # fmt: skip
+        Trainer(own, arguments, train_dataset=rows).train()
+        weights.append(own.classifiers[0].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6) and not torch.equal(weights[0], model.classifiers[0].weight)
 
 
 def test_kinds_are_told_apart(tmp_path):

@@ -367,6 +367,15 @@ def test_a_model_of_another_kind_is_named(tmp_path):
         NeuroTrailsForCausalLM()
 
 
+def test_a_stock_checkpoint_that_lacks_weights_is_named(tmp_path):
+    stock = tiny_model("qwen3").extract_trail(0)
+    weights = stock.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    stock.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"lacks 1 weights that fit .* example model\.layers\.1\.mlp"):
+        NeuroTrailsForCausalLM.from_stock(tmp_path)
+
+
 def test_logits_that_are_capped_are_no_linear_map():
     model, ids = tiny_model("gemma2"), tokens()
     states = model.model(ids).last_hidden_state
