@@ -1,7 +1,6 @@
 """What the benchmarks share: sides that take turns, figures beside their goals, and where they were measured."""
 
 import ctypes
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
-from nt_hf.cli.program import provenance
+from nt_hf.cli.program import machine, provenance
 from nt_hf.files import write_json
+from nt_hf.text import markdown_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -82,9 +82,9 @@ def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     return {name: values[warm_up:] for name, values in times.items()}
 
 
-def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
-    """Median over the rounds of ``one``'s time divided by ``other``'s."""
-    return statistics.median(a / b for a, b in zip(times[one], times[other]))
+def ratio(times: Mapping[str, list[float]], side: str, reference: str) -> float:
+    """Median over the rounds of a side's time divided by that of the ``reference``."""
+    return statistics.median(a / b for a, b in zip(times[side], times[reference]))
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
@@ -133,19 +133,11 @@ def bandwidth(size: int = 2**26) -> float:
     return 8 * size / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what the figures were measured."""
-    if DEVICE.type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        models = [
-            line.split(":")[1].strip()
-            for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-            if line.startswith("model name")
-        ]
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads, {capability}"
-    return {"device": name, **provenance()}
+def conditions() -> dict[str, Any]:
+    """Where and by what the figures were measured."""
+    made_on = machine()
+    cpu = f"{made_on['cpu']}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": made_on["gpu"] or cpu, **provenance()}
 
 
 def table(figures: list[Figure]) -> str:
@@ -154,15 +146,10 @@ def table(figures: list[Figure]) -> str:
     for figure in figures:
         value = "" if figure.value is None else f"{figure.value:.3g}"
         rows.append([str(figure.row), figure.name, figure.goal, value, figure.verdict, figure.note])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = [
-        "| " + " | ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in [*widths, 4]) + "|")
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
-def write_figures(path: Path, figures: list[Figure], where: dict[str, Any]) -> None:
+def write_figures(path: Path, figures: list[Figure], measured_on: dict[str, Any]) -> None:
     """Writes the figures and the machine as JSON, over what the file held."""
     rows = [vars(figure) | {"goal": figure.goal, "verdict": figure.verdict} for figure in figures]
-    write_json(path, {"machine": where, "figures": rows})
+    write_json(path, {"machine": measured_on, "figures": rows})

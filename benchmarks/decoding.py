@@ -83,14 +83,14 @@ def plain_decoding(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, rou
     config = model.config
     trail, head = config.to_stock_config(), config.to_stock_config()
     head.num_hidden_layers = config.blocks_in_head
-    trail, head = (LlamaForCausalLM(each).to(DEVICE).eval() for each in (trail, head))
+    trail, head = (LlamaForCausalLM(llama).to(DEVICE).eval() for llama in (trail, head))
     clock = Clocked(head)
-    inside: list[float] = []
+    forward_seconds: list[float] = []
 
     def further_head() -> None:
         clock.total = 0.0
         head.generate(prompt, **GREEDY)
-        inside.append(clock.total)
+        forward_seconds.append(clock.total)
 
     times = take_turns(
         {
@@ -101,10 +101,10 @@ def plain_decoding(model: NeuroTrailsLlamaForCausalLM, prompt: torch.Tensor, rou
         rounds,
     )
     further = config.num_ensemble_heads - 1
-    bounds = [one + further * other for one, other in zip(times["trail"], inside[-rounds:])]
-    value = statistics.median(ours / bound for ours, bound in zip(times["ensemble"], bounds))
-    each = {name: 1000 * statistics.median(values) / TOKENS for name, values in times.items()}
-    note = f"{each['ensemble']:.1f} ms a token; a stock Llama of one trail {each['trail']:.1f} ms"
+    bounds = [trail + further * head for trail, head in zip(times["trail"], forward_seconds[-rounds:])]
+    value = statistics.median(ensemble / bound for ensemble, bound in zip(times["ensemble"], bounds))
+    per_token = {name: 1000 * statistics.median(values) / TOKENS for name, values in times.items()}
+    note = f"{per_token['ensemble']:.1f} ms a token; a stock Llama of one trail {per_token['trail']:.1f} ms"
     what = "plain decoding, batch 1, 60m / its executed blocks in stock Llamas"
     return Figure(6, what, value, at_most=1.05, note=note)
 
@@ -174,12 +174,12 @@ def speculation(model: NeuroTrailsLlamaForCausalLM, rows: torch.Tensor, what: st
 
 
 @torch.no_grad()
-def check_near_tie(model: NeuroTrailsLlamaForCausalLM, one: torch.Tensor, other: torch.Tensor) -> None:
+def check_near_tie(model: NeuroTrailsLlamaForCausalLM, drafted: torch.Tensor, plain: torch.Tensor) -> None:
     """Where two greedy outputs part, the two best logits must be equal but for rounding."""
-    place = int((one != other).int().argmax())
-    best = model(one[:, :place]).logits[0, -1].topk(2).values
+    position = int((drafted != plain).int().argmax())
+    best = model(drafted[:, :position]).logits[0, -1].topk(2).values
     if best[0] - best[1] > 1e-4 * best[0].abs():
-        raise AssertionError(f"drafts changed token {place}: the best logits are {best.tolist()}")
+        raise AssertionError(f"drafts changed token {position}: the best logits are {best.tolist()}")
 
 
 def measure(steps: int = 50, rounds: int = 3) -> list[Figure]:

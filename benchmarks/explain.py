@@ -54,14 +54,14 @@ def head_cosine(
     parameters, heads = list(shared.parameters()), range(model.config.num_ensemble_heads)
     if not parameters or len(heads) == 1:
         return None
-    each = []
+    gradients = []
     for head in heads:
         total = torch.zeros(sum(p.numel() for p in parameters))
         for batch in ids:
             loss = model(batch, labels=batch, active_heads=[head], use_cache=False).loss
             total += torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)])
-        each.append(total)
-    pairs = itertools.combinations(each, 2)
+        gradients.append(total)
+    pairs = itertools.combinations(gradients, 2)
     return statistics.fmean(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs)
 
 

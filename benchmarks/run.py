@@ -17,7 +17,7 @@ import decoding
 import sparse_inference
 import torch
 import training
-from common import DEVICE, bandwidth, machine, matmul_peak, table, write_figures
+from common import DEVICE, bandwidth, conditions, matmul_peak, table, write_figures
 
 from nt_hf.cli.program import check_output, run
 
@@ -46,21 +46,21 @@ def main() -> None:
     if args.docs and not Path("docs/performance.md").is_file():
         raise ValueError("--docs: docs/performance.md is not here; accepted is the root of the repository")
 
-    where = machine()
+    measured_on = conditions()
     limits = {name: f"{matmul_peak(kind) / 1e9:,.0f} GFLOP/s" for name, kind in PEAKS.items()}
     limits["copy"] = f"{bandwidth() / 1e9:.0f} GB/s"
-    where["limits"] = limits
-    print(json.dumps(where, indent=1), file=sys.stderr)
+    measured_on["limits"] = limits
+    print(json.dumps(measured_on, indent=1), file=sys.stderr)
     figures, start = [], time.perf_counter()
     for name in args.only:
         print(f"{name} …", file=sys.stderr)
         figures += BENCHMARKS[name](args)
         print(f"{name}: done after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     print(table(figures))
-    write_figures(args.output, figures, where)
+    write_figures(args.output, figures, measured_on)
     print(f"\n{args.output} holds the figures and the machine", file=sys.stderr)
     if args.docs:
-        write_figures(Path(f"docs/performance-{DEVICE.type}.json"), figures, where)
+        write_figures(Path(f"docs/performance-{DEVICE.type}.json"), figures, measured_on)
         page = Path("docs/performance.md")
         before, rest = page.read_text().split(BEGIN)
         page.write_text(before + BEGIN + table(figures) + "\n" + END + rest.split(END)[1])

@@ -21,6 +21,7 @@ from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
 from nt_hf.data.prepare import prepare
 from nt_hf.data.tokenizers import load_tokenizer
+from nt_hf.text import markdown_table
 from nt_hf.training.metrics import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -44,8 +45,7 @@ def main() -> None:
         "--train.save_steps", args.steps, "--train.eval_steps", args.steps,
     ]  # fmt: skip
 
-    speeds = {}
-    print("| processes | | tokens/s | of one process | waiting for data |\n|---:|---|---:|---:|---:|")
+    speeds, rows = {}, [["processes", "", "tokens/s", "of one process", "waiting for data"]]
     for processes, kind, environment in RUNS:
         run_dir = args.folder / f"{kind}-{processes}".replace(" ", "-")
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -54,8 +54,9 @@ def main() -> None:
         records = records[WARM_UP:]
         speeds[processes, kind] = statistics.median(record["tokens_per_second"] for record in records)
         waiting = statistics.mean(record["data_wait"] for record in records)
-        share = speeds[processes, kind] / speeds[1, "one process"]
-        print(f"| {processes} | {kind} | {speeds[processes, kind]:,.0f} | {share:.2f} | {waiting:.2%} |", flush=True)
+        relative = speeds[processes, kind] / speeds[1, "one process"]
+        rows.append([str(processes), kind, f"{speeds[processes, kind]:,.0f}", f"{relative:.2f}", f"{waiting:.2%}"])
+    print(markdown_table(rows, align="><>"), flush=True)
 
     fresh, resumed = [], []
     for _ in range(3):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from common import DEVICE, Figure, machine, ratio, seconds, table, take_turns
+from common import DEVICE, Figure, conditions, ratio, seconds, table, take_turns
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -82,14 +82,14 @@ def end_to_end(hidden: int) -> list[Figure]:
     reports = [specialize(models[name], rows=(1, 8, PROMPT)) for name in ("sparse fp32", "sparse bf16")]
     ids = torch.randint(32000, (8, PROMPT), generator=torch.Generator().manual_seed(1))
     goals = {"decoding, batch 1": 1.2, "decoding, batch 8": 3.0, f"prefill of {PROMPT} tokens": 2.0}
-    works: dict[str, Callable[[nn.Module], object]] = {
+    workloads: dict[str, Callable[[nn.Module], object]] = {
         "decoding, batch 1": lambda model: decode(model, ids[:1, :1]),
         "decoding, batch 8": lambda model: decode(model, ids[:, :1]),
         f"prefill of {PROMPT} tokens": lambda model: model(ids[:1], logits_to_keep=1, use_cache=True),
     }
-    tokens = dict(zip(works, (NEW_TOKENS, 8 * NEW_TOKENS, PROMPT)))
+    tokens = dict(zip(workloads, (NEW_TOKENS, 8 * NEW_TOKENS, PROMPT)))
     figures = []
-    for work, function in works.items():
+    for work, function in workloads.items():
         sides = {name: lambda model=model, function=function: function(model) for name, model in models.items()}
         times = take_turns(sides, ROUNDS)
         speeds = {name: tokens[work] / sorted(values)[len(values) // 2] for name, values in times.items()}
@@ -193,30 +193,30 @@ def profile(hidden: int, dtype: torch.dtype) -> list[list[str]]:
     """Milliseconds of a step, and of it within the compiled kernel; the shortest of several rounds."""
     model = random_model(hidden).to(dtype)
     specialize(model, rows=(1, 8, PROMPT))
-    inside, kernel = [], kernels._Compiled.__call__
+    kernel_seconds, kernel = [], kernels._Compiled.__call__
 
     def timed(self, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
         try:
             return kernel(self, x)
         finally:
-            inside.append(time.perf_counter() - start)
+            kernel_seconds.append(time.perf_counter() - start)
 
     ids = torch.randint(32000, (8, PROMPT), generator=torch.Generator().manual_seed(1))
-    works = {
+    workloads = {
         "decoding, batch 8": (lambda: decode(model, ids[:, :1]), NEW_TOKENS),
         f"prefill of {PROMPT}": (lambda: model(ids[:1], logits_to_keep=1, use_cache=True), 1),
     }
     lines = []
     kernels._Compiled.__call__ = timed
     try:
-        for name, (work, steps) in works.items():
+        for name, (work, steps) in workloads.items():
             rounds = []
             for _ in range(ROUNDS + 1):
-                inside.clear()
-                rounds.append((1000 * seconds(work) / steps, 1000 * sum(inside) / steps))
-            whole, within = min(rounds)
-            lines.append([str(dtype), name, f"{whole:.1f}", f"{within:.1f}"])
+                kernel_seconds.clear()
+                rounds.append((1000 * seconds(work) / steps, 1000 * sum(kernel_seconds) / steps))
+            step, in_kernel = min(rounds)
+            lines.append([str(dtype), name, f"{step:.1f}", f"{in_kernel:.1f}"])
     finally:
         kernels._Compiled.__call__ = kernel
     return lines
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS, help="of whole models")
     args = parser.parse_args()
-    print(machine(), "\n")
+    print(conditions(), "\n")
     if args.layers:
         head = ["weight", "density", "tokens", "dense fp32", "dense bf16", "csr", "compiled fp32", "compiled bf16"]
         lines = [line for density in (0.1, 0.2, 0.5) for line in layer_times(density)]
@@ -239,8 +239,8 @@ def main() -> None:
         print(markdown_table([["type", "work", "ms a step", "in the kernel"], *lines]))
         return
     figures: list[Figure] = []
-    took = seconds(lambda: figures.extend(measure(args.widths)))
-    print(table(figures), f"\n\n{took:.0f} s")
+    duration = seconds(lambda: figures.extend(measure(args.widths)))
+    print(table(figures), f"\n\n{duration:.0f} s")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ weight, gradient and mask read, mask written.
 """
 
 import argparse
+import functools
+import itertools
 import statistics
 from collections.abc import Callable
 
 import torch
-from common import DEVICE, bandwidth, peak_bytes, seconds
+from common import DEVICE, bandwidth, conditions, peak_bytes, seconds, take_turns
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.config import load_run_config
@@ -21,6 +23,7 @@ from nt_hf.sparsity.criteria import DROP, GROW
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
 from nt_hf.sparsity.update import random_mask, update_mask
+from nt_hf.text import markdown_table
 from nt_hf.training.optimizer import make_optimizer
 
 DENSITY, DROP_FRACTION = 0.9, 0.3
@@ -64,31 +67,29 @@ def multinomial_update(mask: torch.Tensor, weight: torch.Tensor, grad: torch.Ten
 
 def compare_one_update(shape: tuple[int, int], repetitions: int) -> None:
     mask, weight, grad = tensors(shape)
-    sides = {
-        "nt_hf": lambda i: update_mask(mask, weight, grad, drop_fraction=DROP_FRACTION, seed=0, step=i, name="weight"),
-        "race, torch.topk": lambda i: plain_update(by_topk, mask, weight, grad),
-        "race, torch.sort": lambda i: plain_update(by_sort, mask, weight, grad),
+    steps = itertools.count()
+    update = functools.partial(update_mask, drop_fraction=DROP_FRACTION, seed=0, name="weight")
+    updates = {
+        "nt_hf": lambda: update(mask, weight, grad, step=next(steps)),
+        "race, torch.topk": lambda: plain_update(by_topk, mask, weight, grad),
+        "race, torch.sort": lambda: plain_update(by_sort, mask, weight, grad),
     }
     if mask.numel() <= MULTINOMIAL_LIMIT:
-        sides["torch.multinomial, torch.sort"] = lambda i: multinomial_update(mask, weight, grad)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(repetitions + 1):  # the first round warms up
-        for name, side in sides.items():
-            times[name].append(seconds(lambda side=side, i=i: check(side(i), mask)))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+        updates["torch.multinomial, torch.sort"] = lambda: multinomial_update(mask, weight, grad)
+    sides = {name: lambda side=side: check(side(), mask) for name, side in updates.items()}
+    medians = {name: statistics.median(values) for name, values in take_turns(sides, repetitions).items()}
     speed, bytes_moved = bandwidth(mask.numel()), BYTES * mask.numel()
     print(
         f"\nSoft-magnitude drop and gradient growth of {shape[0]} x {shape[1]}, density {DENSITY}, "
         f"{DROP_FRACTION:.0%} moved; a copy reaches {speed / 1e9:.1f} GB/s\n"
     )
-    print(
-        "| | ms | ratio | MB moved at least | share of bandwidth | extra memory / tensor |\n|---|---|---|---|---|---|"
-    )
+    rows = [["", "ms", "ratio", "MB moved at least", "share of bandwidth", "extra memory / tensor"]]
     for name, value in medians.items():
-        extra = peak_bytes(lambda name=name: sides[name](0))
+        extra = peak_bytes(updates[name])
         memory = "" if extra is None else f"{extra / (4 * mask.numel()):.1f}"
-        print(f"| {name} | {1000 * value:.1f} | {value / medians['nt_hf']:.2f} | {bytes_moved / 1e6:.0f} "
-              f"| {bytes_moved / value / speed:.2%} | {memory} |")  # fmt: skip
+        moved, share = f"{bytes_moved / 1e6:.0f}", f"{bytes_moved / value / speed:.2%}"
+        rows.append([name, f"{1000 * value:.1f}", f"{value / medians['nt_hf']:.2f}", moved, share, memory])
+    print(markdown_table(rows))
 
 
 def tensors(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,17 +111,17 @@ def time_methods(shape: tuple[int, int], repetitions: int) -> None:
     cases += [("magnitude", "gradient", "2:4", sparse)]
     fan_in = random_mask(shape, mask.numel() // 2, seed=0, device=DEVICE, structure="constant_fan_in")
     cases += [("magnitude", "gradient", "constant_fan_in", fan_in)]
-    print(f"\nOther methods, {shape[0]} x {shape[1]}\n\n| drop | grow | structure | ms |\n|---|---|---|---|")
-    for drop, grow, structure, at in cases:
-        values = weight.masked_fill(~at, 0)
-
-        def update(drop=drop, grow=grow, structure=structure, at=at, values=values) -> None:
-            new = update_mask(at, values, grad, momentum=grad, drop_fraction=DROP_FRACTION, drop=drop, grow=grow,
-                              structure=structure, seed=0, step=1)  # fmt: skip
-            check(new, at)
-
-        median = statistics.median([seconds(update) for _ in range(repetitions + 1)][1:])
-        print(f"| {drop} | {grow} | {structure} | {1000 * median:.1f} |")
+    rows = [["drop", "grow", "structure", "ms"]]
+    for drop, grow, structure, before in cases:
+        methods = {"drop": drop, "grow": grow, "structure": structure}
+        update = functools.partial(
+            update_mask, before, weight.masked_fill(~before, 0), grad, momentum=grad, drop_fraction=DROP_FRACTION,
+            seed=0, step=1, **methods,
+        )  # fmt: skip
+        side = {"update": lambda update=update, before=before: check(update(), before)}
+        median = statistics.median(take_turns(side, repetitions)["update"])
+        rows.append([*methods.values(), f"{1000 * median:.1f}"])
+    print(f"\nOther methods, {shape[0]} x {shape[1]}\n\n{markdown_table(rows)}")
 
 
 # ---------------------------------------------------------------------------------------------- in training
@@ -160,11 +161,14 @@ def share_of_training(path: str, micro_batch: int, tokens: int, repetitions: int
         f"\n{path}: {report.size / 1e6:.0f}M masked weights, density {report.density:.3f}; a step of {tokens} tokens "
         f"is {tokens // (micro_batch * length)} passes of {micro_batch} x {length}\n"
     )
-    print("| | ms | share of a step |\n|---|---|---|")
-    print(f"| step: passes, masked gradients, optimizer | {1000 * step:.0f} | |")
-    print(f"| masking gradients, every step | {1000 * medians['masking']:.1f} | {medians['masking'] / step:.3%} |")
-    print(f"| topology update with its measures, every {interval} steps | {1000 * update:.1f} "
-          f"| {update / interval / step:.3%} |")  # fmt: skip
+    every = f"topology update with its measures, every {interval} steps"
+    rows = [
+        ["", "ms", "share of a step"],
+        ["step: passes, masked gradients, optimizer", f"{1000 * step:.0f}", ""],
+        ["masking gradients, every step", f"{1000 * medians['masking']:.1f}", f"{medians['masking'] / step:.3%}"],
+        [every, f"{1000 * update:.1f}", f"{update / interval / step:.3%}"],
+    ]
+    print(markdown_table(rows))
 
 
 def main() -> None:
@@ -177,8 +181,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step in the last table")
     args = parser.parse_args()
 
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__} on {name}")
+    print(conditions())
     compare_one_update((args.rows, args.columns), args.repetitions)
     compare_one_update((4096, 4096), args.repetitions)
     time_methods((args.rows, args.columns), args.repetitions)

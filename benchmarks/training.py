@@ -65,7 +65,7 @@ class Side:
         raise NotImplementedError
 
 
-class Ours(Side):
+class NtHf(Side):
     def __init__(self, run: RunConfig, ids: torch.Tensor):
         self.ids, self.interval = ids, run.sparsity.update_interval
         config = run.model_config(max_position_embeddings=LENGTH)
@@ -118,8 +118,8 @@ class Stock(Side):
 def summed_losses(logits: list[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     """Of whole logits, shifted by copies, as the reference's loop has it."""
     losses = (
-        nn.functional.cross_entropy(each[:, :-1].contiguous().flatten(0, 1), ids[:, 1:].contiguous().flatten())
-        for each in logits
+        nn.functional.cross_entropy(x[:, :-1].contiguous().flatten(0, 1), ids[:, 1:].contiguous().flatten())
+        for x in logits
     )
     return sum(losses)
 
@@ -217,9 +217,9 @@ def build(name: str, run: RunConfig, batch: int, reference: Path | None) -> Side
     """A side by name, on random tokens ``[batch, LENGTH]``."""
     torch.manual_seed(0)
     ids = torch.randint(run.model["vocab_size"], (batch, LENGTH), device=DEVICE)
-    if name == "other":
+    if name == "baseline":
         return Reference(run, ids, reference) if reference else Plain(run, ids)
-    return {"nt_hf": Ours, "stock": Stock}[name](run, ids)
+    return {"nt_hf": NtHf, "stock": Stock}[name](run, ids)
 
 
 def measure(sizes: list[str], reference: Path | None = None, rounds: int = 3) -> list[Figure]:
@@ -229,16 +229,16 @@ def measure(sizes: list[str], reference: Path | None = None, rounds: int = 3) ->
 
 def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     batch = 64 if GPU else 8
-    other = "the reference code" if reference else "a plain loop in the reference's manner"
+    baseline_name = "the reference code" if reference else "a plain loop in the reference's manner"
     shape, figures = f"{size}, {batch} x {LENGTH}", []
     run = load_run_config([f"recipes/configs/{size}.yaml"])
-    sides = {name: build(name, run, batch, reference) for name in ("nt_hf", "stock", "other")}
-    ours, theirs = sides["nt_hf"], sides["other"]
-    config = ours.model.config
+    sides = {name: build(name, run, batch, reference) for name in ("nt_hf", "stock", "baseline")}
+    nt_hf, baseline = sides["nt_hf"], sides["baseline"]
+    config = nt_hf.model.config
     trail = copy.deepcopy(config)
     trail.num_ensemble_heads = 1
     tokens = batch * LENGTH
-    flops, trail_flops = (tokens * training_flops_per_token(each, LENGTH) for each in (config, trail))
+    flops, trail_flops = (tokens * training_flops_per_token(model, LENGTH) for model in (config, trail))
 
     for precision in ("highest",) if GPU else ("highest", "medium"):
         setting = "" if precision == "highest" else ", matmul precision medium"
@@ -247,11 +247,11 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
             figures.append(share_of_peak(flops / statistics.median(times["nt_hf"]), size, shape + setting))
         median = {name: statistics.median(values) for name, values in times.items()}
         if precision == "highest":
-            their_update = seconds(theirs.update)
-            update, masking = update_and_masking(ours)
-        step, their_step = (
-            median["nt_hf"] + update / ours.interval,
-            median["other"] + their_update / theirs.interval,
+            baseline_update = seconds(baseline.update)
+            update, masking = update_and_masking(nt_hf)
+        step, baseline_step = (
+            median["nt_hf"] + update / nt_hf.interval,
+            median["baseline"] + baseline_update / baseline.interval,
         )
         figures += [
             Figure(
@@ -263,24 +263,24 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
             ),
             Figure(
                 2,
-                f"tokens/s against {other}, {shape}{setting}",
-                their_step / step,
+                f"tokens/s against {baseline_name}, {shape}{setting}",
+                baseline_step / step,
                 at_least=2.5 if GPU else 1.6,
-                note=f"{tokens / step:,.0f} and {tokens / their_step:,.0f} tokens/s; a topology update takes "
-                f"{update:.2f} and {their_update:.1f} s",
+                note=f"{tokens / step:,.0f} and {tokens / baseline_step:,.0f} tokens/s; a topology update takes "
+                f"{update:.2f} and {baseline_update:.1f} s",
             ),
         ]
         if precision == "highest":
             figures += machinery(run, update, masking, median["nt_hf"], batch, shape)
     if GPU:
-        figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(ours), at_most=0))
-    del sides, ours, theirs
-    memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "other")}
+        figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(nt_hf), at_most=0))
+    del sides, nt_hf, baseline
+    memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "baseline")}
     if all(memory.values()):
-        note = "{nt_hf:.2f} and {other:.2f} GB, weights and optimizer included"
+        note = "{nt_hf:.2f} and {baseline:.2f} GB, weights and optimizer included"
         note = note.format(**{name: value / 1e9 for name, value in memory.items()})
-        name = f"peak memory against {other}, {shape}"
-        figures.append(Figure(3, name, memory["nt_hf"] / memory["other"], at_most=0.5, note=note))
+        name = f"peak memory against {baseline_name}, {shape}"
+        figures.append(Figure(3, name, memory["nt_hf"] / memory["baseline"], at_most=0.5, note=note))
     figures.append(stacked_heads(config, batch, rounds))
     return sorted(figures, key=lambda figure: figure.row)
 
@@ -288,7 +288,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
 def machinery(run: RunConfig, update: float, masking: float, step: float, batch: int, shape: str) -> list[Figure]:
     """Row 5, from the seconds of an update, of masking and of a step that masks."""
     interval, passes = run.sparsity.update_interval, run.train.batch_size // batch
-    whole = {f"{shape}": step, f"{shape} in {passes} passes, the recipe's batch": (
+    step_seconds = {shape: step, f"{shape} in {passes} passes, the recipe's batch": (
         passes * (step - masking) + masking
     )}  # fmt: skip
     note = f"masking {1000 * masking:.1f} ms a step, an update {1000 * update:.0f} ms every {interval} steps"
@@ -300,18 +300,18 @@ def machinery(run: RunConfig, update: float, masking: float, step: float, batch:
             at_most=0.015,
             note=note,
         )
-        for what, seconds in whole.items()
+        for what, seconds in step_seconds.items()
     ]
 
 
-def update_and_masking(side: Ours, rounds: int = 3) -> tuple[float, float]:
+def update_and_masking(side: NtHf, rounds: int = 3) -> tuple[float, float]:
     """Median seconds of what an update adds, and of masking the gradients."""
     updates, maskings = [], []
     for _ in range(rounds):
         side.backward()
-        whole = seconds(side.update)
+        with_update = seconds(side.update)
         maskings.append(seconds(side.sparsifier.step))
-        updates.append(max(0.0, whole - maskings[-1]))
+        updates.append(max(0.0, with_update - maskings[-1]))
         side.optimizer.zero_grad(set_to_none=True)
     return statistics.median(updates), statistics.median(maskings)
 
@@ -338,7 +338,7 @@ def memory_of(name: str, size: str, batch: int, reference: Path | None) -> int |
     return None if lines[-1] == "None" else int(lines[-1])
 
 
-def waits(side: Ours) -> int:
+def waits(side: NtHf) -> int:
     """How often the host waits for the device in a step without a topology update."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -348,7 +348,7 @@ def waits(side: Ours) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     synchronize()
-    return sum("synchroniz" in str(each.message) for each in caught)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def stacked_heads(config: NeuroTrailsLlamaConfig, batch: int, rounds: int) -> Figure:
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["20m", "60m"])
     parser.add_argument("--reference", type=Path, help="checkout of the paper's code")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory_of", choices=["nt_hf", "other"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=["nt_hf", "baseline"], help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

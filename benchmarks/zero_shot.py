@@ -80,7 +80,7 @@ def main() -> None:
                 lm_eval.evaluate(lm, task, limit=args.limit, bootstrap_iters=0)
             return time.perf_counter() - start, lm.calls
 
-    def ours(heads: str) -> float:
+    def nt_hf(heads: str) -> float:
         lm = TrailsLM(model, tokenizer, choose_scorers(model.config, heads))
         start = time.perf_counter()
         for name in TASKS:
@@ -90,8 +90,8 @@ def main() -> None:
     sides: dict[str, Callable[[], float]] = {
         "bound": lambda: stock(trail)[0] + (config.num_ensemble_heads - 1) * stock(head)[1],
         "lm_eval --model hf": lambda: stock(model)[0],
-        "eval/zero_shot.py, ensemble": lambda: ours("ensemble"),
-        "eval/zero_shot.py, each": lambda: ours("each"),
+        "eval/zero_shot.py, ensemble": lambda: nt_hf("ensemble"),
+        "eval/zero_shot.py, each": lambda: nt_hf("each"),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
@@ -108,7 +108,7 @@ def main() -> None:
         f"{args.limit} items a task, {len(TASKS)} tasks, {torch.get_num_threads()} threads, {provenance('lm_eval')}\n"
     )
     print(markdown_table([["pass", "seconds"], *([name, f"{value:.1f}"] for name, value in medians.items())]), "\n")
-    rows = [[f"{one} / {other}", f"{medians[one] / medians[other]:.2f}"] for one, other in ratios]
+    rows = [[f"{name} / {reference}", f"{medians[name] / medians[reference]:.2f}"] for name, reference in ratios]
     print(markdown_table([["ratio", "value"], *rows]), "\n")
     rows = [[str(count), f"{peak_of(model, tokenizer, args, count) / 2**20:.0f}"] for count in (1, 2, 4, 6)]
     print(markdown_table([["tasks in one run, the largest first", "peak memory (MiB)"], *rows]))

@@ -11,11 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nt_hf import NeuroTrailsLlamaConfig
-from nt_hf.config import DEFAULT_BASE, DERIVED_MODEL_KEYS, TRAIN_RULES, TrainConfig
-from nt_hf.data.config import RULES as DATA_RULES
+from nt_hf.checks import rules_of
+from nt_hf.config import DEFAULT_BASE, DERIVED_MODEL_KEYS, TrainConfig
 from nt_hf.data.config import DataConfig
 from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
-from nt_hf.sparsity.config import RULES as SPARSITY_RULES
 
 INTRODUCTION = """# Configuration
 
@@ -129,11 +128,11 @@ def page() -> str:
                   "from `data`, `masked_modules` from `sparsity`; they cannot be set.",
          table([("base", str, DEFAULT_BASE), *(model[name] for name in [*own, *LLAMA] if name in model)],
                {"base": "family of stock models", **LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
-        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, DATA_RULES)),
+        ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, rules_of(DataConfig))),
         ("sparsity", "[sparsify-your-model.md](sparsify-your-model.md) compares the methods and says where each is "
                      "from.\n`seed` follows `train.seed` unless it is given.",
-         table(fields_of(SparsityConfig), descriptions(SparsityConfig), SPARSITY_RULES)),
-        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig), TRAIN_RULES)),
+         table(fields_of(SparsityConfig), descriptions(SparsityConfig), rules_of(SparsityConfig))),
+        ("train", "", table(fields_of(TrainConfig), descriptions(TrainConfig), rules_of(TrainConfig))),
     ]  # fmt: skip
     text = INTRODUCTION
     for name, note, rows in sections:

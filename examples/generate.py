@@ -25,7 +25,7 @@ def main() -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise ValueError(f"{args.model} has weights that are not finite, for example {bad[0]}")
+        raise ValueError(f"{args.model}: has weights that are not finite, for example {bad[0]}")
     inputs = tokenizer(args.prompt, return_tensors="pt", padding=True)
     torch.manual_seed(args.seed)
     outputs = model.generate(

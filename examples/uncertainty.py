@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
     if "output_uncertainty" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{args.model} is a {type(model).__name__}; expected a NeuroTrails checkpoint")
+        raise ValueError(f"{args.model}: holds a {type(model).__name__}; accepted is a NeuroTrails checkpoint")
     if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise ValueError(f"{args.model} has weights that are not finite, for example {bad[0]}")
+        raise ValueError(f"{args.model}: has weights that are not finite, for example {bad[0]}")
     ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(args.seed)
     output = model.generate(

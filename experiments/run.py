@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,13 +45,13 @@ from experiments.suite import (
 )
 from experiments.suite_report import refreshed, report_text, write_report
 from nt_hf.cli import program
-from nt_hf.cli.program import check_output, provenance
+from nt_hf.cli.program import check_output, machine, provenance
 from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
-from nt_hf.files import only_writer, write_json, write_whole
-from nt_hf.training.metrics import read_metrics
+from nt_hf.files import lock_directory, write_atomic, write_json
+from nt_hf.training.metrics import last_record, read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
 logger = logging.getLogger("nt_hf.experiments")
@@ -163,7 +161,7 @@ def main() -> None:
             check_evaluation(suite, paths)
         programs = Programs()
         try:
-            with only_writer(paths.runs):
+            with lock_directory(paths.runs):
                 prepare(suite, paths, programs)
                 train_all(suite, paths, matching(tuning_runs(suite), args.only), args.parallel, programs)
                 main = matching(main_runs(suite, tuned(paths.results, suite)), args.only)
@@ -184,7 +182,7 @@ def main() -> None:
     write_report(suite, paths.results)
     if args.document:
         text = args.document.read_text(encoding="utf-8")
-        write_whole(args.document, refreshed(text, suite, paths.results))
+        write_atomic(args.document, refreshed(text, suite, paths.results))
 
 
 def every_run(suite: Suite, results: Path) -> list[Run]:
@@ -274,7 +272,7 @@ def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Prog
     run_dir = paths.runs / run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "config.yaml"
-    write_whole(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
+    write_atomic(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
     programs.call(
         "recipes/pretrain_c4.py", "--config", str(config), "--output_dir", str(run_dir),
         threads=threads, log=run_dir / "log.txt",
@@ -295,16 +293,16 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     run_dir, directory = paths.runs / run.name, paths.results / run.name
     records = read_metrics(run_dir / METRICS_FILE)
     steps = run_tree(suite, run)["train"]["max_steps"]
-    last = next((record for record in reversed(records) if record["event"] == "eval"), None)
+    last = last_record(records, "eval")
     if last is None or last["step"] < steps:
-        raise ValueError(f"{run_dir} is not trained to its end, step {steps}")
+        raise ValueError(f"{run_dir}: is not trained to its end, step {steps}")
     result: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records)}
     if not run.tuning:
         result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
-    made = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
+    origin = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
-    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **made))
+    write_atomic(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
+    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **origin))
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
@@ -352,16 +350,6 @@ def zero_shot(suite: Suite, paths: Paths, checkpoint: Path) -> dict[str, Any]:
     main(["--model", str(checkpoint), "--output", str(output), *data])
     report = json.loads(output.read_text())
     return {"limit": limit, "results": report["results"], "average": report["average"]}
-
-
-def machine() -> dict[str, Any]:
-    """On what a result was made."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    model = None
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
-    return {"gpu": gpu, "cpu": model or platform.processor(), "cores": os.cpu_count()}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from nt_hf.checks import Rule, check, choice, integer, list_of, number, optional
+from nt_hf.checks import Rule, check, check_fields, choice, integer, list_of, number, optional, setting
 from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections
 from nt_hf.plan.flops import count_flops
 from nt_hf.plan.parameters import count_parameters
@@ -44,23 +44,22 @@ class Arm:
     longer: bool = False
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How each arm's learning rate is chosen: by the loss on the recipe's validation text at a share of the steps."""
-
-    learning_rates: list[float]
-    share: float = 0.25
-    seed: int = 1000
-
-    def __post_init__(self) -> None:
-        check("learning_rates", self.learning_rates, _filled(number("(0, inf)"), "numbers above 0"))
-        check("share", self.share, number("(0, 1]"))
-
-
 def _filled(rule: Rule, items: str) -> Rule:
     """A list of such values that has one at least."""
     values = list_of(rule, f"a list of {items}")
     return Rule(lambda value: values.valid(value) and len(value) > 0, values.accepted)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How each arm's learning rate is chosen: by the loss on the recipe's validation text at a share of the steps."""
+
+    learning_rates: list[float] = setting(MISSING, _filled(number("(0, inf)"), "numbers above 0"))
+    share: float = setting(0.25, number("(0, 1]"))
+    seed: int = 1000
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -206,11 +205,11 @@ def run_tree(suite: Suite, run: Run) -> Tree:
         ValueError: an arm sets a section that the recipe does not know, or a key that the suite sets by itself.
     """
     tree = {section: dict(suite.config.get(section, {})) for section in SECTIONS}
-    own = {"train": {"seed", "learning_rate"}, "data": SAME_DATA}
+    fixed = {"train": {"seed", "learning_rate"}, "data": SAME_DATA}
     for section, values in run.arm.config.items():
         if section not in SECTIONS:
             raise ValueError(f"section {section}: accepted are {', '.join(SECTIONS)}")
-        if taken := own.get(section, set()) & values.keys():
+        if taken := fixed.get(section, set()) & values.keys():
             raise ValueError(f"{section}.{min(taken)}: it is the same for all arms, or tuned")
         tree[section] |= copy.deepcopy(values)
     train = tree["train"]
@@ -330,7 +329,7 @@ def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if result["config"] != run_tree(suite, run):
         raise ValueError(
-            f"{path} is of another configuration than the suite asks for; delete {path.parent}, or take other --results"
+            f"{path}: is of another configuration than the suite asks for; delete {path.parent} or take other --results"
         )
     return result
 

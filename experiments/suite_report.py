@@ -25,8 +25,8 @@ class Finished:
     curves: list[list[Result]]
 
     def values(self, read: Callable[[Result], float | None]) -> list[float]:
-        found = (read(result) for result in self.by_seed.values())
-        return [value for value in found if value is not None]
+        values = (read(result) for result in self.by_seed.values())
+        return [value for value in values if value is not None]
 
     def mean(self, read: Callable[[Result], float | None]) -> float:
         return statistics.fmean(self.values(read))
@@ -80,8 +80,8 @@ def density(result: Result) -> float:
 
 
 def overlap(result: Result) -> float | None:
-    found = result["diversity"]["mask_overlap"]
-    return found and found["overall"]
+    overlaps = result["diversity"]["mask_overlap"]
+    return overlaps and overlaps["overall"]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -203,14 +203,14 @@ def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
     scored = {
         runs.arm.label: [r["zero_shot"] for r in runs.by_seed.values() if "zero_shot" in r] for runs in arms.values()
     }
-    scored = {label: found[0] for label, found in scored.items() if found}
+    scored = {label: scores[0] for label, scores in scored.items() if scores}
     if not scored:
         return None
     tasks = list(next(iter(scored.values()))["results"])
     rows = [["arm", *tasks, "mean"]]
-    for label, found in scored.items():
+    for label, scores in scored.items():
         # The first scorer is the ensemble, or the only head.
-        accuracies = [next(iter(found["results"][task].values()))["acc"] for task in tasks]
+        accuracies = [next(iter(scores["results"][task].values()))["acc"] for task in tasks]
         cells = [score_text(accuracy["value"], accuracy["stderr"]) for accuracy in accuracies]
         rows.append([label, *cells, f"{statistics.fmean(accuracy['value'] for accuracy in accuracies):.3f}"])
     return markdown_table(rows)
@@ -231,9 +231,9 @@ def heads_table(arms: Mapping[str, Finished]) -> str | None:
 def tables(suite: Suite, results: Path) -> dict[str, str]:
     """All tables of the results there are, Markdown by title."""
     arms = finished(suite, results)
-    made = {}
+    tables_by_title = {}
     if arms:
-        made = {
+        tables_by_title = {
             "Quality": quality_table(suite, arms),
             "Budgets": budget_table(suite, arms),
             "One change": effects_table(suite, arms),
@@ -242,8 +242,8 @@ def tables(suite: Suite, results: Path) -> dict[str, str]:
             "Averaging": averaging_table(suite, arms),
             "Zero-shot accuracy, ± standard error over items": zero_shot_table(arms),
         }
-    made["Learning rates: validation perplexity of the tuning runs"] = tuning_table(suite, results)
-    return {title: table for title, table in made.items() if table}
+    tables_by_title["Learning rates: validation perplexity of the tuning runs"] = tuning_table(suite, results)
+    return {title: table for title, table in tables_by_title.items() if table}
 
 
 def report_text(suite: Suite, results: Path) -> str:
@@ -267,13 +267,13 @@ def refreshed(document: str, suite: Suite, results: Path) -> str:
     Raises:
         ValueError: it asks for a table that there is not.
     """
-    made = tables(suite, results)
+    tables_by_title = tables(suite, results)
 
-    def table(found: re.Match) -> str:
-        titles = [title for title in made if title.startswith(found["title"])]
+    def table(match: re.Match) -> str:
+        titles = [title for title in tables_by_title if title.startswith(match["title"])]
         if len(titles) != 1:
-            raise ValueError(f"{found[0].splitlines()[0]}: accepted are the titles {', '.join(made)}")
-        return f"{found['mark']}\n\n{made[titles[0]]}\n\n<!-- end -->"
+            raise ValueError(f"{match[0].splitlines()[0]}: accepted are the titles {', '.join(tables_by_title)}")
+        return f"{match['mark']}\n\n{tables_by_title[titles[0]]}\n\n<!-- end -->"
 
     mark = rf"(?P<mark><!-- {re.escape(suite.name)}: (?P<title>[^>]*?) -->).*?<!-- end -->"
     return re.sub(mark, table, document, flags=re.DOTALL)

@@ -1,5 +1,7 @@
 """Checks of settings, with one wording for all errors: ``key=value: accepted is …``."""
 
+import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,9 +26,22 @@ def check(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{name}={value!r}: accepted is {rule.accepted}{hint}")
 
 
-def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
-    """Raises ValueError unless the fields that ``rules`` names have accepted values."""
-    for name, rule in rules.items():
+def setting(default: Any, rule: Rule) -> Any:
+    """A field of a dataclass, with the values that it may have; ``MISSING`` as the default: it must be given."""
+    default_of = {"default": default}
+    if isinstance(default, list | dict):
+        default_of = {"default_factory": lambda: copy.copy(default)}
+    return dataclasses.field(**default_of, metadata={"rule": rule})
+
+
+def rules_of(settings: Any) -> dict[str, Rule]:
+    """The rules of the fields of a dataclass, or of an object of one, that are made by [`setting`]."""
+    return {field.name: field.metadata["rule"] for field in dataclasses.fields(settings) if "rule" in field.metadata}
+
+
+def check_fields(settings: Any) -> None:
+    """Raises ValueError unless every [`setting`] of a dataclass has an accepted value."""
+    for name, rule in rules_of(settings).items():
         check(name, getattr(settings, name), rule)
 
 
@@ -65,12 +80,12 @@ def integer(least: int | None = None, most: int | None = None) -> Rule:
     return Rule(valid, "a whole number" + bounds.get((most is not None, least is not None), ""))
 
 
-def number(interval: str = "(-inf, inf)", of: str = "a number") -> Rule:
+def number(interval: str = "(-inf, inf)", noun: str = "a number") -> Rule:
     """A number within an interval such as ``"(0, 1]"``; not a truth value.
 
     Args:
         interval: as mathematics writes it, ``inf`` for no bound.
-        of: what the number is, for the message.
+        noun: what the number is, for the message.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
@@ -81,7 +96,7 @@ def number(interval: str = "(-inf, inf)", of: str = "a number") -> Rule:
         return above and (value < high if interval[-1] == ")" else value <= high)
 
     words = {"(-inf, inf)": "", "(0, inf)": " above 0", "[0, inf)": " from 0"}
-    return Rule(valid, of + words.get(interval, f" in {interval}"))
+    return Rule(valid, noun + words.get(interval, f" in {interval}"))
 
 
 def optional(rule: Rule) -> Rule:

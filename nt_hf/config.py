@@ -21,41 +21,13 @@ from .checks import (
     mapping_to,
     number,
     optional,
+    setting,
 )
 from .data.config import DataConfig
 from .models.auto import class_of_family
 from .models.configuration_neurotrails import MultiHeadConfig
 from .sparsity.config import SparsityConfig
 from .yaml_values import DuplicateKeyError, known_name, parse_yaml, read_yaml, typed_value
-
-TRAIN_RULES = {
-    "max_steps": integer(1),
-    "batch_size": integer(1),
-    "micro_batch_size": optional(integer(1)),
-    "learning_rate": number("(0, inf)"),
-    "lr_schedule": choice(["cosine", "warmup_stable_decay"]),
-    "decay_ratio": number("(0, 1]"),
-    "min_lr_ratio": number("[0, 1]"),
-    "warmup_ratio": number("[0, 1)", "a share of the run"),
-    "learning_rate_factors": mapping_to(number("[0, inf)"), "a mapping from globs to numbers from 0"),
-    "optimizer": choice(["adam", "adamw"]),
-    "betas": list_of(number("[0, 1)"), "two numbers in [0, 1)", length=2),
-    "eps": number("(0, inf)"),
-    "weight_decay": number("[0, inf)"),
-    "max_grad_norm": optional(number("(0, inf)")),
-    "precision": choice(["auto", "fp32", "bf16"]),
-    "matmul_precision": choice(["highest", "high", "medium"]),
-    "gradient_checkpointing": SWITCH,
-    "compile": SWITCH,
-    "peak_tflops": optional(number("(0, inf)")),
-    "log_steps": integer(1),
-    "eval_steps": integer(1),
-    "save_steps": integer(1),
-    "check_interval": integer(1),
-    "keep": integer(1),
-    "save_dtype": choice(["float32", "bfloat16"]),
-    "seed": integer(0, 2**32 - 1),
-}
 
 
 @dataclasses.dataclass
@@ -91,35 +63,37 @@ class TrainConfig:
         seed: seed of initialisation, masks and data order.
     """
 
-    max_steps: int = 10_000
-    batch_size: int = 512
-    micro_batch_size: int | None = None
-    learning_rate: float = 1e-3
-    lr_schedule: str = "cosine"
-    decay_ratio: float = 0.1
-    min_lr_ratio: float = 0.1
-    warmup_ratio: float = 0.1
-    learning_rate_factors: dict[str, float] = dataclasses.field(default_factory=dict)
-    optimizer: str = "adam"
-    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    precision: str = "auto"
-    matmul_precision: str = "highest"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    peak_tflops: float | None = None
-    log_steps: int = 10
-    eval_steps: int = 1_000
-    save_steps: int = 1_000
-    check_interval: int = 10
-    keep: int = 2
-    save_dtype: str = "float32"
-    seed: int = 0
+    max_steps: int = setting(10_000, integer(1))
+    batch_size: int = setting(512, integer(1))
+    micro_batch_size: int | None = setting(None, optional(integer(1)))
+    learning_rate: float = setting(1e-3, number("(0, inf)"))
+    lr_schedule: str = setting("cosine", choice(["cosine", "warmup_stable_decay"]))
+    decay_ratio: float = setting(0.1, number("(0, 1]"))
+    min_lr_ratio: float = setting(0.1, number("[0, 1]"))
+    warmup_ratio: float = setting(0.1, number("[0, 1)", "a share of the run"))
+    learning_rate_factors: dict[str, float] = setting(
+        {}, mapping_to(number("[0, inf)"), "a mapping from globs to numbers from 0")
+    )
+    optimizer: str = setting("adam", choice(["adam", "adamw"]))
+    betas: list[float] = setting([0.9, 0.999], list_of(number("[0, 1)"), "two numbers in [0, 1)", length=2))
+    eps: float = setting(1e-8, number("(0, inf)"))
+    weight_decay: float = setting(0.0, number("[0, inf)"))
+    max_grad_norm: float | None = setting(None, optional(number("(0, inf)")))
+    precision: str = setting("auto", choice(["auto", "fp32", "bf16"]))
+    matmul_precision: str = setting("highest", choice(["highest", "high", "medium"]))
+    gradient_checkpointing: bool = setting(False, SWITCH)
+    compile: bool = setting(False, SWITCH)
+    peak_tflops: float | None = setting(None, optional(number("(0, inf)")))
+    log_steps: int = setting(10, integer(1))
+    eval_steps: int = setting(1_000, integer(1))
+    save_steps: int = setting(1_000, integer(1))
+    check_interval: int = setting(10, integer(1))
+    keep: int = setting(2, integer(1))
+    save_dtype: str = setting("float32", choice(["float32", "bfloat16"]))
+    seed: int = setting(0, integer(0, 2**32 - 1))
 
     def __post_init__(self):
-        check_fields(self, TRAIN_RULES)
+        check_fields(self)
         most = 1 - self.warmup_ratio if self.lr_schedule == "warmup_stable_decay" else 1
         left = f"a share of the run above 0, up to what the warm-up leaves ({most:g})"
         check("decay_ratio", self.decay_ratio, Rule(lambda share: 0 < share <= most, left))
@@ -327,7 +301,9 @@ def _check_rope(config: RunConfig) -> None:
         try:
             ROPE_INIT_FUNCTIONS[kind](config.model_config(), None)
         except KeyError as error:
-            raise ValueError(f"model.rope_parameters={rope}: lacks {error.args[0]}, expected with {kind}") from error
+            raise ValueError(
+                f"model.rope_parameters={rope}: accepted with {kind} is one with {error.args[0]}"
+            ) from error
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -340,11 +316,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     while remaining:
         name, equals, value = remaining.pop(0).partition("=")
         if not name.startswith("--") or "." not in name:
-            raise ValueError(f"unknown argument {name}: configuration keys are --section.key value")
+            raise ValueError(f"{name}: unknown argument; accepted are configuration keys, --section.key value")
         if not equals:
             # A value may begin with one dash, as negative numbers do; with two it is the next key.
             if not remaining or remaining[0].startswith("--"):
-                raise ValueError(f"{name} needs a value, {name} true for example where it is a switch")
+                raise ValueError(f"{name}: has no value; accepted is {name} true, for example, where it is a switch")
             value = remaining.pop(0)
         overrides[name.removeprefix("--")] = value
     return overrides

@@ -43,7 +43,7 @@ def writing(path: str | Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written ({reason})") from error
 
 
-def write_whole(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
+def write_atomic(path: Path, content: str | Callable[[IO[bytes]], object]) -> None:
     """Makes the file ``path`` in one step: whatever happens, it is complete and on the disk, or as it was.
 
     Args:
@@ -70,7 +70,7 @@ def write_whole(path: Path, content: str | Callable[[IO[bytes]], object]) -> Non
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file by [`write_whole`]; dataclasses become objects, missing folders are made.
+    """Writes a JSON file by [`write_atomic`]; dataclasses become objects, missing folders are made.
 
     Raises:
         ValueError: a number is not finite, which JSON cannot hold.
@@ -82,7 +82,7 @@ def write_json(path: Path, content: Any) -> None:
         raise ValueError(f"{path} is not written: {error}; accepted are finite numbers") from error
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text + "\n")
+    write_atomic(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """Keeps a directory for this process: made if it is not there, and removed again if nothing came to lie in it.
 
     The kernel frees the lock of a process that dies, so a killed run locks nobody out.

@@ -17,7 +17,7 @@ class DuplicateKeyError(ValueError):
     """A key that a YAML mapping has twice."""
 
 
-class _OnceLoader(yaml.composer.Composer):
+class _UniqueKeys(yaml.composer.Composer):
     """Refuses keys that are given twice: YAML would drop the first of them without a word."""
 
     def compose_mapping_node(self, anchor):
@@ -34,7 +34,7 @@ class _OnceLoader(yaml.composer.Composer):
         return node
 
 
-class _Loader(_OnceLoader, yaml.SafeLoader):
+class _Loader(_UniqueKeys, yaml.SafeLoader):
     """YAML 1.1 reads 2:4 as 124, a number to the base 60: nobody means that, and here it is a sparsity structure."""
 
 

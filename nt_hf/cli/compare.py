@@ -8,19 +8,16 @@ Differences are from the first; where 0 lies outside the 95 % interval stands a 
 stars by chance.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.comparison import compare_columns, comparison_table, plot_comparison, read_columns
-from ..files import write_json, write_whole
-from .program import check_output, provenance
+from ..files import write_atomic, write_json
+from .program import check_output, provenance, verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf evaluate compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("evaluate compare", __doc__)
     parser.add_argument("results", nargs="+", metavar="FILE[:SCORER]", help="JSON files of nt-hf evaluate zero-shot")
     parser.add_argument("--output", type=Path, required=True, help="a directory for the table, JSON and plots")
     args = parser.parse_args(argv)
@@ -31,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "\n".join([comparison_table(columns, rows), "", *(f"- {note}" for note in notes)]).rstrip()
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output / "comparison.md", text + "\n")
+    write_atomic(args.output / "comparison.md", text + "\n")
     names = [column.name for column in columns]
     write_json(args.output / "comparison.json", {"columns": names, "rows": rows, "notes": notes, **provenance()})
     plot_comparison(columns, rows, args.output / "comparison")

@@ -5,7 +5,6 @@
 Writes diversity.json and plots into the directory --output. Tokens are scored as by nt-hf evaluate perplexity.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from ..evaluation.perplexity import load_for_evaluation
 from ..evaluation.plots import write_plots
 from ..files import write_json
 from ..text import plain_table
-from .program import check_output, provenance
+from .program import check_output, provenance, verb_parser
 from .scored_text import add_text_arguments, open_text, text_record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf evaluate diversity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("evaluate diversity", __doc__)
     add_text_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="the directory to write into")
     parser.add_argument("--heads", help="measure these only, as 0,2; default: all")

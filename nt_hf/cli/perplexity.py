@@ -6,7 +6,6 @@ Every token of every document is scored once and weighs the same. A document tha
 --sequence_length tokens is scored by a sliding one, which moves on by --stride tokens.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,12 @@ from ..evaluation.perplexity import evaluate, load_for_evaluation
 from ..files import write_json
 from ..models.masks import overall_density
 from ..text import plain_table
-from .program import check_output, provenance
+from .program import check_output, provenance, verb_parser
 from .scored_text import add_text_arguments, open_text, text_record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf evaluate perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("evaluate perplexity", __doc__)
     add_text_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     args = parser.parse_args(argv)

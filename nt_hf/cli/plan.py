@@ -7,7 +7,6 @@
 needed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -15,15 +14,11 @@ from ..config import load_run_config, parse_overrides
 from ..plan.hardware import GPUS, find_gpu
 from ..plan.planner import plan
 from ..plan.report import report
+from .program import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = verb_parser("plan", __doc__, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", required=True, help="YAML files; later ones override earlier ones")
     parser.add_argument("--gpus", type=int, default=1, help="how many, one process each")
     parser.add_argument("--gpu", default="h100", help=", ".join(gpu.name for gpu in GPUS))

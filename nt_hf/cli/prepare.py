@@ -5,7 +5,6 @@
 A killed preparation continues with the remaining files when the same command is started again.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -16,14 +15,13 @@ from tqdm import tqdm
 
 from ..data.prepare import Shard, prepare
 from ..data.tokenizers import load_tokenizer
+from .program import verb_parser
 
 logger = logging.getLogger("nt_hf.prepare")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("prepare", __doc__)
     parser.add_argument("--data", nargs="+", required=True, help="text sources: hub:…, files, globs, sample:train")
     parser.add_argument("--tokenizer", default="sample", help="sample, a directory or a hub name (%(default)s)")
     parser.add_argument("--output", required=True, help="directory for the tokens")

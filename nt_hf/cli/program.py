@@ -3,6 +3,7 @@
 Bad input is one clear line and a non-zero exit code, not a traceback.
 """
 
+import argparse
 import importlib.metadata
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -47,16 +49,30 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}{reason}")
 
 
+def verb_parser(verb: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of ``nt-hf <verb>``; ``options`` are further ones of `argparse.ArgumentParser`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"nt-hf {verb}", description=description, formatter_class=formatter, **options)
+
+
+def machine() -> dict[str, Any]:
+    """On what a result was made: the names of GPU and CPU, and the number of cores."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return {"gpu": gpu, "cpu": cpu, "cores": os.cpu_count()}
+
+
 def provenance(*packages: str) -> dict[str, Any]:
     """What a result was made by: the command, versions (of ``packages``, too), and the commit of a source tree."""
-    here = Path(__file__).parent
-    commit = None
+    commit, folder = None, Path(__file__).parent
     try:
         # Tracked there: the package may also be installed into an environment within somebody else's repository.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, check=True, capture_output=True)
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, check=True, capture_output=True)
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, check=True, capture_output=True, text=True,
+            cwd=folder, check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         pass

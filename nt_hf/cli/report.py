@@ -5,17 +5,15 @@
 They are in the run's folder report/; the table is printed, too.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..training.report import write_report
+from .program import verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("report", __doc__)
     parser.add_argument("run", type=Path, help="the directory of a run of nt-hf train")
     run_dir = parser.parse_args(argv).run
     if not (run_dir / "metrics.jsonl").is_file():

@@ -8,7 +8,6 @@ it can spell and restore any text. The special tokens are those of the sample to
 ``<unk>`` = 2 (never emitted), none of them added by itself.
 """
 
-import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..data.sources import read_texts
-from ..files import only_writer, writing
+from ..files import lock_directory, writing
+from .program import verb_parser
 
 logger = logging.getLogger("nt_hf.train_tokenizer")
 
@@ -48,9 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("tokenizer", __doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, help="text sources, for example sample:train or 'text/*.gz'"
     )
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_field", default="text", help="field that holds the text (%(default)s)")
     args = parser.parse_args(argv)
     output = Path(args.output)
-    with only_writer(output):  # before the text is read
+    with lock_directory(output):  # before the text is read
         tokenizer = train_tokenizer(read_texts(args.data, args.text_field), args.vocab_size)
         with writing(output):
             tokenizer.save_pretrained(output)

@@ -10,23 +10,17 @@ with the same command, also on another number of processes. recipes/accelerate h
 machines.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import load_run_config, parse_overrides
 from ..training.run import run_training
-from .program import run
+from .program import run, verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line ``argv`` asks for; ``None``: that of this process."""
-    parser = argparse.ArgumentParser(
-        prog="nt-hf train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = verb_parser("train", __doc__, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", required=True, help="files or names; later ones override earlier ones")
     parser.add_argument("--output_dir", required=True, help="the run's directory")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint's path")

@@ -20,7 +20,7 @@ from ..evaluation.zero_shot_tasks import DEFAULT_TASKS, SEED, Tasks, choose_task
 from ..files import write_json
 from ..models.configuration_neurotrails import ENSEMBLE_MODES
 from ..training.device import peak_memory
-from .program import check_output, provenance
+from .program import check_output, provenance, verb_parser
 
 logger = logging.getLogger("nt_hf.zero_shot")
 
@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="nt-hf evaluate zero-shot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("evaluate zero-shot", __doc__)
     parser.add_argument(
         "--model", type=Path, required=True, help="a checkpoint directory, of a multi-head or a stock model"
     )

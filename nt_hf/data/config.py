@@ -1,30 +1,15 @@
 """The section ``data`` of a run's configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, optional
+from ..checks import SWITCH, TEXT, Rule, check, check_fields, choice, integer, optional, rules_of, setting
 
-PACKINGS = ("pack", "pad")
-ON_BAD_LINE = ("error", "skip")
 SOURCE = Rule(
     lambda value: (
         TEXT.valid(value) or (isinstance(value, list | tuple) and bool(value) and all(map(TEXT.valid, value)))
     ),
     "a text source or a list of them",
 )
-RULES = {
-    "train": SOURCE,
-    "validation": SOURCE,
-    "tokenizer": TEXT,
-    "sequence_length": integer(2),  # one token predicts nothing
-    "packing": choice(PACKINGS),
-    "shuffle_block": integer(0),
-    "order_per_head": SWITCH,
-    "num_workers": integer(0),
-    "on_bad_line": choice(ON_BAD_LINE),
-    "validation_tokens": optional(integer(1)),
-    "text_field": TEXT,
-}
 
 
 @dataclass
@@ -35,19 +20,22 @@ class DataConfig:
         ValueError: a field has a value that is not accepted.
     """
 
-    train: str | list[str] = "hub:allenai/c4:en:train"
-    validation: str | list[str] = "hub:allenai/c4:en:validation"
-    tokenizer: str = "sample"
-    sequence_length: int = 256
-    packing: str = "pack"
-    shuffle_block: int = 1024
-    order_per_head: bool = False
-    num_workers: int = 0
-    on_bad_line: str = "error"
-    validation_tokens: int | None = field(default=10_000_000, metadata={"help": "at most so many; None for all"})
-    text_field: str = "text"
+    train: str | list[str] = setting("hub:allenai/c4:en:train", SOURCE)
+    validation: str | list[str] = setting("hub:allenai/c4:en:validation", SOURCE)
+    tokenizer: str = setting("sample", TEXT)
+    sequence_length: int = setting(256, integer(2))  # one token predicts nothing
+    packing: str = setting("pack", choice(["pack", "pad"]))
+    shuffle_block: int = setting(1024, integer(0))
+    order_per_head: bool = setting(False, SWITCH)
+    num_workers: int = setting(0, integer(0))
+    on_bad_line: str = setting("error", choice(["error", "skip"]))
+    validation_tokens: int | None = setting(10_000_000, optional(integer(1)))
+    text_field: str = setting("text", TEXT)
 
     def __post_init__(self):
-        check_fields(self, RULES)
-        ordered = Rule(lambda asked: not asked or self.shuffle_block > 0, "false where shuffle_block is 0")
+        check_fields(self)
+        ordered = Rule(lambda separate: not separate or self.shuffle_block > 0, "false where shuffle_block is 0")
         check("order_per_head", self.order_per_head, ordered)
+
+
+RULES = rules_of(DataConfig)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import check, integer, one_line
-from ..files import only_writer, write_whole, writing
+from ..files import lock_directory, write_atomic, writing
 from .config import RULES
 from .errors import DataError
 from .prepared import FORMAT_VERSION, Shard, read_index, tokenizer_fingerprint
@@ -78,7 +78,7 @@ def prepare(
         for shard in index["shards"]:
             progress(Shard(**shard), len(files), False)
         return index
-    with only_writer(output):
+    with lock_directory(output):
         return _prepare_there(source, files, tokenizer, output, identity, on_bad_line, processes, progress)
 
 
@@ -111,7 +111,7 @@ def _prepare_there(
     if not totals["documents"]:
         raise DataError(f"{source}: holds no documents")
     index = identity | totals | {"shards": ordered}
-    write_whole(output / INDEX, json.dumps(index, indent=1) + "\n")
+    write_atomic(output / INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -184,7 +184,7 @@ def _write_shard(
         out.seek(0)
         out.write(_header(identity, shard))
 
-    write_whole(path, write)
+    write_atomic(path, write)
     return shard
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import one_line
 from .errors import DataError
 from .sources import INDEX, PREPARED
-from .streams import TokenBatches, check_batches, require_same
+from .streams import BatchOptions, TokenBatches, require_same
 from .tokenizers import eos_id, tokenize
 
 FORMAT_VERSION = 1
@@ -139,8 +139,8 @@ def shuffled(positions: np.ndarray, count: int, key: str) -> np.ndarray:
         return left * side + right
 
     values = permute(positions.astype(np.uint64))
-    while len(beyond := np.flatnonzero(values >= count)):
-        values[beyond] = permute(values[beyond])
+    while len(out_of_range := np.flatnonzero(values >= count)):
+        values[out_of_range] = permute(values[out_of_range])
     return values.astype(np.int64)
 
 
@@ -152,7 +152,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(eq=False, repr=False)
-class PreparedTokens:
+class PreparedTokens(BatchOptions):
     """Iterable over batches of prepared tokens, for one rank; the counterpart of ``TokenBatches``.
 
     A batch is a dict of int64 tensors ``[batch_size, sequence_length]``: ``input_ids``, ``attention_mask`` (all 1)
@@ -170,12 +170,8 @@ class PreparedTokens:
     Args:
         directory: of the tokens, with its index.
         tokenizer: the one they were made by.
-        batch_size: rows a batch.
-        sequence_length: tokens a row.
         shuffle: whether to permute all rows, in each epoch anew.
-        seed: of the shuffling.
-        epochs: passes over the rows; None for no end.
-        rank, world_size: this process among those that share the rows.
+        further ones: those of ``BatchOptions``.
 
     Attributes:
         rows: number of rows of an epoch.
@@ -192,16 +188,10 @@ class PreparedTokens:
     directory: str | Path
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
-    batch_size: int
-    sequence_length: int
     shuffle: bool = False
-    seed: int = 0
-    epochs: int | None = None
-    rank: int = 0
-    world_size: int = 1
 
     def __post_init__(self):
-        check_batches(self)
+        super().__post_init__()
         directory = Path(self.directory)
         index = read_index(directory)
         fingerprint = tokenizer_fingerprint(self.tokenizer)
@@ -283,8 +273,8 @@ class PreparedTokens:
         epochs, numbers = positions // self.rows, positions % self.rows
         if self.shuffle:
             for epoch in np.unique(epochs):
-                here = epochs == epoch
-                numbers[here] = shuffled(numbers[here], self.rows, f"{self.seed}/{epoch}")
+                in_epoch = epochs == epoch
+                numbers[in_epoch] = shuffled(numbers[in_epoch], self.rows, f"{self.seed}/{epoch}")
         input_ids = torch.empty(len(numbers), self.sequence_length, dtype=torch.int64)
         for row, number in zip(input_ids.numpy(), numbers.tolist()):
             self._read(row, number * self.sequence_length)

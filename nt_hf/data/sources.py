@@ -300,9 +300,9 @@ def _rows(path: str, file: io.BufferedReader, text_field: str, after: int) -> It
     if text_field not in schema.names:
         raise DataError(f"{path}: has no column {text_field!r}, its columns are {', '.join(schema.names)}")
     column = schema.field(text_field).type
-    of = column.value_type if pyarrow.types.is_dictionary(column) else column
+    value_type = column.value_type if pyarrow.types.is_dictionary(column) else column
     types = pyarrow.types
-    if not (types.is_string(of) or types.is_large_string(of) or types.is_string_view(of)):
+    if not (types.is_string(value_type) or types.is_large_string(value_type) or types.is_string_view(value_type)):
         raise DataError(f"{path}: column {text_field!r} is of type {column}; accepted are strings")
     for batch in batches:
         skip = min(max(after - count, 0), batch.num_rows)

@@ -14,14 +14,14 @@ import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import Rule, check_fields, integer, one_line, optional
+from ..checks import Rule, check, check_fields, integer, one_line, optional, setting
 from ..models.losses import IGNORE_INDEX
 from .config import RULES
 from .errors import DataError
@@ -46,17 +46,32 @@ def pad_rows(rows: Sequence[list[int]], length: int, tokenizer: PreTrainedTokeni
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def check_batches(batches: Any) -> None:
-    """Raises ValueError unless batches can be so large and so many, and divided so."""
-    ranks = f"0 to {batches.world_size - 1} (world_size={batches.world_size})"
-    rules = {
-        "batch_size": integer(1),
-        "sequence_length": RULES["sequence_length"],
-        "world_size": integer(1),
-        "epochs": optional(integer(1)),
-        "rank": Rule(lambda rank: rank in range(batches.world_size), ranks),
-    }
-    check_fields(batches, rules)
+@dataclass(kw_only=True, eq=False, repr=False)
+class BatchOptions:
+    """How rows make batches, and how these are divided among ranks.
+
+    Args:
+        batch_size: rows a batch.
+        sequence_length: tokens a row.
+        seed: of the shuffling.
+        epochs: passes over the source; None for no end.
+        rank, world_size: this process among those that share the source.
+
+    Raises:
+        ValueError: an argument has a value that is not accepted.
+    """
+
+    batch_size: int = setting(MISSING, integer(1))
+    sequence_length: int = setting(MISSING, RULES["sequence_length"])
+    seed: int = 0
+    epochs: int | None = setting(None, optional(integer(1)))
+    rank: int = 0
+    world_size: int = setting(1, integer(1))
+
+    def __post_init__(self):
+        check_fields(self)
+        ranks = f"0 to {self.world_size - 1} (world_size={self.world_size})"
+        check("rank", self.rank, Rule(lambda rank: rank in range(self.world_size), ranks))
 
 
 def require_same(saved: Mapping[str, Any], accepted: Mapping[str, Any]) -> None:
@@ -67,7 +82,7 @@ def require_same(saved: Mapping[str, Any], accepted: Mapping[str, Any]) -> None:
 
 
 @dataclass(eq=False, repr=False)
-class TokenBatches:
+class TokenBatches(BatchOptions):
     """Iterable over batches of tokens, for one rank.
 
     A batch is a dict of int64 tensors ``[batch_size, sequence_length]``: ``input_ids``; ``attention_mask``, 0 on
@@ -90,17 +105,13 @@ class TokenBatches:
     Args:
         source: text source(s), see the module.
         tokenizer: any tokenizer with an end-of-sequence token; its automatic special tokens are not used.
-        batch_size: rows a batch.
-        sequence_length: tokens a row.
         packing: ``"pack"`` or ``"pad"``.
         shuffle_block: documents a block; 0 keeps the order of files and documents.
-        seed: of the shuffling.
-        epochs: passes over the source; None for no end.
-        rank, world_size: this process among those that share the source.
         num_workers: loader processes for this rank; 0 loads in this process. The batches of one worker follow
             those of the next in turn, so their order is fixed but depends on this number.
         on_bad_line: ``"error"`` or ``"skip"`` (counted in ``bad_lines`` and logged).
         text_field: name of the field that holds the text.
+        further ones: those of [`BatchOptions`].
 
     Attributes:
         files: the files or URLs read, in order.
@@ -113,21 +124,14 @@ class TokenBatches:
     source: str | Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
-    batch_size: int
-    sequence_length: int
-    packing: str = "pack"
-    shuffle_block: int = 0
-    seed: int = 0
-    epochs: int | None = None
-    rank: int = 0
-    world_size: int = 1
-    num_workers: int = 0
-    on_bad_line: str = "error"
+    packing: str = setting("pack", RULES["packing"])
+    shuffle_block: int = setting(0, RULES["shuffle_block"])
+    num_workers: int = setting(0, RULES["num_workers"])
+    on_bad_line: str = setting("error", RULES["on_bad_line"])
     text_field: str = "text"
 
     def __post_init__(self):
-        check_fields(self, {name: RULES[name] for name in ("packing", "on_bad_line", "shuffle_block", "num_workers")})
-        check_batches(self)
+        super().__post_init__()
         self.eos_id = eos_id(self.tokenizer)
         self.files = find_files(self.source)
         self._workers = max(1, self.num_workers)

@@ -88,16 +88,16 @@ def read_columns(arguments: Sequence[str]) -> list[Column]:
         report = _read(path)
         scorers = list(report["scorers"])
         if scorer and scorer not in scorers:
-            raise ValueError(f"{file} has no scorer {scorer!r}; accepted: {', '.join(scorers)}")
+            raise ValueError(f"{file}:{scorer}: accepted is one of its scorers {', '.join(scorers)}")
         chosen = [scorer] if scorer else scorers if len(arguments) == 1 else scorers[:1]
         for name in chosen:
             label = name if len(arguments) == 1 else f"{short[path]}: {name}"
             columns.append(Column(label, report, name))
     if len(columns) < 2:
-        raise ValueError("one scorer alone compares to nothing; accepted: two files, or one with several scorers")
+        raise ValueError("results: one scorer compares to nothing; accepted are two files, or one with several scorers")
     twice = [column.name for column in columns if sum(other.name == column.name for other in columns) > 1]
     if twice:
-        raise ValueError(f"two columns are called {twice[0]!r}; accepted: each scorer of a file once")
+        raise ValueError(f"results: two columns are called {twice[0]!r}; accepted is each scorer of a file once")
     return columns
 
 
@@ -116,10 +116,10 @@ def _read(path: Path) -> dict[str, Any]:
         report = strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({error.strerror}); accepted: a file of nt-hf evaluate zero-shot"
+            f"{path}: cannot be read ({error.strerror}); accepted is a file of nt-hf evaluate zero-shot"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); accepted: a file of nt-hf evaluate zero-shot") from error
+        raise ValueError(f"{path}: not JSON ({error}); accepted is a file of nt-hf evaluate zero-shot") from error
     if not isinstance(report, dict) or not {"scorers", "results", "tasks", "members"} <= report.keys():
         raise ValueError(f"{path}: accepted is a file of nt-hf evaluate zero-shot")
     return report
@@ -164,7 +164,7 @@ def compare_columns(columns: Sequence[Column]) -> tuple[list[Row], list[str]]:
         if rows and rows[-1].task == name:
             shared.append((members, np.asarray(weights) / np.sum(weights)))
     if not rows:
-        raise ValueError("the files share no task: " + " ".join(notes))
+        raise ValueError(f"results: share no task; {' '.join(notes)}")
     if len(shared) > 1:
         means = []
         for column in columns:

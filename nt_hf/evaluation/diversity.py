@@ -234,7 +234,7 @@ def _prediction_sums(head_logits: Sequence[torch.Tensor], targets: torch.Tensor,
     count = len(head_logits)
     log_probs = torch.log_softmax(torch.stack(list(head_logits)), -1)
     predictors = [*log_probs, *(torch.log_softmax(combine_logits(head_logits, mode), -1) for mode in ENSEMBLE_MODES)]
-    right = torch.stack([_at(predictor, targets) for predictor in predictors]).double()
+    right = torch.stack([_gather_tokens(predictor, targets) for predictor in predictors]).double()
     best = [predictor.max(-1) for predictor in predictors]
     confidences, guesses = torch.stack([x.values for x in best]).exp(), torch.stack([x.indices for x in best])
     correct = guesses == targets
@@ -257,7 +257,7 @@ def _prediction_sums(head_logits: Sequence[torch.Tensor], targets: torch.Tensor,
     for size in range(2, count):
         for first in range(count):
             combined = combine_logits([head_logits[(first + i) % count] for i in range(size)], mode)
-            losses = torch.logsumexp(combined, -1) - _at(combined, targets)
+            losses = torch.logsumexp(combined, -1) - _gather_tokens(combined, targets)
             windows[size - 2, first] = losses.double().sum()
     return {
         "tokens": torch.tensor(len(targets), dtype=torch.float64),
@@ -272,7 +272,7 @@ def _prediction_sums(head_logits: Sequence[torch.Tensor], targets: torch.Tensor,
     }
 
 
-def _at(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _gather_tokens(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return values.gather(-1, tokens[:, None])[:, 0]
 
 

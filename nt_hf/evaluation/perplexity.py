@@ -4,18 +4,18 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check, check_fields, integer, optional
+from ..checks import check, check_fields, integer, optional, setting
 from ..data.streams import TOKENIZE_AT_ONCE, pad_rows
 from ..data.tokenizers import eos_id, tokenize
 from ..models.auto import class_of_family
-from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.configuration_neurotrails import ENSEMBLE_MODES, MultiHeadConfig
 from ..models.ensemble import combine_logits
 from ..models.losses import IGNORE_INDEX
 from ..models.modeling_neurotrails import MultiHeadForCausalLM
@@ -34,7 +34,7 @@ def load_config(path: str | Path) -> MultiHeadConfig:
         ValueError: ``path`` is no directory of a multi-head model or a stock decoder, or its configuration is damaged.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
             return kind.config_class.from_stock_config(AutoConfig.from_pretrained(path), num_ensemble_heads=1)
@@ -51,7 +51,7 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
             weight is not finite.
     """
     path = Path(path)
-    with _named(path):
+    with _one_line_errors(path):
         kind, is_stock = _class_of(path)
         if is_stock:
             model = kind.from_stock(_load_stock(kind.stock_class, path), num_ensemble_heads=1)
@@ -60,19 +60,19 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
     # Comparisons with NaN are false: such a model would be scored, and look as if it guessed.
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
+        raise ValueError(f"{path}: has {len(bad)} weights that are not finite everywhere, for example {bad[0]}")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Makes what loading a checkpoint raises one line that names it."""
     try:
         yield
     except ValueError:
         raise
     except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
@@ -80,12 +80,12 @@ def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
     accepted = "accepted is a checkpoint directory of a multi-head model or a stock decoder"
     if not (path / "config.json").is_file():
         problem = "has no config.json" if path.is_dir() else "is no directory"
-        raise ValueError(f"{path} {problem}; {accepted}")
+        raise ValueError(f"{path}: {problem}; {accepted}")
     model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     try:
         kind = class_of_family(model_type)
     except ValueError as error:
-        raise ValueError(f"{path} has model_type {model_type!r}; {accepted} ({error})") from error
+        raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
     return kind, model_type != kind.config_class.model_type
 
 
@@ -94,7 +94,7 @@ def _load_stock(kind: type[PreTrainedModel], path: Path) -> PreTrainedModel:
     model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if wrong:
-        raise ValueError(f"{path} lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
+        raise ValueError(f"{path}: lacks {len(wrong)} weights that fit its config.json, for example {wrong[0]}")
     return model
 
 
@@ -138,16 +138,15 @@ class DocumentWindows:
     texts: Iterable[str]
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
-    length: int
+    length: int = setting(MISSING, integer(2))  # one token of context and one to score
     stride: int | None = None
-    batch_size: int = 8
-    max_tokens: int | None = None
+    batch_size: int = setting(8, integer(1))
+    max_tokens: int | None = setting(None, optional(integer(1)))
 
     def __post_init__(self):
-        check("length", self.length, integer(2))  # one token of context and one to score
+        check_fields(self)
         self.stride = self.length // 2 if self.stride is None else self.stride
-        rules = {"stride": integer(1, self.length - 1), "batch_size": integer(1), "max_tokens": optional(integer(1))}
-        check_fields(self, rules)
+        check("stride", self.stride, integer(1, self.length - 1))
         self.eos_id = eos_id(self.tokenizer)
         self.documents = self.tokens = self.unknown = self.bytes = 0
 
@@ -272,24 +271,22 @@ def evaluate(
     model.eval()
     heads = model.config.num_ensemble_heads
     # [each head's loss, both ensembles' losses, disagreeing pairs, tokens]
-    sums = torch.zeros(heads + 4, dtype=torch.float64)
+    sums = torch.zeros(heads + len(ENSEMBLE_MODES) + 2, dtype=torch.float64)
     for batch in batches:
         batch = {key: value.to(model.device) for key, value in batch.items()}
         with autocast():
             sums += _batch_sums(model, batch).cpu()
     reshard(model)
     model.train(training)
-    sums = reduce(sums)
-    *losses, logits_loss, probs_loss, disagreeing, tokens = sums.tolist()
+    *losses, disagreeing, tokens = reduce(sums).tolist()
     if not tokens:
         raise ValueError("the evaluation data has no token to predict")
-    named = {f"head {head}": loss for head, loss in enumerate(losses)}
-    check_finite(named | {"the ensemble": logits_loss + probs_loss})
+    check_finite({f"head {head}": losses[head] for head in range(heads)} | {"the ensemble": sum(losses[heads:])})
     pairs = heads * (heads - 1) // 2
     return Perplexities(
         tokens=int(tokens),
-        head_losses=[loss / tokens for loss in losses],
-        ensemble_losses={"logits": logits_loss / tokens, "probs": probs_loss / tokens},
+        head_losses=[loss / tokens for loss in losses[:heads]],
+        ensemble_losses={mode: loss / tokens for mode, loss in zip(ENSEMBLE_MODES, losses[heads:])},
         disagreement=disagreeing / tokens / pairs if pairs else 0.0,
         mode=model.config.ensemble_mode,
     )
@@ -310,9 +307,10 @@ def _batch_sums(model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor]) 
             [model.head_logits(head, x[start : start + CHUNK]).float() for head, x in enumerate(states)]
             for start in range(0, labels.numel(), CHUNK)
         )
-    total = torch.zeros(model.config.num_ensemble_heads + 4, dtype=torch.float64, device=labels.device)
+    size = model.config.num_ensemble_heads + len(ENSEMBLE_MODES) + 2
+    total = torch.zeros(size, dtype=torch.float64, device=labels.device)
     for head_logits, targets in zip(chunks, labels[:, None].split(CHUNK)):
-        ensembles = [combine_logits(head_logits, mode) for mode in ("logits", "probs")]
+        ensembles = [combine_logits(head_logits, mode) for mode in ENSEMBLE_MODES]
         losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*head_logits, *ensembles]]
         guesses = torch.stack([logits.argmax(-1) for logits in head_logits])
         disagreeing = (guesses[:, None] != guesses[None]).sum() / 2

@@ -70,15 +70,15 @@ def _plot_calibration(plt: Any, result: Result) -> Any:
 def _plot_gain(plt: Any, result: Result) -> Any:
     figure, axis = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     heads = [score["loss"] for score in result["head_scores"]]
-    for place, gain in enumerate(result["gains"].values()):
-        names = ["diversity", "mean of the heads", "ensemble", "each head"] if place == 0 else [None] * 4
+    for position, gain in enumerate(result["gains"].values()):
+        names = ["diversity", "mean of the heads", "ensemble", "each head"] if position == 0 else [None] * 4
         ensemble, mean = gain["ensemble_loss"], gain["mean_head_loss"]
-        axis.bar(place, mean - ensemble, 0.5, ensemble, color="tab:green", alpha=0.35, label=names[0])
-        axis.text(place, (ensemble + mean) / 2, f"{gain['diversity']:.4f}", ha="center", va="center")
+        axis.bar(position, mean - ensemble, 0.5, ensemble, color="tab:green", alpha=0.35, label=names[0])
+        axis.text(position, (ensemble + mean) / 2, f"{gain['diversity']:.4f}", ha="center", va="center")
         for value, color, name in ((mean, "tab:blue", names[1]), (ensemble, "black", names[2])):
-            axis.hlines(value, place - 0.25, place + 0.25, color, linewidth=2, label=name)
-            axis.text(place + 0.27, value, f"{value:.4f}", va="center", color=color)
-        axis.plot([place - 0.32] * len(heads), heads, "o", color="tab:blue", markersize=4, label=names[3])
+            axis.hlines(value, position - 0.25, position + 0.25, color, linewidth=2, label=name)
+            axis.text(position + 0.27, value, f"{value:.4f}", va="center", color=color)
+        axis.plot([position - 0.32] * len(heads), heads, "o", color="tab:blue", markersize=4, label=names[3])
     losses = [*heads, *(gain["ensemble_loss"] for gain in result["gains"].values())]
     room = 0.1 * (max(losses) - min(losses)) or 0.01
     axis.set(
@@ -114,9 +114,9 @@ def _plot_heads_used(plt: Any, result: Result) -> Any:
 def _plot_similarity(plt: Any, result: Result) -> Any:
     depths = list(result["similarity"])
     figure, axis = plt.subplots(figsize=(max(6.5, 0.8 * len(depths)), 4.2), layout="constrained")
-    for one, other in combinations(range(len(result["heads"])), 2):
-        values = [result["similarity"][depth]["matrix"][one][other] for depth in depths]
-        label = f"heads {result['heads'][one]} and {result['heads'][other]}"
+    for first, second in combinations(range(len(result["heads"])), 2):
+        values = [result["similarity"][depth]["matrix"][first][second] for depth in depths]
+        label = f"heads {result['heads'][first]} and {result['heads'][second]}"
         axis.plot(depths, values, marker="o", linewidth=1.2, label=label)
     axis.set(xlabel="depth within the head", ylabel="linear CKA", title="Similarity of the heads' hidden states")
     axis.axhline(1, color="0.7", linestyle=":", label="equal up to rotation and scale")

@@ -159,20 +159,20 @@ def _pack(rows: Sequence[_Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
     """Rows, longest first, as the model's inputs, and what to read from its outputs.
 
     Returns:
-        The inputs; ``spots`` ``[n, 2]``, (row, place) of every prediction that an answer needs, and ``answers``
-        ``[tokens, 3]``, sorted: (number of the spot, number of the answer, token) of every token of an answer.
+        The inputs; ``outputs`` ``[n, 2]``, (row, column) of every output that an answer needs, and ``answers``
+        ``[tokens, 3]``, sorted: (number of the output, number of the answer, token) of every token of an answer.
     """
     width = len(rows[0])
-    table, spots, answers, count = [], [], [], 0  # of (token, position, branch), by row
+    table, outputs, answers, count = [], [], [], 0  # of (token, position, branch), by row
     for r, row in enumerate(rows):
         line = [(token, position, 0) for position, token in enumerate(row.context)]
-        begin, first = len(line), len(spots)
-        spots.append((r, begin - 1))  # where all answers begin
+        begin, first = len(line), len(outputs)
+        outputs.append((r, begin - 1))  # where all answers begin
         for branch, answer in enumerate(row.answers.values(), 1):
             answers.append((first, count, answer[0]))
             for position, (token, following) in enumerate(itertools.pairwise(answer), begin):
-                answers.append((len(spots), count, following))
-                spots.append((r, len(line)))
+                answers.append((len(outputs), count, following))
+                outputs.append((r, len(line)))
                 line.append((token, position, branch))
             count += 1
         table.append(line + [(0, 0, -1)] * (width - len(line)))
@@ -180,7 +180,7 @@ def _pack(rows: Sequence[_Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
     # A token sees what comes before it in the context and in its own branch.
     seen = (branches[:, None] == branches[:, :, None]) | (branches[:, None] == 0)
     inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": seen.tril()[:, None]}
-    return inputs, torch.tensor(spots), torch.tensor(sorted(answers))
+    return inputs, torch.tensor(outputs), torch.tensor(sorted(answers))
 
 
 def _score(
@@ -188,16 +188,16 @@ def _score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihoods of the rows' answers and whether each is the greedy one, both ``[scorers, answers]``."""
     device, heads = model.device, scorers[0].heads
-    inputs, spots, answers = _pack(rows)
+    inputs, outputs, answers = _pack(rows)
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    hidden = model.head_states(heads, **inputs)[:, spots[:, 0].to(device), spots[:, 1].to(device)]
+    hidden = model.head_states(heads, **inputs)[:, outputs[:, 0].to(device), outputs[:, 1].to(device)]
     count = sum(len(row.answers) for row in rows)
     scores, misses = torch.zeros(2, len(scorers), count, dtype=torch.float64, device=device)
 
     def record(scorer: int, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        spot, answer, token = targets.T
+        output, answer, token = targets.T
         log_probs = logits.log_softmax(-1)
-        chosen, best = log_probs[spot, token], log_probs.amax(-1)[spot]
+        chosen, best = log_probs[output, token], log_probs.amax(-1)[output]
         scores[scorer].index_add_(0, answer, chosen.double())
         misses[scorer].index_add_(0, answer, (chosen < best).double())
 
@@ -211,7 +211,7 @@ def _score(
             yield logits
 
     size = POSITIONS.get(device.type, POSITIONS["cuda"])
-    for start in range(0, len(spots), size):
+    for start in range(0, len(outputs), size):
         in_chunk = (answers[:, 0] >= start) & (answers[:, 0] < start + size)
         targets = (answers[in_chunk] - torch.tensor([start, 0, 0])).to(device)
         logits = chunk_logits(slice(start, start + size), targets)
@@ -355,13 +355,13 @@ def combine_tasks(results: Mapping[str, TaskResult], by_size: bool) -> dict[str,
     return combined
 
 
-def average(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]], metric: str = "acc") -> dict[str, TaskScore]:
-    """Unweighted mean of a metric over tasks, for each scorer; tasks without the metric do not count."""
+def average(results: Mapping[str, Mapping[str, Mapping[str, TaskScore]]]) -> dict[str, TaskScore]:
+    """Unweighted mean accuracy over the tasks that have one, for each scorer."""
     by_scorer: dict[str, list[TaskScore]] = {}
     for scores in results.values():
         for scorer, by_metric in scores.items():
-            if metric in by_metric:
-                by_scorer.setdefault(scorer, []).append(by_metric[metric])
+            if "acc" in by_metric:
+                by_scorer.setdefault(scorer, []).append(by_metric["acc"])
     means = {}
     for scorer, scores in by_scorer.items():
         errors = [score.stderr for score in scores]

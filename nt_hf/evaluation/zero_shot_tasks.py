@@ -85,13 +85,13 @@ def local_file(data_root: Path, task: str) -> Path:
     local = LOCAL_SETS.get(_set_of(task))
     if local is None:
         raise ValueError(
-            f"task {task!r} cannot be read from data_root; accepted: {', '.join(LOCAL_SETS)}, or no data_root, to read "
-            "it from the hub"
+            f"task={task!r}: cannot be read from data_root; accepted is {', '.join(LOCAL_SETS)}, or no data_root, to "
+            "read it from the hub"
         )
     for extension in _EXTENSIONS:
         if (path := data_root / (local.file + extension)).is_file():
             return path
-    raise ValueError(f"task {_set_of(task)!r}: {data_root} has no {local.file}{' or '.join(_EXTENSIONS)}")
+    raise ValueError(f"task={_set_of(task)!r}: {data_root} has no {local.file}{' or '.join(_EXTENSIONS)}")
 
 
 def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -111,9 +111,9 @@ def read_items(path: Path, task: str, limit: int | None = None) -> list[dict[str
                 if item and task in (_set_of(task), f"mmlu_{item.get('subject')}"):
                     items.append(item)
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
     if not items:
-        raise ValueError(f"{path} holds no items of {task}")
+        raise ValueError(f"{path}: holds no items of {task}")
     return items
 
 
@@ -198,10 +198,10 @@ class Tasks:
                 task = self._manager.load([{"group": "one", "task": [changes]}])["tasks"][name]
         except Exception as error:  # no network, a changed data set, a field of the wrong form: errors of many types
             hint = "" if self.data_root else "; data_root reads local files instead of the hub"
-            raise ValueError(f"task {name!r}: its data cannot be read ({one_line(error)}){hint}") from error
+            raise ValueError(f"task={name!r}: its data cannot be read ({one_line(error)}){hint}") from error
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
             raise ValueError(
-                f"task {name!r} is of the kind {task.OUTPUT_TYPE}; accepted are tasks scored by the likelihood of "
+                f"task={name!r}: is of the kind {task.OUTPUT_TYPE}; accepted are tasks scored by the likelihood of "
                 "given answers; lm_eval --model hf runs the others"
             )
         task.set_config("num_fewshot", 0)
@@ -219,10 +219,10 @@ def choose_tasks(tasks: Tasks, names: Sequence[str] | None) -> tuple[dict[str, l
     Raises:
         ValueError: a task is unknown, its local data are missing, or the local data have none of the default tasks.
     """
-    asked = [name.strip() for name in names or DEFAULT_TASKS]
-    tasks.check(asked)
+    requested = [name.strip() for name in names or DEFAULT_TASKS]
+    tasks.check(requested)
     groups: dict[str, list[str]] = {}
-    for name in asked:
+    for name in requested:
         members = tasks.leaves(name)
         groups |= {task: [task] for task in members} if tasks.by_size(name) is None else {name: members}
     skipped: dict[str, str] = {}
@@ -243,4 +243,4 @@ def choose_tasks(tasks: Tasks, names: Sequence[str] | None) -> tuple[dict[str, l
 
 
 def _unknown(name: str) -> str:
-    return f"unknown task {name!r}; accepted: {', '.join(DEFAULT_TASKS)}, and what `lm_eval ls tasks` lists"
+    return f"task={name!r}: accepted is {', '.join(DEFAULT_TASKS)}, and what `lm_eval ls tasks` lists"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.masks import canonical_name, check_masks, masked_modules
+from ..models.masks import canonical_name, check_masks, is_transposed, masked_modules
 from ..text import plain_table
 from .kernels import Kernel, usable_kernels
 
@@ -78,8 +78,9 @@ class Report:
 
 @torch.no_grad()
 def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
-    """Gives the masked ``nn.Linear`` layers of a model the kernels that are fastest for the batch in use.
+    """Gives the masked linear layers of a model the kernels that are fastest for the batch in use.
 
+    Linear are ``nn.Linear`` and the ``Conv1D`` of GPT-2 and its like.
     Everything else (embeddings, convolutions, unmasked layers) is left alone, and so are layers that are fastest
     dense. A call with another number of rows than measured takes the kernel of the nearest, by ratio. A specialized
     layer runs its own dense forward where the sparse kernels cannot stand in: with labels, under autocast, under
@@ -101,20 +102,21 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
     if not rows or not all(type(count) is int and count >= 1 for count in rows):
         raise ValueError(f"rows={rows!r}: accepted are one or more whole numbers from 1")
     if model.training:
-        raise ValueError("the model is in training mode; sparse kernels are for inference: call model.eval() first")
+        raise ValueError("model: is in training mode; accepted is model.eval(): sparse kernels are for inference")
     if any(_is_specialized(module) for module in model.modules()):
-        raise ValueError("the model is specialized already; call restore(model) first")
+        raise ValueError("model: is specialized already; accepted is restore(model) first")
     layers = _masked_linears(model)
     if not layers:
-        raise ValueError("no nn.Linear of the model carries a mask; accepted is a model with masks")
+        raise ValueError("model: no linear layer carries a mask; accepted is a model with masks")
     if violations := check_masks(model):
         raise ValueError(
-            f"non-zero weights outside their masks in {', '.join(violations)}; nt_hf.apply_masks(model) restores them"
+            f"{', '.join(violations)}: not 0 outside the mask; accepted are zeros, as nt_hf.apply_masks(model) writes "
+            "them"
         )
     timed: dict[tuple, dict[int, dict[str, float]]] = {}
     reports, extra = [], 0
     for name, module in layers.items():
-        weight = module.weight
+        weight = _matrix(module)
         density = weight.count_nonzero().item() / max(1, weight.numel())
         builders = usable_kernels(weight)
         key = (type(module), weight.shape, weight.dtype, weight.device, module.bias is None, round(20 * density))
@@ -146,13 +148,18 @@ def _is_specialized(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), _SparseForward)
 
 
-def _masked_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def _matrix(module: nn.Module) -> torch.Tensor:
+    """A layer's weight with the output dimension first, as ``nn.Linear`` has it."""
+    return module.weight.T.contiguous() if is_transposed(module) else module.weight
+
+
+def _masked_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers with a masked weight, which may be tied: then the mask lies on its owner."""
     masked = {id(module.weight) for module in masked_modules(model).values()}
     return {
         canonical_name(name): module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if (isinstance(module, nn.Linear) or is_transposed(module))
         and id(module.weight) in masked
         and module.weight.is_floating_point()
         and not module.weight.is_meta
@@ -163,7 +170,7 @@ def _masked_linears(model: nn.Module) -> dict[str, nn.Linear]:
 class _SparseForward:
     """The forward of a specialized layer."""
 
-    def __init__(self, module: nn.Linear, kernels: dict[str, Kernel], chosen: dict[int, str]):
+    def __init__(self, module: nn.Module, kernels: dict[str, Kernel], chosen: dict[int, str]):
         self.module, self.kernels = module, kernels
         rows = list(chosen)
         self.limits = [math.sqrt(a * b) for a, b in itertools.pairwise(rows)]
@@ -197,7 +204,7 @@ class _SparseForward:
         return self.kernels[kernel](flat.contiguous()).view(*x.shape[:-1], -1)
 
 
-def _state(module: nn.Linear) -> tuple:
+def _state(module: nn.Module) -> tuple:
     """Changes whenever a weight is written or replaced."""
     tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
     return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
@@ -206,12 +213,12 @@ def _state(module: nn.Linear) -> tuple:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def _time(module: nn.Linear, kernels: dict[str, Kernel], rows: int) -> dict[str, float]:
+def _time(module: nn.Module, kernels: dict[str, Kernel], rows: int) -> dict[str, float]:
     """Seconds of the dense forward and of each kernel, taking turns, with the weights in memory.
 
     The shortest of several times: what else a machine does only adds to it.
     """
-    weight = module.weight
+    weight = _matrix(module)
     x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
     functions = {"dense": module.forward, **kernels}
     expected = module.forward(x).float()

@@ -81,6 +81,8 @@ class NeuroTrailsForCausalLM:
         if isinstance(stock, (str, os.PathLike)):
             hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
             config = AutoConfig.from_pretrained(stock, **hub)
+        if config is None:
+            raise TypeError(f"from_stock({stock!r}): accepted is a model, or a directory or hub id of one")
         if isinstance(config, MultiHeadConfig):
             raise ValueError(f"from_stock: {type(config).__name__} has heads already; accepted is a stock model")
         return register(config).from_stock(stock, **kwargs)

@@ -113,6 +113,10 @@ class MultiHeadConfig:
         if not isinstance(self.masked_modules, (list, tuple)) or not all(type(p) is str for p in self.masked_modules):
             raise ValueError(f"masked_modules={self.masked_modules!r}: accepted is a list of globs")
         parse_structure(self.mask_structure)
+        for name in ("layer_types", "mlp_layer_types"):
+            kinds = vars(self).get(name)
+            if isinstance(kinds, (list, tuple)) and len(kinds) != depth:
+                raise ValueError(f"{name}={list(kinds)}: accepted is a list of num_hidden_layers={depth} kinds")
         if not self.share_embedding and self.blocks_in_head != depth:
             raise ValueError(
                 f"share_embedding=False with blocks_in_head={self.blocks_in_head}: separate embeddings need heads of "

@@ -1,40 +1,28 @@
 """What is sparse, how sparse, and how the masks move: one dataclass, every field checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import TEXT, Rule, check, check_fields, choice, integer, list_of, look_up, mapping_to, number, optional
+from ..checks import (
+    TEXT,
+    Rule,
+    check,
+    check_fields,
+    choice,
+    integer,
+    list_of,
+    look_up,
+    mapping_to,
+    number,
+    optional,
+    setting,
+)
 from ..models.masks import parse_structure
 from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
 from .densities import DISTRIBUTIONS
 from .saliency import SALIENCY
 from .schedules import SCHEDULES
 
-RULES = {
-    "density": number("(0, 1]"),
-    "density_start": optional(number("(0, 1]")),
-    "density_schedule": choice(SCHEDULES),
-    "densities": mapping_to(number("(0, 1]"), "a mapping from globs of weight names to numbers in (0, 1]"),
-    "exclude": list_of(TEXT, "a list of globs of weight names"),
-    "initial_masks": Rule(
-        lambda value: isinstance(value, str) and (value in ("random", *SALIENCY) or Path(value).exists()),
-        f"random, {', '.join(SALIENCY)}, the path of a checkpoint",
-        ("random", *SALIENCY),
-    ),
-    "drop_exponent": number("(0, inf)"),
-    "drop_exponent_end": optional(number("(0, inf)")),
-    "mest_lambda": number("[0, inf)"),
-    "random_share": number("[0, 1]"),
-    "regrow": choice(REGROW),
-    "redistribute": choice(REDISTRIBUTE),
-    "drop_fraction": number("[0, 1]"),
-    "drop_fraction_end": number("[0, 1]"),
-    "drop_schedule": choice(SCHEDULES),
-    "update_interval": integer(0),
-    "update_start": number("[0, 1)", "a share of the run"),
-    "update_end": number("(0, 1]", "a share of the run"),
-    "seed": integer(),
-}
 # Looked up when a configuration is made, because users add methods of their own.
 REGISTRIES = {"distribution": DISTRIBUTIONS, "drop": DROP, "grow": GROW}
 
@@ -77,32 +65,41 @@ class SparsityConfig:
         ValueError: a field is out of its range; the message names it, its value and what is accepted.
     """
 
-    density: float = 1.0
-    density_start: float | None = None
-    density_schedule: str = "cubic"
+    density: float = setting(1.0, number("(0, 1]"))
+    density_start: float | None = setting(None, optional(number("(0, 1]")))
+    density_schedule: str = setting("cubic", choice(SCHEDULES))
     distribution: str = "erk"
-    densities: dict[str, float] = field(default_factory=dict)
-    exclude: list[str] = field(default_factory=list)
+    densities: dict[str, float] = setting(
+        {}, mapping_to(number("(0, 1]"), "a mapping from globs of weight names to numbers in (0, 1]")
+    )
+    exclude: list[str] = setting([], list_of(TEXT, "a list of globs of weight names"))
     structure: str = "unstructured"
-    initial_masks: str = "random"
+    initial_masks: str = setting(
+        "random",
+        Rule(
+            lambda value: isinstance(value, str) and (value in ("random", *SALIENCY) or Path(value).exists()),
+            f"random, {', '.join(SALIENCY)}, the path of a checkpoint",
+            ("random", *SALIENCY),
+        ),
+    )
     drop: str = "soft_magnitude"
-    drop_exponent: float = 3.0
-    drop_exponent_end: float | None = None
-    mest_lambda: float = 1.0
+    drop_exponent: float = setting(3.0, number("(0, inf)"))
+    drop_exponent_end: float | None = setting(None, optional(number("(0, inf)")))
+    mest_lambda: float = setting(1.0, number("[0, inf)"))
     grow: str = "gradient"
-    random_share: float = 0.5
-    regrow: str = "allow"
-    redistribute: str = "none"
-    drop_fraction: float = 0.5
-    drop_fraction_end: float = 0.005
-    drop_schedule: str = "cosine"
-    update_interval: int = 50
-    update_start: float = 0.0
-    update_end: float = 1.0
-    seed: int = 0
+    random_share: float = setting(0.5, number("[0, 1]"))
+    regrow: str = setting("allow", choice(REGROW))
+    redistribute: str = setting("none", choice(REDISTRIBUTE))
+    drop_fraction: float = setting(0.5, number("[0, 1]"))
+    drop_fraction_end: float = setting(0.005, number("[0, 1]"))
+    drop_schedule: str = setting("cosine", choice(SCHEDULES))
+    update_interval: int = setting(50, integer(0))
+    update_start: float = setting(0.0, number("[0, 1)", "a share of the run"))
+    update_end: float = setting(1.0, number("(0, 1]", "a share of the run"))
+    seed: int = setting(0, integer())
 
     def __post_init__(self) -> None:
-        check_fields(self, RULES)
+        check_fields(self)
         for name, registry in REGISTRIES.items():
             look_up(registry, name, getattr(self, name))
         parse_structure(self.structure)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import number, setting
 from ..models.masks import groups_of
 from .selection import NoiseKey, Reduce, count_set, hash_range, no_reduction, to_uniform
 
@@ -41,9 +42,9 @@ class MaskedWeight:
     name: str = ""
     seed: int = 0
     step: int = 0
-    exponent: float = 3.0
-    mest_lambda: float = 1.0
-    random_share: float = 0.5
+    exponent: float = setting(3.0, number("(0, inf)"))
+    mest_lambda: float = setting(1.0, number("[0, inf)"))
+    random_share: float = setting(0.5, number("[0, 1]"))
     structure: str = "unstructured"
     transposed: bool = False
     offset: int = 0
@@ -100,7 +101,9 @@ class Chunk:
     def _read(self, name: str) -> torch.Tensor:
         if name not in self._flat:
             what = {"grad": "gradient"}.get(name, name)
-            raise ValueError(f"this criterion needs the {what} of {self._tensor.name or 'the weight'}; it has none")
+            raise ValueError(
+                f"the {what} of {self._tensor.name or 'the weight'}: accepted is one, which this criterion needs"
+            )
         return self._flat[name][self._start : self._stop].to(torch.float32, copy=True)
 
     @property

@@ -73,7 +73,7 @@ def active_counts(
     for name, value in fixed.items():
         check(f"densities: {name}", value, number("(0, 1]"))
         if name not in shapes:
-            raise ValueError(f"densities: {name} is no tensor among {', '.join(shapes) or 'none'}")
+            raise ValueError(f"densities={name!r}: accepted is {', '.join(shapes) or 'no tensor'}")
 
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(sizes.values()))
@@ -84,13 +84,13 @@ def active_counts(
     if shares and not 0 < budget <= sum(room.values()):
         raise ValueError(
             f"densities: the fixed groups take {sum(counts.values())} of the {total} active weights of density "
-            f"{density:g}, which leaves {budget} for the {sum(room.values())} other weights; accepted: 1 to "
+            f"{density:g}, which leaves {budget} for the {sum(room.values())} other weights; accepted are 1 to "
             f"{sum(room.values())}"
         )
     if not shares and abs(budget) > len(counts):
         raise ValueError(
-            f"densities: the groups cover every weight and give density "
-            f"{sum(counts.values()) / sum(sizes.values()):g}; density must be the same, it is {density:g}"
+            f"density={density:g}: accepted is {sum(counts.values()) / sum(sizes.values()):g}, which densities give, "
+            "for they cover every weight"
         )
     if not shares:  # settle what rounding each group left over
         sign = 1 if budget > 0 else -1
@@ -127,8 +127,8 @@ def allocate(budget: int, shares: Mapping[str, float | Fraction], room: Mapping[
     budget -= sum(allocated.values())
     if budget < 0:
         raise ValueError(
-            f"{', '.join(allocated)} cost nothing, would stay dense and need {-budget} more active weights than there "
-            "are; accepted: a higher density, or to exclude them or give them one by densities"
+            f"{', '.join(allocated)}: cost nothing, would stay dense and need {-budget} more active weights than there "
+            "are; accepted is a higher density, or to exclude them or give them one by densities"
         )
     open_shares = {name: Fraction(share) for name, share in shares.items() if name not in allocated}
     # Whatever would overflow its room is filled and leaves the rest, whose shares then grow: repeat until all fit.
@@ -175,29 +175,29 @@ def structured_counts(
     for name, count in per_group.items():
         if count < 1:
             raise ValueError(
-                f"the density of {name} {list(shapes[name])} leaves {counts[name]} weights for {groups[name]} groups; "
-                f"accepted: at least one each, density {groups[name] / math.prod(shapes[name]):.4g}"
+                f"the density of {name} {list(shapes[name])}: leaves {counts[name]} weights for {groups[name]} groups; "
+                f"accepted is at least one each, density {groups[name] / math.prod(shapes[name]):.4g}"
             )
     return {name: count * groups[name] for name, count in per_group.items()}
 
 
 def falling_counts(
-    now: Mapping[str, int], first: Mapping[str, int], last: Mapping[str, int], progress: float
+    current: Mapping[str, int], first: Mapping[str, int], last: Mapping[str, int], progress: float
 ) -> dict[str, int]:
     """Counts ``progress`` of the way from the first to the last ones, exact in total, none above what it is now.
 
     Rounding from the start each time would let single weights wander from tensor to tensor.
 
     Args:
-        now: counts so far, each between ``first`` and ``last``.
+        current: counts so far, each between ``first`` and ``last``.
         first, last: counts at the begin and, nowhere larger, at the end of a density schedule.
         progress: from 0 to 1.
     """
     exact = {name: first[name] + Fraction(progress) * (last[name] - first[name]) for name in first}
-    surplus = max(0, sum(now.values()) - round(sum(exact.values())))
-    room = {name: now[name] - last[name] for name in now}
-    fallen = allocate(surplus, {name: max(Fraction(0), now[name] - exact[name]) for name in now}, room)
-    return {name: now[name] - fallen[name] for name in now}
+    surplus = max(0, sum(current.values()) - round(sum(exact.values())))
+    room = {name: current[name] - last[name] for name in current}
+    fallen = allocate(surplus, {name: max(Fraction(0), current[name] - exact[name]) for name in current}, room)
+    return {name: current[name] - fallen[name] for name in current}
 
 
 def redistribute(

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..checks import one_line
 from ..models.masks import (
     attach_masks,
     canonical_name,
@@ -36,30 +37,28 @@ logger = logging.getLogger(__name__)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # The models whose dense parameters were spoken of.
-_TOLD: WeakSet[nn.Module] = WeakSet()
+_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
-def target_counts(
-    model: nn.Module, config: SparsityConfig, density: float | None = None, uses: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def target_counts(model: nn.Module, config: SparsityConfig, density: float | None = None) -> dict[str, int]:
     """Number of active weights that ``config`` gives each masked tensor of ``model``, by weight name.
 
     Args:
         model: with masks, whatever they hold.
         config: density, distribution, structure.
         density: instead of ``config.density``, one on the way from ``config.density_start``.
-        uses: for the "flops" distribution, see [`weight_uses`].
 
     Raises:
         ValueError: a glob of ``densities`` fits no masked weight, they leave an impossible remainder, or the structure
             cannot have the density.
     """
-    return _counts(masked_modules(model), config, config.density if density is None else density, uses)
+    return _counts(masked_modules(model), config, config.density if density is None else density)
 
 
 def _counts(
-    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None
+    modules: Mapping[str, nn.Module], config: SparsityConfig, density: float, uses: Mapping[str, int] | None = None
 ) -> dict[str, int]:
+    """The same of some modules; ``uses`` is for the "flops" distribution, see [`weight_uses`]."""
     shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
     groups = {
         name: group_count(module.weight.shape, config.structure, is_transposed(module))
@@ -69,9 +68,8 @@ def _counts(
         active, length = sizes
         if config.densities or abs(config.density - active / length) > 0.005:
             raise ValueError(
-                f"structure {config.structure} has density {active / length:.4g} in every tensor; density is "
-                f"{config.density:g} and densities {config.densities}; accepted: density {active / length:.4g} and no "
-                "densities; exclude what is to stay dense"
+                f"density={config.density:g}, densities={config.densities}: accepted with structure="
+                f"{config.structure} is density={active / length:.4g} without densities; exclude what is to stay dense"
             )
         active = active if density == config.density else max(active, round(density * length))
         return {name: count * active for name, count in groups.items()}
@@ -83,7 +81,7 @@ def _counts(
     if config.distribution == "flops" and uses is None:
         if convolutions:
             raise ValueError(
-                f"distribution flops needs to know how often {convolutions[0]} is used; accepted: "
+                f"distribution='flops': how often {convolutions[0]} is used is unknown; accepted is "
                 "draw_masks(model, config, loss=...) without density_start, so that a batch tells"
             )
         uses = {name: 0 if isinstance(module, nn.Embedding) else 1 for name, module in modules.items()}
@@ -102,8 +100,8 @@ def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
     if fitting := [name for name in names if fnmatchcase(name, pattern)]:
         return fitting
     raise ValueError(
-        f"{field}: the pattern {pattern!r} fits none of the {len(names)} weights that can carry a mask; "
-        f"accepted: globs of names such as {', '.join(names[:3]) or 'none'}"
+        f"{field}={pattern!r}: fits none of the {len(names)} weights that can carry a mask; "
+        f"accepted are globs of names such as {', '.join(names[:3]) or 'none'}"
     )
 
 
@@ -129,7 +127,7 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
     if not config.is_sparse and not masked_modules(model):
         return
     if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:
-        raise ValueError(f"{sharded[0]} is sharded; accepted: a whole model, which is sharded when its masks are drawn")
+        raise ValueError(f"{sharded[0]}: is sharded; accepted is a model that is sharded when its masks are drawn")
     # Shared weights by all of their names: excluding one by another than its owner's is no mistake. Neither is
     # excluding what cannot carry a mask; but no checkpoint needs to declare that.
     names = {canonical_name(name) for name, x in model.named_parameters(remove_duplicate=False) if x.dim() > 1}
@@ -172,8 +170,8 @@ def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str
         exclude: globs of those that are to be dense.
         chosen: globs of those that are to be sparse, see [`matches`].
     """
-    if not any(module in _TOLD for module in model.modules()):  # nor the same one wrapped
-        _TOLD.add(model)
+    if not any(module in _WARNED for module in model.modules()):  # nor the same one wrapped
+        _WARNED.add(model)
         dense = [n for n in dense_parameters(model) if matches(n, [*chosen, *(f"!{glob}" for glob in exclude)])]
         if dense:
             logger.warning(
@@ -189,7 +187,7 @@ def _first_masks(
     if config.initial_masks not in ("random", *SALIENCY):
         return _masks_of_checkpoint(Path(config.initial_masks), modules, config.structure)
     if loss is None and config.initial_masks in SALIENCY:
-        raise ValueError(f"initial_masks={config.initial_masks!r} needs draw_masks(model, config, loss=...)")
+        raise ValueError(f"initial_masks={config.initial_masks!r}: accepted is draw_masks(model, config, loss=...)")
     uses = weight_uses(modules, loss) if loss is not None and config.distribution == "flops" else None
     start = config.density if config.density_start is None else config.density_start
     counts = _counts(modules, config, start, uses)
@@ -237,20 +235,18 @@ def _masks_of_checkpoint(path: Path, modules: Mapping[str, nn.Module], structure
                 keys = [key for key in tensors.keys() if key.endswith("weight_mask")]  # noqa: SIM118, no mapping
                 packed |= {canonical_name(key).removesuffix("_mask"): tensors.get_tensor(key) for key in keys}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"initial_masks: {file} is no safetensors file: {error}") from None
+            raise ValueError(f"initial_masks={str(path)!r}: {file} is not safetensors ({one_line(error)})") from None
     masks = {}
     for name, module in modules.items():
         shape, expected = tuple(module.weight.shape), packed_shape(module.weight.shape)
         if name not in packed or tuple(packed[name].shape) != expected:
             problem = f"has the packed shape {list(packed[name].shape)}" if name in packed else "is missing"
-            raise ValueError(
-                f"initial_masks: the mask of {name} {problem} in {path}; accepted: one of {list(expected)}"
-            )
+            raise ValueError(f"initial_masks={str(path)!r}: the mask of {name} {problem}; accepted is {list(expected)}")
         masks[name] = unpack_mask(packed[name].to(module.weight.device), shape)
         try:
             check_structure(masks[name], structure, is_transposed(module))
         except ValueError as error:
-            raise ValueError(f"initial_masks: {name} in {path}: {error}") from None
+            raise ValueError(f"initial_masks={str(path)!r}: {name}: {error}") from None
     return masks
 
 

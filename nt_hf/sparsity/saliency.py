@@ -41,5 +41,5 @@ def _gradients(
     )
     for name, grad in zip(weights, grads):
         if not grad.isfinite().all():
-            raise ValueError(f"the saliency of {name} is not finite on this batch; accepted: a batch of finite loss")
+            raise ValueError(f"the saliency of {name}: not finite on this batch; accepted is a batch of finite loss")
     return dict(zip(weights, grads))

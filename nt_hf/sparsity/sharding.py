@@ -37,8 +37,8 @@ def shard_model(
     options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    alone = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.get_lm_heads()]
-    for module in (*model.blocks(), *alone):
+    separate = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.get_lm_heads()]
+    for module in (*model.blocks(), *separate):
         fully_shard(module, **options)
     fully_shard(model, **options)
     for module in masked_modules(model).values():
@@ -75,7 +75,7 @@ def _shard_dimension(tensor: DTensor) -> int:
     """The dimension of the mesh along which a tensor's rows are split."""
     split = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(split) != 1 or not tensor.placements[split[0]].is_shard(0):
-        raise ValueError(f"a weight lies as {tensor.placements}; accepted: split by rows (Shard(0)) over one dimension")
+        raise ValueError(f"placements={tensor.placements}: accepted is a split by rows (Shard(0)) over one dimension")
     return split[0]
 
 
@@ -104,6 +104,11 @@ def owns_shard(tensor: torch.Tensor, main: bool) -> bool:
     return bool(local(tensor).numel()) and not any(map(tensor.device_mesh.get_local_rank, replicas))
 
 
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or that of which each process holds a shard; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The whole weights and masks on the CPU, tied ones once, where ``keep`` is true; one is gathered after another.
 
@@ -112,7 +117,7 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     tied, gathered = getattr(model, "all_tied_weights_keys", {}), {}
     for name, value in model.state_dict().items():
         if name not in tied:
-            value = value.full_tensor() if isinstance(value, DTensor) else value
+            value = full_tensor(value)
             if keep:
                 gathered[name] = value.cpu().contiguous()
     return gathered
@@ -148,9 +153,9 @@ def require_equal_replicas(model: nn.Module, optimizer: torch.optim.Optimizer) -
         ValueError: they differ; the message names the first tensor, and the processes.
     """
     numbers = fingerprints(model, optimizer)
-    own = torch.stack([number.to(next(model.parameters()).device) for number in numbers.values()])
-    by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(by_rank, own)
+    fingerprint = torch.stack([number.to(next(model.parameters()).device) for number in numbers.values()])
+    by_rank = [torch.empty_like(fingerprint) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, fingerprint)
     for name, *values in zip(numbers, *(gathered.tolist() for gathered in by_rank)):
         if len(set(values)) > 1:
             others = [str(rank) for rank, value in enumerate(values) if value != values[0]]

@@ -95,25 +95,25 @@ class Sparsifier:
             optimizer = inner
         self.model, self.optimizer, self.config, self.total_steps = model, optimizer, config, total_steps
         self.steps = 0  #: optimizer steps so far
-        self._told_of_state = False
+        self._warned_of_state = False
         self._reduce = sum_of_shards(model, config.structure)
         self._tensors = read_masks(model, optimizer, config, self._reduce)
         if config.is_sparse and not self._tensors:
             raise ValueError(
-                f"density is {config.density:g} and the model carries no masks; accepted: a model whose masks "
+                f"density={config.density:g}: the model carries no masks; accepted is a model whose masks "
                 "draw_masks(model, config) or a checkpoint has set"
             )
         if self._tensors:
             warn_of_dense(model, config.exclude)
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        foreign = [
+        not_owned = [
             name
             for name, tensor in self._tensors.items()
             if tensor.weight.requires_grad and id(tensor.weight) not in owned
         ]
-        if foreign:
+        if not_owned:
             raise ValueError(
-                f"the optimizer does not own the masked weights {', '.join(foreign)}; accepted: one that does"
+                f"optimizer: does not own the masked weights {', '.join(not_owned)}; accepted is one that does"
             )
         density = self.report().overall.density
         tolerance = 0.001 if config.structure == "unstructured" else 0.01  # a group's count is a whole number
@@ -183,8 +183,8 @@ class Sparsifier:
         for name, tensor in moving.items():
             if tensor.grad is None:
                 raise ValueError(
-                    f"step {self.steps}: {name} has no gradient at a topology update; accepted: backward before step, "
-                    "and requires_grad=False for weights that take no part"
+                    f"step {self.steps}: {name} has no gradient at a topology update; accepted is backward before "
+                    "step, and requires_grad=False for weights that take no part"
                 )
         requested = sum(
             move_counts(tensor.active, tensor.weight.numel(), drop_fraction, target=targets[name])[1]
@@ -199,14 +199,14 @@ class Sparsifier:
             mask, weight, old = new_masks.pop(name), tensor.weight, weights.pop(name).mask
             dropped, grown = old & ~mask, mask & ~old
             set_mask(tensor.module, mask)
-            self._tell_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, dropped, grown))
-            still = count_active(tensor.last_grown & tensor.packed)
-            counts.append([int(count_set(dropped)), int(count_set(grown)), still, count_active(tensor.last_grown)])
+            self._warn_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, dropped, grown))
+            moved = [int(count_set(dropped)), int(count_set(grown))]
+            counts.append([*moved, count_active(tensor.last_grown & tensor.packed), count_active(tensor.last_grown)])
             tensor.last_grown = pack_mask(grown)
             tensor.active = tensor.target = targets[name]
             tensor.inactive = None if tensor.active == weight.numel() else ~mask
             tensor.ever_active |= tensor.packed
-        dropped, grown, grown_kept, were_grown = self._sum([sum(column) for column in zip(*counts)] or [0] * 4)
+        dropped, grown, grown_kept, grown_before = self._sum([sum(column) for column in zip(*counts)] or [0] * 4)
         if config.regrow == "forbid" and dropped < requested:
             logger.info("step %d: %d of %d weights moved, for want of inactive ones", self.steps, dropped, requested)
         report = self.report()
@@ -217,7 +217,7 @@ class Sparsifier:
             requested=requested,
             dropped=dropped,
             grown=grown,
-            grown_kept=grown_kept / were_grown if were_grown else None,
+            grown_kept=grown_kept / grown_before if grown_before else None,
             density=report.overall.density,
             density_by_group={row.name: row.density for row in report.groups},
             ever_active=self.ever_active(),
@@ -246,9 +246,9 @@ class Sparsifier:
 
     def _next_targets(self) -> dict[str, int]:
         """Active weights of each tensor after this update, unless they are redistributed."""
-        now = {name: tensor.target for name, tensor in self._tensors.items()}
+        current = {name: tensor.target for name, tensor in self._tensors.items()}
         if self._first_counts is None:
-            return now
+            return current
         start, end = self._window
         # The last update reaches the final density, however far it lies before the end.
         end = last_update(self.config.update_interval, start, end)
@@ -256,9 +256,10 @@ class Sparsifier:
         first, last = self._first_counts, self._last_counts
         if self.config.redistribute != "none":
             total = sum(first.values()) + progress * (sum(last.values()) - sum(first.values()))
-            return allocate(round(total), now, {name: tensor.weight.numel() for name, tensor in self._tensors.items()})
+            room = {name: tensor.weight.numel() for name, tensor in self._tensors.items()}
+            return allocate(round(total), current, room)
         if self.config.structure == "unstructured":
-            return falling_counts(now, first, last, progress)
+            return falling_counts(current, first, last, progress)
         targets = {}
         for name, tensor in self._tensors.items():
             groups = group_count(tensor.weight.shape, self.config.structure, is_transposed(tensor.module))
@@ -303,9 +304,9 @@ class Sparsifier:
             room[name] = weight.size - (counts[name] if self.config.regrow == "allow" else weight.active)
         return redistribute(counts, room, total, shares)
 
-    def _tell_of_state(self, name: str, keys: list[str]) -> None:
-        if keys and not self._told_of_state:
-            self._told_of_state = True
+    def _warn_of_state(self, name: str, keys: list[str]) -> None:
+        if keys and not self._warned_of_state:
+            self._warned_of_state = True
             logger.warning(
                 "%s keeps %s of %s in another shape than the weight's: it stays as it is when weights move",
                 type(self.optimizer).__name__,

@@ -55,8 +55,8 @@ def read_masks(
     """
     if violations := check_masks(model):
         raise ValueError(
-            f"weights outside their mask are not 0 in {', '.join(violations)}; accepted: zeros, as "
-            "nt_hf.apply_masks(model) writes them"
+            f"{', '.join(violations)}: not 0 outside the mask; accepted are zeros, as nt_hf.apply_masks(model) writes "
+            "them"
         )
     tensors = {}
     for name, module in masked_modules(model).items():
@@ -65,7 +65,7 @@ def read_masks(
         except ValueError as error:
             raise ValueError(f"the mask of {name}: {error}") from None
         if getattr(module, "sparse", False):
-            raise ValueError(f"{name} has sparse gradients; accepted: an embedding with sparse=False")
+            raise ValueError(f"{name}: has sparse gradients; accepted is an embedding with sparse=False")
         packed = local(module.weight_mask)
         active = int(reduce(torch.tensor(count_active(packed), device=packed.device)))
         inactive = None if active == module.weight.numel() else ~get_mask(module)
@@ -86,12 +86,12 @@ def sum_of_shards(model: nn.Module, structure: str) -> Reduce:
     if not sharded:
         return no_reduction
     if len(sharded) < len(weights):
-        raise ValueError("some masked weights are sharded and others are not; accepted: all of them, or none")
+        raise ValueError("masked weights: some are sharded and others are not; accepted are all of them, or none")
     first = weights[sharded[0]]
     for name, module in masked_modules(model).items():
         first_row(weights[name])  # refuses what is not split by rows
         if weights[name].device_mesh != first.device_mesh or not hasattr(module.weight_mask, "device_mesh"):
-            raise ValueError(f"the mask of {name} is not sharded as its weight; accepted: models from shard_model")
+            raise ValueError(f"the mask of {name}: not sharded as its weight; accepted are models from shard_model")
         if structure != "unstructured" and is_transposed(module):
-            raise ValueError(f"structure is {structure} and {name} has its inputs first; accepted when sharded: linear")
+            raise ValueError(f"structure={structure}: {name} has its inputs first; accepted when sharded is linear")
     return partial(sum_over_shards, weight=first)

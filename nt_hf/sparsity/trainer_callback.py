@@ -77,7 +77,7 @@ class SparsityCallback(TrainerCallback):
 
     def __init__(self, config: SparsityConfig, resume_from: str | Path | None = None) -> None:
         if not isinstance(config, SparsityConfig):
-            raise ValueError(f"config is {config!r}; accepted: a SparsityConfig")
+            raise ValueError(f"config={config!r}: accepted is a SparsityConfig")
         self.config, self.resume_from = config, resume_from
         self._unlogged: TopologyUpdate | None = None
         self._grad_norm: torch.Tensor | None = None
@@ -86,16 +86,16 @@ class SparsityCallback(TrainerCallback):
         """Binds a new [`Sparsifier`] to the model and its optimizer, and continues that of a resumed run."""
         # The state is new for each run, also for one that auto_find_batch_size begins again.
         if hasattr(state, "sparsity_callback"):
-            raise ValueError("callbacks is a list with two SparsityCallbacks; accepted: one")
+            raise ValueError("callbacks: holds two SparsityCallbacks; accepted is one")
         state.sparsity_callback = self
         accelerator = AcceleratorState()
         if accelerator.distributed_type in _SHARDED:
             raise ValueError(
-                f"distributed_type is {accelerator.distributed_type.value}; accepted: one process, or data parallel "
-                "ones that hold whole weights"
+                f"distributed_type={accelerator.distributed_type.value}: accepted is one process, or data parallel "
+                "ones that hold all weights"
             )
         if accelerator.mixed_precision == "fp16":
-            raise ValueError("fp16 is True; accepted: bf16 or full precision, where gradients are not scaled")
+            raise ValueError("fp16=True: accepted is bf16 or full precision, where gradients are not scaled")
         self.sparsifier = Sparsifier(model, optimizer, self.config, state.max_steps)
         # Of some models (ViT) save_pretrained renames the weights, and Trainer, which loads a checkpoint by the model's
         # own names, leaves them out: https://github.com/huggingface/transformers/issues/48805.
@@ -106,7 +106,7 @@ class SparsityCallback(TrainerCallback):
             self._resume(Path(self.resume_from or _checkpoint(args, state)), state.global_step)
         elif self.resume_from is not None:
             raise ValueError(
-                f"resume_from is {str(self.resume_from)!r} in a run that begins at step 0; accepted: None, or the "
+                f"resume_from={str(self.resume_from)!r}: the run begins at step 0; accepted is None, or the "
                 "checkpoint of trainer.train(resume_from_checkpoint=...)"
             )
 
@@ -117,8 +117,8 @@ class SparsityCallback(TrainerCallback):
                 raise ValueError(f"it is of step {self.sparsifier.steps} of another run")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"resume_from is {str(checkpoint)!r}, whose {STATE_FILE} cannot continue step {step}: {error}; "
-                "accepted: the checkpoint that training resumes from, written with a SparsityCallback"
+                f"resume_from={str(checkpoint)!r}: its {STATE_FILE} cannot continue step {step} ({error}); "
+                "accepted is the checkpoint that training resumes from, written with a SparsityCallback"
             ) from None
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:

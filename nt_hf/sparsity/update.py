@@ -32,8 +32,6 @@ from .selection import (
 
 logger = logging.getLogger(__name__)
 
-_RULES = {"exponent": number("(0, inf)"), "mest_lambda": number("[0, inf)"), "random_share": number("[0, 1]")}
-
 
 def move_counts(
     active: int, size: int, drop_fraction: float, regrow: str = "allow", target: int | None = None
@@ -344,11 +342,11 @@ def _round_at_random(weight: MaskedWeight, counts: torch.Tensor) -> torch.Tensor
 
 def _check(weight: MaskedWeight, target: int) -> None:
     label = weight.name or "the weight"
-    check_fields(weight, _RULES)
+    check_fields(weight)
     if weight.mask.dtype != torch.bool or weight.mask.shape != weight.weight.shape:
         raise ValueError(
-            f"the mask of {label} is {weight.mask.dtype} {list(weight.mask.shape)}; "
-            f"accepted: torch.bool {list(weight.weight.shape)}"
+            f"the mask of {label}: is {weight.mask.dtype} {list(weight.mask.shape)}; "
+            f"accepted is torch.bool {list(weight.weight.shape)}"
         )
     check("target", target, integer(0, weight.size))
     try:
@@ -357,14 +355,14 @@ def _check(weight: MaskedWeight, target: int) -> None:
         raise ValueError(f"the mask of {label}: {error}") from None
     if weight.structure != "unstructured" and target % weight.group_count:
         raise ValueError(
-            f"target is {target} for {label}; structure {weight.structure} takes multiples of its "
-            f"{weight.group_count} groups"
+            f"target={target}: accepted with structure={weight.structure} is a multiple of the {weight.group_count} "
+            f"groups of {label}"
         )
     for kind, tensor in (("weight", weight.weight), ("gradient", weight.grad), ("momentum", weight.momentum)):
         if tensor is None:
             continue
         if tensor.shape != weight.weight.shape:
-            raise ValueError(f"the {kind} of {label} is {list(tensor.shape)}; accepted: {list(weight.weight.shape)}")
+            raise ValueError(f"the {kind} of {label}: is {list(tensor.shape)}; accepted is {list(weight.weight.shape)}")
         # The extremes of a tensor with NaN are NaN: one pass and no temporaries.
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.detach().aminmax()):
-            raise ValueError(f"the {kind} of {label} has values that are not finite; accepted: finite numbers")
+            raise ValueError(f"the {kind} of {label}: not finite everywhere; accepted are finite numbers")

@@ -113,7 +113,7 @@ def limited(
             return
 
 
-def in_step(batches: Iterable[Batch], length: int, accelerator: Accelerator) -> Iterator[Batch]:
+def synchronized(batches: Iterable[Batch], length: int, accelerator: Accelerator) -> Iterator[Batch]:
     """As many batches on every process, whose passes through a sharded model must come together.
 
     A process that has run out gets rows ``[1, length]`` without a token to predict.

@@ -44,7 +44,7 @@ from ..models.modeling_neurotrails import MultiHeadForCausalLM, causal_lm_class
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches
-from .manifest import delete_old, remove_checkpoint, seal, write_manifest
+from .manifest import delete_old, remove_checkpoint, sync_with_checksum, write_manifest
 
 STATE = "training_state"
 
@@ -112,7 +112,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, model_card: str) -> Pat
             if main:
                 written += _files_of_no_rank(partial)
             accelerator.wait_for_everyone()
-            entries = gather_object([{str(path.relative_to(partial)): seal(path) for path in written}])
+            entries = gather_object([{str(path.relative_to(partial)): sync_with_checksum(path) for path in written}])
             if main:
                 write_manifest(partial, {file: entry for part in entries for file, entry in sorted(part.items())})
                 remove_checkpoint(final)
@@ -213,7 +213,7 @@ def load_model(path: Path) -> MultiHeadForCausalLM:
     except ValueError:
         raise
     except Exception as error:  # damaged files raise whatever the code that meets them raises
-        raise ValueError(f"{path} cannot be loaded ({one_line(error)})") from error
+        raise ValueError(f"{path}: cannot be loaded ({one_line(error)})") from error
     return model
 
 
@@ -259,7 +259,7 @@ def load_training_state(path: Path, state: TrainingState) -> None:
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_sharded(model))
     except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded ({one_line(error)})") from error
+        raise ValueError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     parameters = dict(model.named_parameters())
     topology = {}
     for entry, tensor in tensors.items():

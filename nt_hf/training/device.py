@@ -45,8 +45,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts kilobytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or that of which each process holds a shard; all processes must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

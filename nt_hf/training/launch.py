@@ -4,8 +4,9 @@ import contextlib
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,9 @@ from accelerate.utils import (
 )
 
 from ..config import TrainConfig
-from ..files import LockedError, WriteError, only_writer
+from ..files import lock_directory
+
+T = TypeVar("T")
 
 
 def start_processes(
@@ -29,11 +32,11 @@ def start_processes(
         ValueError: the launcher asked for something that the recipe has not, or started other processes than it was
             asked for; the tracker ``log_with`` is not installed.
     """
-    sharding = sharding_asked_for()
+    sharding = requested_sharding()
     if log_with != "none" and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"--log_with {log_with}: it is not installed; pip install 'nt_hf[track]' brings it")
-    asked = os.environ.get("WORLD_SIZE")
-    if asked is None and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size is None and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise ValueError(
             "accelerate launch was asked for several processes and started one, as it does on a CPU; accepted is "
             "torchrun --nproc_per_node N recipes/pretrain_c4.py …, or --num_processes 1"
@@ -53,8 +56,8 @@ def start_processes(
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
     if accelerator.distributed_type not in plain:
         raise ValueError(f"distributed_type={accelerator.distributed_type}: accepted are one process, DDP and FSDP2")
-    if accelerator.num_processes < int(asked or 1):
-        raise ValueError(f"WORLD_SIZE={asked}: the launcher started {accelerator.num_processes} process(es)")
+    if accelerator.num_processes < int(world_size or 1):
+        raise ValueError(f"WORLD_SIZE={world_size}: the launcher started {accelerator.num_processes} process(es)")
     return accelerator, sharding if accelerator.num_processes > 1 else None
 
 
@@ -67,47 +70,57 @@ def wants_bf16(train: TrainConfig) -> bool:
     )
 
 
+def main_process_only(action: Callable[[], T], accelerator: Accelerator) -> T:
+    """The result of ``action`` on the main process, on all processes.
+
+    Raises:
+        ValueError, OSError: the action raised it; all processes do.
+    """
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result
+
+
 @contextlib.contextmanager
-def only_run(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps a run's directory for this run, see [`only_writer`]: the main process holds it for all.
+def lock_run(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps a run's directory for this run, see [`lock_directory`]: the main process holds it for all.
 
     Raises:
         LockedError: another run has it.
         WriteError: it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        problem = None
-        if accelerator.is_main_process:
-            try:
-                stack.enter_context(only_writer(run_dir))
-            except (LockedError, WriteError) as error:
-                problem = error
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise problem
+        main_process_only(lambda: stack.enter_context(lock_directory(run_dir)), accelerator)
         yield
 
 
-def sharding_asked_for() -> FullyShardedDataParallelPlugin | None:
+def requested_sharding() -> FullyShardedDataParallelPlugin | None:
     """The settings of FSDP2 where the launcher asked for it.
 
     Raises:
         ValueError: the launcher asked for DeepSpeed, FSDP1, weights on the host, or fp16.
     """
 
-    def asked(name: str) -> bool:
+    def enabled(name: str) -> bool:
         return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
-    if asked("ACCELERATE_USE_DEEPSPEED"):
+    if enabled("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed: accepted are DDP and FSDP2 (see recipes/accelerate)")
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise ValueError("--mixed_precision fp16: accepted are bf16 and no, where gradients need no scaling")
-    if not asked("ACCELERATE_USE_FSDP"):
+    if not enabled("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP1: accepted are DDP and FSDP2 (fsdp_version: 2, see recipes/accelerate/fsdp2.yaml)")
-    if asked("FSDP_OFFLOAD_PARAMS"):
+    if enabled("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("fsdp_offload_params: accepted is false")
     return plugin
 

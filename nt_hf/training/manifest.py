@@ -10,9 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from ..files import sync, write_text
 
 logger = logging.getLogger(__name__)
@@ -53,25 +50,12 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def choose_checkpoint(checkpoints: Iterable[Path], accelerator: Accelerator) -> Path | None:
-    """The first intact checkpoint of some; the main process checks them for all processes.
+def first_intact(checkpoints: Iterable[Path]) -> Path | None:
+    """The first checkpoint of some that is not damaged; ``None`` if there are none.
 
     Raises:
         ValueError: there are checkpoints, and none is intact.
     """
-    chosen, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            chosen = _first_intact(checkpoints)
-        except ValueError as error:
-            problem = str(error)
-    chosen, problem = broadcast_object_list([chosen, problem])
-    if problem:
-        raise ValueError(problem)
-    return chosen
-
-
-def _first_intact(checkpoints: Iterable[Path]) -> Path | None:
     problem = None
     for path in checkpoints:
         if problem:
@@ -98,20 +82,20 @@ def set_aside(run_dir: Path, after: int) -> None:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Deletes a checkpoint; its name goes first, so that a half-deleted one is never taken for complete."""
     if checkpoint.exists():
-        doomed = checkpoint.with_name(f".partial-{checkpoint.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        renamed = checkpoint.with_name(f".partial-{checkpoint.name}.old")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.rename(checkpoint, renamed)
+        shutil.rmtree(renamed)
 
 
 def delete_old(run_dir: Path, newest: Path, keep: int) -> None:
     """Deletes all but the ``keep`` newest checkpoints, if the newest one can be read back and is intact."""
     older = [path for path in find_checkpoints(run_dir) if step_of(path) < step_of(newest)]
-    doomed = older[: len(older) - keep + 1]
-    if doomed and (problem := find_damage(newest)):
+    superfluous = older[: len(older) - keep + 1]
+    if superfluous and (problem := find_damage(newest)):
         logger.warning("%s just after it was written; older checkpoints stay", problem)
         return
-    for path in doomed:
+    for path in superfluous:
         remove_checkpoint(path)
 
 
@@ -123,7 +107,7 @@ def clean_up(run_dir: Path) -> None:
         path.unlink()
 
 
-def seal(path: Path) -> dict[str, int]:
+def sync_with_checksum(path: Path) -> dict[str, int]:
     """Syncs a file to the disk; returns its entry in the manifest: size and checksum."""
     with ThreadPoolExecutor(1) as pool:
         synced = pool.submit(sync, path)

@@ -2,10 +2,11 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole, writing
+from ..files import write_atomic, writing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Metrics:
         self.path = path
         old = read_metrics(path) if path.exists() and resume_step is not None else []
         kept = [record for record in old if record["step"] <= resume_step]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         """Appends a record of kind ``event`` (``train``, ``update``, ``eval``) and returns it."""
@@ -54,3 +55,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: accepted is a JSON object with event and step, not {line[:60]!r}")
         records.append(record)
     return records
+
+
+def last_record(records: Sequence[Mapping[str, Any]], event: str) -> Mapping[str, Any] | None:
+    """The last record of an event; ``None`` if there is none."""
+    return next((record for record in reversed(records) if record["event"] == event), None)

@@ -10,7 +10,7 @@ import yaml
 from ..config import RunConfig
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..text import markdown_table, pyplot
-from .metrics import read_metrics
+from .metrics import last_record, read_metrics
 
 Record = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ NEEDED = {
 
 def results_table(records: Sequence[Record]) -> str:
     """A Markdown table of the last evaluation and of the sparsity at that time."""
-    evaluation = _last(records, "eval")
+    evaluation = last_record(records, "eval")
     if evaluation is None:
         return "no evaluation yet"
     rows = [(f"perplexity of head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
@@ -35,7 +35,7 @@ def results_table(records: Sequence[Record]) -> str:
         rows.append((f"perplexity of the ensemble ({mode}{default})", f"{value:.2f}"))
     rows.append(("disagreement between heads", f"{evaluation['disagreement']:.3f}"))
     rows.append(("density of the masked weights", f"{evaluation['density']:.3f}"))
-    if update := _last(records, "update"):
+    if update := last_record(records, "update"):
         rows += [(f"density of {group}", f"{value:.3f}") for group, value in update["density_by_group"].items()]
         rows.append(("share of masked weights ever active", f"{update['ever_active']:.3f}"))
         if update["head_overlap"] is not None:
@@ -141,7 +141,3 @@ Validation on `{json.dumps(config.data.validation)}`:
 
 The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`.
 """
-
-
-def _last(records: Sequence[Record], event: str) -> Record | None:
-    return next((record for record in reversed(records) if record["event"] == event), None)

@@ -70,7 +70,7 @@ def changed_keys(config: RunConfig, previous: RunConfig, path: Path) -> str:
         if new[section].get(key) != old[section].get(key) and key not in FREE.get(section, ())
     ]
     forbidden = [change for change in changes if change[0] == "model" or change[1] in FIXED[change[0]]]
-    listed = ", ".join(f"{section}.{key}={now!r} (was {was!r})" for section, key, now, was in forbidden or changes)
+    listed = ", ".join(f"{section}.{key}={value!r} (was {old!r})" for section, key, value, old in forbidden or changes)
     if forbidden:
         raise ValueError(f"{listed}: {path} cannot continue so; set it as it was, or take another --output_dir")
     return listed

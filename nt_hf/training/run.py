@@ -20,28 +20,28 @@ from ..config import RunConfig, load_run_config
 from ..data.prepared import tokenizer_fingerprint
 from ..data.tokenizers import check_vocabulary, load_tokenizer
 from ..evaluation.perplexity import evaluate
-from ..files import write_whole
+from ..files import write_atomic
 from ..models.modeling_neurotrails import causal_lm_class
 from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
-from ..sparsity.sharding import require_equal_replicas
+from ..sparsity.sharding import full_tensor, require_equal_replicas
 from ..sparsity.sparsifier import Sparsifier
 from .batches import (
     Batch,
     count_targets,
     grouped,
-    in_step,
     limited,
     reading_options,
     saliency_batch,
+    synchronized,
     to_device,
     training_batches,
     validation_batches,
 )
 from .checkpoint import Progress, TrainingState, cannot_continue, load_model, load_training_state, save_checkpoint
-from .device import HostCopy, full_tensor, peak_memory
-from .launch import end_training, only_run, start_processes
-from .manifest import choose_checkpoint, clean_up, set_aside
+from .device import HostCopy, peak_memory
+from .launch import end_training, lock_run, main_process_only, start_processes
+from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
 from .model_setup import model_config, place_model, wrap_model
 from .optimizer import learning_rate, make_optimizer
@@ -71,7 +71,7 @@ def run_training(
     """
     with Preemption() as preemption:
         accelerator, sharding = start_processes(config.train, run_dir, log_with)
-        with only_run(run_dir, accelerator):
+        with lock_run(run_dir, accelerator):
             run = TrainingRun(config, run_dir, accelerator, preemption, sharding)
             run.setup(resume, resume_override)
             if log_with != "none":
@@ -149,7 +149,7 @@ class TrainingRun:
         config, train = self.config, self.config.train
         set_seed(train.seed)
         torch.set_float32_matmul_precision(train.matmul_precision)
-        checkpoint = choose_checkpoint(find_resume(resume, self.run_dir), self.accelerator)
+        checkpoint = main_process_only(lambda: first_intact(find_resume(resume, self.run_dir)), self.accelerator)
         written = (checkpoint or self.run_dir) / "run.yaml"
         continues = written.is_file() and (checkpoint or resume != "never")
         previous = load_run_config([written]) if continues else config
@@ -219,7 +219,7 @@ class TrainingRun:
         if self.is_main:
             clean_up(self.run_dir)
             set_aside(self.run_dir, after=progress.step)
-            write_whole(self.run_dir / "run.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            write_atomic(self.run_dir / "run.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         path = self.run_dir / "metrics.jsonl"
         self.run_log = RunLog(path, self.config, self.model.config, self.accelerator, progress, continued=continued)
 
@@ -368,7 +368,7 @@ class TrainingRun:
         share = limit and -(-limit // accelerator.num_processes)
         batches = limited(self.validation, share, stop=lambda: self.preemption.received, multiple=self.passes)
         if self.sharding:
-            batches = in_step(batches, self.config.data.sequence_length, accelerator)
+            batches = synchronized(batches, self.config.data.sequence_length, accelerator)
         result = evaluate(
             self.model,
             batches,

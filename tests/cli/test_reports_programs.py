@@ -139,7 +139,7 @@ def test_a_comparison_is_printed_before_it_is_written_and_no_file_is_its_output(
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compare, "write_whole", full)
+    monkeypatch.setattr(compare, "write_atomic", full)
     with pytest.raises(OSError, match="no space left"):
         call(compare.main, *paths, "--output", tmp_path / "out")
     assert "| piqa" in capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_names_that_lm_eval_does_not_have_are_told_without_reading_all_of_its_ta
     monkeypatch.setattr(zero_shot_tasks, "TaskManager", lambda **_: pytest.fail("all of lm-eval was read"))
     tasks.check(["piqa", "boolq", "mmlu", "lambada_openai", "gsm8k"])  # the last two are in none of the usual folders
     for unknown in ("no_such_task", "boolqq", ""):
-        with pytest.raises(ValueError, match=f"unknown task '{unknown}'; accepted: boolq, piqa"):
+        with pytest.raises(ValueError, match=f"task='{unknown}': accepted is boolq, piqa"):
             tasks.check(["piqa", "gsm8k", unknown])
 
 

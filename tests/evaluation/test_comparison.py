@@ -151,11 +151,11 @@ def test_bad_files_are_named(files, tmp_path):
     good, broken, foreign = files(good=report({"ensemble": 1}, {"piqa": 9}), broken={}, foreign={"loss": 1})
     Path(broken).write_text("{")
     for arguments, problem in (
-        ([good], "one scorer alone compares to nothing"),
+        ([good], "one scorer compares to nothing"),
         ([good, broken], "broken.json: not JSON"),
         ([good, foreign], "foreign.json: accepted is a file of nt-hf evaluate zero-shot"),
-        ([good, str(tmp_path / "none.json")], "none.json cannot be read"),
-        ([good, f"{good}:head 7"], "has no scorer 'head 7'; accepted: ensemble"),
+        ([good, str(tmp_path / "none.json")], "none.json: cannot be read"),
+        ([good, f"{good}:head 7"], "head 7: accepted is one of its scorers ensemble"),
         ([good, good], "two columns are called 'good: ensemble'"),
     ):
         with pytest.raises(ValueError, match=re.escape(problem)):

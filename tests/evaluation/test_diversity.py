@@ -417,7 +417,7 @@ def test_the_script_writes_figures_and_plots_and_prints_them(checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"--model": "nowhere"}, "nowhere is no directory"),
+        ({"--model": "nowhere"}, "nowhere: is no directory"),
         ({"--heads": "0,3"}, "--heads 0,3: accepted are different numbers of 0 to 2"),
         ({"--heads": "1,1"}, "--heads 1,1: accepted"),
         ({"--heads": ""}, "--heads : accepted"),

@@ -271,7 +271,7 @@ def change_config(directory: Path, **values) -> None:
     [
         (lambda d: (d / "config.json").unlink(), f"has no config.json{ACCEPTED}"),
         (lambda d: d.rename(d.with_name("away")), f"is no directory{ACCEPTED}"),
-        (lambda d: change_config(d, model_type="vit"), f"has model_type 'vit'{ACCEPTED}"),
+        (lambda d: change_config(d, model_type="vit"), f"has model_type='vit'{ACCEPTED}"),
         (lambda d: change_config(d, num_hidden_layers=4), r"lacks 9 weights that fit .* model\.layers\.3\."),
         (lambda d: change_config(d, intermediate_size=40), "lacks 9 weights that fit"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "cannot be loaded: "),

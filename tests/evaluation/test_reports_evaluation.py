@@ -81,7 +81,7 @@ def test_a_weight_that_is_not_finite_is_named_when_a_checkpoint_is_loaded(model,
         model.save_pretrained(tmp_path, sparse=kind == "sparse file")
     with pytest.raises(ValueError) as error:
         load_for_evaluation(tmp_path)
-    assert str(error.value) == f"{tmp_path} has 1 weights that are not finite everywhere, for example {name}"
+    assert str(error.value) == f"{tmp_path}: has 1 weights that are not finite everywhere, for example {name}"
 
 
 PROGRAMS = {
@@ -279,7 +279,7 @@ def test_what_was_excluded_or_cannot_be_meant_is_not_named(caplog, model):
     draw_masks(model, SparsityConfig(density=0.5, distribution="uniform"))
     draw_masks(nn.Sequential(nn.LSTM(4, 4)), SparsityConfig())  # dense: nothing was to be sparse
     assert warnings(caplog) == []
-    with pytest.raises(ValueError, match=r"'nn\.\*' fits none"):
+    with pytest.raises(ValueError, match=r"'nn\.\*': fits none"):
         draw_masks(Mixed(), SparsityConfig(density=0.5, exclude=["nn.*"]))
 
 

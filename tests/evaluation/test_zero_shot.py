@@ -387,11 +387,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for content, problem in ((b"", "holds no items of piqa"), (b"no gzip", "cannot be read")):
         path = tmp_path / "piqa_validation.jsonl.gz"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f"{path} {problem}")):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {problem}")):
             Tasks(tmp_path).load("piqa")
     with pytest.raises(ValueError, match=r"'boolq'.* has no boolq_superglue_validation\.jsonl or \.jsonl\.gz"):
         Tasks(tmp_path).load("boolq")
-    with pytest.raises(ValueError, match=r"lambada.*accepted: boolq, piqa"):
+    with pytest.raises(ValueError, match=r"lambada.*accepted is boolq, piqa"):
         Tasks(tmp_path).load("lambada_openai")
 
 
@@ -436,7 +436,7 @@ def test_the_script_scores_what_is_there_and_says_what_is_not(checkpoint, expect
     for key in ("versions", "git_commit", "command", "seed", "seconds", "peak_memory_bytes"):
         assert report[key], key
     assert report["model_config"]["num_ensemble_heads"] == 3 and report["ensemble_mode"] == "logits"
-    assert printed.count("\n| ") == 11 and "not run: task 'openbookqa'" in printed
+    assert printed.count("\n| ") == 11 and "not run: task='openbookqa'" in printed
 
 
 def test_a_failing_task_leaves_the_others_and_marks_the_file(checkpoint, tmp_path, caplog):
@@ -502,7 +502,7 @@ def test_a_hub_out_of_reach_is_named(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fails)
     with pytest.raises(ValueError) as error:
         Tasks().load("piqa")
-    problem = "task 'piqa': its data cannot be read (ConnectionError: no network)"
+    problem = "task='piqa': its data cannot be read (ConnectionError: no network)"
     assert str(error.value) == f"{problem}; data_root reads local files instead of the hub"
 
 
@@ -525,12 +525,12 @@ def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
 @pytest.mark.parametrize(
     ("option", "value", "problem"),
     [
-        ("--tasks", "no_such_task", "unknown task 'no_such_task'; accepted: boolq, piqa"),
-        ("--tasks", "mmlu", "task 'mmlu': .* has no mmlu_test.jsonl"),
+        ("--tasks", "no_such_task", "task='no_such_task': accepted is boolq, piqa"),
+        ("--tasks", "mmlu", "task='mmlu': .* has no mmlu_test.jsonl"),
         ("--heads", "7", "heads='7'"),
         ("--limit", "0", "--limit 0"),
         ("--batch_size", "big", "--batch_size big"),
-        ("--model", "nowhere", "nowhere is no directory"),
+        ("--model", "nowhere", "nowhere: is no directory"),
         ("--data_root", "eval", "has the data of none of the tasks"),
     ],
 )

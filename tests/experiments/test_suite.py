@@ -36,7 +36,7 @@ from experiments.suite_report import (
 )
 from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
-from nt_hf.files import LockedError, only_writer
+from nt_hf.files import LockedError, lock_directory
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
@@ -290,7 +290,7 @@ def test_only_makes_the_runs_it_names(begun):
 def test_results_of_another_configuration_are_refused_not_overwritten(world):
     suite = load_suite(edited(world / "tiny.yaml", arms=yaml.safe_load(TINY)["arms"] | {"single": {"label": "other"}}))
     each = main_runs(suite, {"single": 0.01})[0]
-    with pytest.raises(ValueError, match=r"result.json is of another configuration than the suite asks for; delete"):
+    with pytest.raises(ValueError, match=r"result.json: is of another configuration than the suite asks for; delete"):
         read_result(world / "results", suite, each)
     (world / "tiny.yaml").write_text(TINY)
 
@@ -343,7 +343,7 @@ def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path
 
 def test_two_suites_do_not_work_in_one_directory(world):
     with (
-        only_writer(world / "runs"),
+        lock_directory(world / "runs"),
         pytest.raises(LockedError, match="another process writes there"),
     ):
         run(world)

@@ -355,6 +355,12 @@ def test_a_model_of_another_kind_is_named(tmp_path):
         nt_hf.NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "heads")
     with pytest.raises(ValueError, match=r"^blocks_in_head=6: accepted is 0 to num_hidden_layers=5"):
         NeuroTrailsForCausalLM.from_stock(stock, blocks_in_head=6)
+    with pytest.raises(TypeError, match=r"^from_stock\(3\): accepted is a model, or a directory or hub id of one$"):
+        NeuroTrailsForCausalLM.from_stock(3)
+    with pytest.raises(
+        ValueError, match=r"^layer_types=\['full_attention'\]: accepted is a list of num_hidden_layers=5"
+    ):
+        nt_hf.NeuroTrailsQwen3Config(num_hidden_layers=5, layer_types=["full_attention"])
     with pytest.raises(TypeError, match="from_stock, from_stocks, from_pretrained and from_config"):
         NeuroTrailsForCausalLM()
 

@@ -236,7 +236,7 @@ LLAMAS = {
     ids=["backbone", "only_lm_heads", "no_backbone", "full_ensemble"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_llama_is_exact_and_so_is_the_way_back(llama, options, dtype, prompts, tmp_path):
+def test_from_stock_is_exact_and_so_is_the_way_back(llama, options, dtype, prompts, tmp_path):
     stock_llama(**llama).to(dtype).save_pretrained(tmp_path)
     llama = LlamaForCausalLM.from_pretrained(tmp_path)
     model = NeuroTrailsLlamaForCausalLM.from_stock(llama, num_ensemble_heads=2, masked_modules=["*"], **options)
@@ -251,7 +251,7 @@ def test_from_llama_is_exact_and_so_is_the_way_back(llama, options, dtype, promp
     }
 
 
-def test_from_llama_keeps_its_own_generation_config():
+def test_from_stock_keeps_its_own_generation_config():
     llama = stock_llama()
     llama.generation_config = GenerationConfig(temperature=0.6, do_sample=True)
     model = NeuroTrailsLlamaForCausalLM.from_stock(llama, blocks_in_head=1)

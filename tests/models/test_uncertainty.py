@@ -378,5 +378,5 @@ def test_a_directory_without_a_fitting_model_is_one_clear_line(example, tmp_path
     logging.set_verbosity(verbosity)
     byte_tokenizer().save_pretrained(tmp_path)
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM; expected a NeuroTrails checkpoint"):
+    with pytest.raises(ValueError, match="holds a LlamaForCausalLM; accepted is a NeuroTrails checkpoint"):
         example.main(["--model", str(tmp_path), "--prompt", "a"])

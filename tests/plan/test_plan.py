@@ -96,7 +96,7 @@ def test_time_is_flops_over_the_assumed_share_of_the_peak():
 
 def test_what_does_not_fit_is_told_with_what_would():
     train = {"batch_size": 64, "micro_batch_size": 8}
-    settings = run_config(BASE | {"num_hidden_layers": 3, "blocks_in_head": 2}, train=train)
+    settings = run_config(BASE | {"num_hidden_layers": 2, "blocks_in_head": 1, "num_ensemble_heads": 2}, train=train)
 
     def on(size: float):
         """The plan for 8 cards whose usable memory is ``size`` bytes."""
@@ -125,8 +125,8 @@ def test_what_does_not_fit_is_told_with_what_would():
         ("--gpu v100", "--gpu v100: accepted are b200, h200"),
         ("--mfu 2", "--mfu 2: accepted is a number in (0, 1]"),
         ("--model.hidden_sise 8", "unknown key --model.hidden_sise: did you mean hidden_size?"),
-        ("--gpuss 8", "unknown argument --gpuss: configuration keys are --section.key value"),
-        ("--model.hidden_size", "--model.hidden_size needs a value"),
+        ("--gpuss 8", "--gpuss: unknown argument; accepted are configuration keys, --section.key value"),
+        ("--model.hidden_size", "--model.hidden_size: has no value"),
         ("--model.hidden_size 100", "num_attention_heads=16: accepted is a divisor of hidden_size=100"),
     ],
 )

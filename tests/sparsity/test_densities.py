@@ -69,16 +69,16 @@ def test_fixed_groups_keep_their_density_and_the_rest_takes_the_remainder():
 def test_groups_over_everything_must_agree_with_the_density():
     shapes = {"a": (3, 1), "b": (3, 1), "c": (3, 1), "d": (3, 1)}
     assert sum(active_counts(shapes, 0.5, fixed=dict.fromkeys(shapes, 0.5)).values()) == 6  # each would round to 2
-    with pytest.raises(ValueError, match=r"cover every weight and give density 0\.5; .* it is 0\.9"):
+    with pytest.raises(ValueError, match=r"density=0\.9: accepted is 0\.5, .* cover every weight"):
         active_counts({"a": (10, 10)}, 0.9, fixed={"a": 0.5})
 
 
 @pytest.mark.parametrize(
     ("density", "fixed", "message"),
     [
-        (0.2, {"embed": 1.0}, r"leaves -273 for the 1835 other weights; accepted: 1 to 1835"),
+        (0.2, {"embed": 1.0}, r"leaves -273 for the 1835 other weights; accepted are 1 to 1835"),
         (0.9, {"embed": 0.1}, r"leaves 2292 for the 1835 other weights"),
-        (0.5, {"head": 0.1}, r"head is no tensor among embed, up"),
+        (0.5, {"head": 0.1}, r"densities='head': accepted is embed, up"),
         (0.5, {"embed": 0.0}, r"densities: embed=0\.0: accepted is a number in \(0, 1\]"),
         (0.0, {}, r"density=0\.0: accepted is a number in \(0, 1\]"),
         (1.5, {}, r"density=1\.5"),
@@ -175,7 +175,7 @@ def test_what_costs_nothing_stays_dense():
     shapes = {"embed": (10, 4), "a": (10, 10), "b": (10, 10)}
     counts = active_counts(shapes, 0.5, "flops", uses={"embed": 0, "a": 1, "b": 3})
     assert counts == {"embed": 40, "a": 60, "b": 20}
-    with pytest.raises(ValueError, match="embed cost nothing, would stay dense and need 16 more active weights"):
+    with pytest.raises(ValueError, match="embed: cost nothing, would stay dense and need 16 more active weights"):
         active_counts(shapes, 0.1, "flops", uses={"embed": 0})
 
 
@@ -266,7 +266,7 @@ def test_structured_counts_are_multiples_and_near(tensors):
 
 
 def test_a_group_is_not_left_without_a_weight():
-    with pytest.raises(ValueError, match=r"the density of a \[10, 4\] leaves 4 weights for 10 groups; .*density 0\.25"):
+    with pytest.raises(ValueError, match=r"the density of a \[10, 4\]: leaves 4 weights for 10 groups; .* 0\.25"):
         structured_counts({"a": 4}, {"a": (10, 4)}, {"a": 10})
 
 

@@ -234,8 +234,8 @@ def refusals() -> list[str]:
 
 def test_other_ways_to_shard_are_refused():
     for messages in run_on(2, refusals):
-        assert "some masked weights are sharded and others are not" in messages[0]
-        assert "accepted: split by rows (Shard(0))" in messages[1]
+        assert "masked weights: some are sharded and others are not" in messages[0]
+        assert "accepted is a split by rows (Shard(0))" in messages[1]
 
 
 def test_every_mask_is_sharded_like_its_weight():

@@ -423,7 +423,7 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path, stopped, spoil, rea
     trainer, _ = make(tmp_path)
     with pytest.raises(
         ValueError,
-        match=rf"resume_from is '\S*checkpoint-6', whose {STATE_FILE} cannot continue step 6: .*{reason}.*; accepted: "
+        match=rf"resume_from='\S*checkpoint-6': its {STATE_FILE} cannot continue step 6 \(.*{reason}.*\); accepted is "
         "the checkpoint that training resumes from",
     ) as refusal:
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -433,7 +433,7 @@ def test_a_checkpoint_without_its_state_is_refused(tmp_path, stopped, spoil, rea
 def test_resume_from_needs_a_run_that_resumes(tmp_path, stopped):
     callback = SparsityCallback(sparsity(), resume_from=stopped / "checkpoint-6")
     trainer, _ = make(tmp_path, callback=callback)
-    with pytest.raises(ValueError, match=r"resume_from is '.*' in a run that begins at step 0; accepted: None, or"):
+    with pytest.raises(ValueError, match=r"resume_from='.*': the run begins at step 0; accepted is None, or"):
         trainer.train()
 
 
@@ -600,13 +600,13 @@ def test_one_callback_for_two_runs(tmp_path):
 
 @pytest.mark.parametrize("config", [None, {"density": 0.5}, 0.5])
 def test_a_config_is_needed(config):
-    with pytest.raises(ValueError, match=r"config is .*; accepted: a SparsityConfig"):
+    with pytest.raises(ValueError, match=r"config=.*: accepted is a SparsityConfig"):
         SparsityCallback(config)
 
 
 def test_masks_are_needed(tmp_path):
     trainer, _ = make(tmp_path, SparsityConfig(), callback=SparsityCallback(sparsity()))
-    with pytest.raises(ValueError, match=r"density is 0\.5 and the model carries no masks; accepted: .* draw_masks"):
+    with pytest.raises(ValueError, match=r"density=0\.5: the model carries no masks; accepted is .* draw_masks"):
         trainer.train()
 
 
@@ -615,12 +615,12 @@ def test_two_callbacks_are_refused(tmp_path, same, caplog):
     caplog.set_level(logging.ERROR)
     trainer, callback = make(tmp_path)
     trainer.add_callback(callback if same else SparsityCallback(sparsity()))
-    with pytest.raises(ValueError, match="callbacks is a list with two SparsityCallbacks; accepted: one"):
+    with pytest.raises(ValueError, match="callbacks: holds two SparsityCallbacks; accepted is one"):
         trainer.train()
 
 
 def test_fp16_is_refused(tmp_path, monkeypatch):
-    refused = pytest.raises(ValueError, match="fp16 is True; accepted: bf16 or full precision")
+    refused = pytest.raises(ValueError, match="fp16=True: accepted is bf16 or full precision")
     trainer, _ = make(tmp_path, fp16=True)
     with refused:
         trainer.train()
@@ -635,5 +635,5 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind):
     trainer, callback = make(tmp_path)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     optimizer = torch.optim.SGD(trainer.model.parameters())
-    with pytest.raises(ValueError, match=rf"distributed_type is {kind.value}; accepted: one process, or data parallel"):
+    with pytest.raises(ValueError, match=rf"distributed_type={kind.value}: accepted is one process, or data parallel"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=optimizer)

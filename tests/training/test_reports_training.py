@@ -27,7 +27,7 @@ from nt_hf.config import TrainConfig, load_run_config, parse_overrides
 from nt_hf.data.sources import read_texts
 from nt_hf.data.streams import TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer, tokenize
-from nt_hf.files import LockedError, only_writer, write_whole
+from nt_hf.files import LockedError, lock_directory, write_atomic
 from nt_hf.training.batches import limited
 from nt_hf.training.launch import start_processes
 from nt_hf.training.manifest import find_checkpoints, find_damage
@@ -124,7 +124,7 @@ def test_messages_name_the_key(overrides, message):
 
 def test_a_switch_without_a_value_is_named():
     """D6"""
-    with pytest.raises(ValueError, match=r"^--train.gradient_checkpointing needs a value, .* true for example"):
+    with pytest.raises(ValueError, match=r"^--train.gradient_checkpointing: has no value; accepted is .* true"):
         parse_overrides(["--train.gradient_checkpointing", "--train.max_steps", "3"])
     assert parse_overrides(["--a.b", "-1", "--a.c=--x", "--a.d="]) == {"a.b": "-1", "a.c": "--x", "a.d": ""}
 
@@ -157,7 +157,7 @@ def test_the_base_of_rope_can_be_set(config, tmp_path):
         ("{rope_type: default, rope_tetha: 1.0}", "unknown key model.rope_parameters.rope_tetha: did you mean"),
         ("{rope_type: other}", "model.rope_parameters.rope_type='other': accepted is default, "),
         ("{rope_theta: 0}", "model.rope_parameters.rope_theta=0.0: accepted is a number above 0"),
-        ("{rope_type: linear}", "model.rope_parameters={'rope_type': 'linear'}: lacks factor, expected with linear"),
+        ("{rope_type: linear}", "model.rope_parameters={'rope_type': 'linear'}: accepted with linear is one with"),
         ("5", "model.rope_parameters=5: accepted is a mapping or null"),
     ],
 )  # fmt: skip
@@ -321,10 +321,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(config, tmp_path, monkeypat
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     """C6"""
     path = tmp_path / "run.yaml"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     monkeypatch.setattr("nt_hf.files.os.fsync", full_text)
     with pytest.raises(OSError) as caught:
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert one_line(caught) == f"{path}: cannot be written (No space left on device)"
     assert [each.name for each in tmp_path.iterdir()] == ["run.yaml"] and path.read_text() == "old"
 
@@ -345,7 +345,7 @@ def test_two_runs_in_one_directory_exclude_each_other(config, tmp_path):
 
 
 def _hold(directory: Path, ready: Path) -> None:
-    with only_writer(directory):
+    with lock_directory(directory):
         if not os.fork():  # as a loader's worker, which outlives a killed run by seconds
             time.sleep(600)
         ready.write_text("held")
@@ -354,7 +354,7 @@ def _hold(directory: Path, ready: Path) -> None:
 
 def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
     """C7"""
-    with only_writer(tmp_path / "run"):
+    with lock_directory(tmp_path / "run"):
         started = start(2, "--config", config, "--output_dir", tmp_path / "run")
         for process in started:
             process.join(60)
@@ -365,7 +365,7 @@ def test_all_processes_learn_that_the_directory_is_taken(config, tmp_path):
 
 def test_preparing_and_tokenizers_exclude_each_other(tmp_path):
     """C7"""
-    with only_writer(tmp_path / "there"):
+    with lock_directory(tmp_path / "there"):
         for main in (prepare.main, tokenizer.main):
             with pytest.raises(LockedError, match="there: another process writes there"):
                 call(main, "--data", "sample:validation", "--output", tmp_path / "there")
