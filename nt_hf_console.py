@@ -11,11 +11,13 @@ from collections.abc import Sequence
 # The module of each verb, and what ``nt-hf --help`` says of it.
 VERBS = {
     "train": ("train", "pretrain a multi-head model, or continue a run"),
+    "train-images": ("train_images", "train an image classifier with several heads, or continue a run"),
     "prepare": ("prepare", "tokenize text once, for runs that read prepared tokens"),
     "tokenizer": ("tokenizer", "train a small tokenizer on any text"),
     "evaluate perplexity": ("perplexity", "perplexity and bits per byte of a checkpoint on any text"),
     "evaluate diversity": ("diversity", "how the heads of a checkpoint differ, and what their ensemble gains by it"),
     "evaluate zero-shot": ("zero_shot", "accuracy on lm-eval's tasks (needs nt_hf[eval])"),
+    "evaluate images": ("images", "accuracy, calibration and robustness of an image classifier"),
     "evaluate compare": ("compare", "which differences between zero-shot results are real"),
     "plan": ("plan", "parameters, memory and time of a run before it is started"),
     "report": ("report", "table and plot of a run, also while it is training"),

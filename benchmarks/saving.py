@@ -19,11 +19,11 @@ from common import take_turns
 from nt_hf import NeuroTrailsForCausalLM, Sparsifier
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
-from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.training.checkpoint import Progress, TrainingState, load_model, load_training_state, save_checkpoint
 from nt_hf.training.manifest import find_damage
 from nt_hf.training.optimizer import make_optimizer
+from nt_hf.training.tasks import TextTask
 
 ROUNDS = 4
 
@@ -43,7 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     args.folder /= "benchmark"  # which is removed; what else the folder holds is not
     config = load_run_config([args.config])
-    accelerator, tokenizer = Accelerator(), load_tokenizer(config.data.tokenizer)
+    accelerator = Accelerator()
+    task = TextTask(config, accelerator)
     model = NeuroTrailsForCausalLM.from_config(config.model_config()).to(accelerator.device)
     draw_masks(model, config.sparsity)
     optimizer = make_optimizer(model, config.train)
@@ -53,8 +54,8 @@ def main() -> None:
     sparsifier.step()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    progress = Progress(100, 0, evaluated=True, processes=1, tokenizer="")
-    state = TrainingState(accelerator, model, tokenizer, optimizer, sparsifier, NoData(), config, progress)
+    progress = Progress(100, 0, evaluated=True, processes=1, fingerprint="")
+    state = TrainingState(accelerator, model, task, optimizer, sparsifier, NoData(), config, progress)
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     steps = iter(range(101, 1000))
@@ -85,7 +86,7 @@ def main() -> None:
 
     def load() -> None:
         path = sorted(args.folder.glob("checkpoint-*"))[-1]
-        load_model(path)
+        load_model(path, task)
         load_training_state(path, state)
 
     gigabytes = sum(sizes) / 1e9

@@ -14,6 +14,7 @@ from nt_hf import NeuroTrailsLlamaConfig
 from nt_hf.checks import rules_of
 from nt_hf.config import DEFAULT_BASE, DERIVED_MODEL_KEYS, TrainConfig
 from nt_hf.data.config import DataConfig
+from nt_hf.data.image_config import ImageConfig
 from nt_hf.sparsity.config import REGISTRIES, SparsityConfig
 
 INTRODUCTION = """# Configuration
@@ -22,8 +23,8 @@ INTRODUCTION = """# Configuration
 
 A run is configured by a YAML file with the four sections below. Any key can also be given on the command line as
 `--section.key value`; [train.md](train.md) says how files and command line combine. In Python the sections are
-`DataConfig`, `SparsityConfig` and `TrainConfig`, and the keys of `model`, but for `base`, are arguments of the
-family's configuration, such as `NeuroTrailsLlamaConfig`.
+`DataConfig` or `ImageConfig`, `SparsityConfig` and `TrainConfig`, and the keys of `model`, but for `base`, are
+arguments of the family's configuration, such as `NeuroTrailsLlamaConfig`.
 A value that is out of range ends the program with one line that names the key and what it accepts.
 """
 # Keys whose meaning Llama's own documentation gives; here in a few words.
@@ -129,6 +130,9 @@ def page() -> str:
          table([("base", str, DEFAULT_BASE), *(model[name] for name in [*own, *LLAMA] if name in model)],
                {"base": "family of stock models", **LLAMA, **descriptions(NeuroTrailsLlamaConfig)})),
         ("data", "", table(fields_of(DataConfig), {**DATA, **descriptions(DataConfig)}, rules_of(DataConfig))),
+        ("data of images", "The section `data` where `model.base` is a family of image classifiers. See "
+                           "[images.md](images.md).",
+         table(fields_of(ImageConfig), descriptions(ImageConfig), rules_of(ImageConfig))),
         ("sparsity", "[sparsify-your-model.md](sparsify-your-model.md) compares the methods and says where each is "
                      "from.\n`seed` follows `train.seed` unless it is given.",
          table(fields_of(SparsityConfig), descriptions(SparsityConfig), rules_of(SparsityConfig))),

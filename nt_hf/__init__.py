@@ -8,7 +8,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from ._version import __version__
-from .models.auto import FAMILIES, NeuroTrailsForCausalLM, class_of_family, register
+from .models.auto import (
+    FAMILIES,
+    NeuroTrailsForCausalLM,
+    NeuroTrailsForImageClassification,
+    class_named,
+    class_of_family,
+)
 from .models.ensemble import NeuroTrailsCausalLMOutput, Uncertainty
 from .models.masks import apply_masks, check_masks, densify, freeze_topology
 from .sparsity.config import SparsityConfig
@@ -22,22 +28,15 @@ for _family in FAMILIES:
 
 def __getattr__(name: str):
     # NeuroTrailsQwen3ForCausalLM, NeuroTrailsQwen3Config and the like, of any family.
-    from .models import configuration_neurotrails, modeling_neurotrails
-
-    module = configuration_neurotrails if name.endswith("Config") else modeling_neurotrails
-    try:
-        made = getattr(module, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    if name.startswith(configuration_neurotrails.PREFIX) and hasattr(made, "stock_class"):
-        register(made if name.endswith("Config") else made.config_class)
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if (made := class_named(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made
 
 
 __all__ = [
     "NeuroTrailsCausalLMOutput",
     "NeuroTrailsForCausalLM",
+    "NeuroTrailsForImageClassification",
     "NeuroTrailsLlamaConfig",
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaModel",

@@ -24,8 +24,10 @@ from .checks import (
     setting,
 )
 from .data.config import DataConfig
+from .data.image_config import ImageConfig
 from .models.auto import class_of_family
 from .models.configuration_neurotrails import MultiHeadConfig
+from .models.modeling_neurotrails_images import MultiHeadForImageClassification
 from .sparsity.config import SparsityConfig
 from .yaml_values import DuplicateKeyError, known_name, parse_yaml, read_yaml, typed_value
 
@@ -36,17 +38,20 @@ class TrainConfig:
 
     Attributes:
         max_steps: optimizer steps of the whole run.
-        batch_size: sequences of one optimizer step, over all processes and accumulated passes.
-        micro_batch_size: sequences of one forward pass of one process. ``None``: ``batch_size / processes``.
+        batch_size: sequences or images of one optimizer step, over all processes and accumulated passes.
+        micro_batch_size: those of one forward pass of one process. ``None``: ``batch_size / processes``.
         learning_rate: peak rate; warmed up linearly over the share ``warmup_ratio`` of the run.
         lr_schedule: what follows: ``"cosine"``, down to ``min_lr_ratio`` of the peak at ``max_steps``, or
-            ``"warmup_stable_decay"``, the peak until the last share ``decay_ratio`` of the run and the cosine there. A
-            run of the latter keeps its rate when it is extended before the decay.
+            ``"warmup_stable_decay"``, the peak until the last share ``decay_ratio`` of the run and the cosine there, or
+            ``"step"``, a tenth of the rate from each of ``lr_milestones`` on. A run of the second keeps its rate when
+            it is extended before the decay.
+        lr_milestones: shares of the run, with ``lr_schedule="step"``.
         learning_rate_factors: factors for the rate of some parameters, by glob of their names, such as
             ``{"*.layers.*": 0.3}`` for all blocks or ``{"model.layers.*": 0.5}`` for the backbone's; the last fitting
             glob decides.
-        optimizer: ``"adam"`` (the paper's) or ``"adamw"``, with ``betas``, ``eps``; ``weight_decay`` is decoupled,
-            spares norms, and needs ``"adamw"``.
+        optimizer: ``"adam"`` (the paper's for text) or ``"adamw"``, with ``betas``, ``eps``; or ``"sgd"``, with
+            ``momentum``, ``nesterov``. ``weight_decay`` of ``"adamw"`` is decoupled and spares norms and biases, that
+            of ``"sgd"`` is added to all gradients, as usual for image classifiers; ``"adam"`` has none.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
         precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU that has it, else fp32.
         matmul_precision: precision of products of fp32 matrices (``torch.set_float32_matmul_precision``): "high" and
@@ -67,16 +72,21 @@ class TrainConfig:
     batch_size: int = setting(512, integer(1))
     micro_batch_size: int | None = setting(None, optional(integer(1)))
     learning_rate: float = setting(1e-3, number("(0, inf)"))
-    lr_schedule: str = setting("cosine", choice(["cosine", "warmup_stable_decay"]))
+    lr_schedule: str = setting("cosine", choice(["cosine", "warmup_stable_decay", "step"]))
+    lr_milestones: list[float] = setting(
+        [0.25, 0.5, 0.75], list_of(number("(0, 1)"), "a list of shares of the run in (0, 1)")
+    )
     decay_ratio: float = setting(0.1, number("(0, 1]"))
     min_lr_ratio: float = setting(0.1, number("[0, 1]"))
     warmup_ratio: float = setting(0.1, number("[0, 1)", "a share of the run"))
     learning_rate_factors: dict[str, float] = setting(
         {}, mapping_to(number("[0, inf)"), "a mapping from globs to numbers from 0")
     )
-    optimizer: str = setting("adam", choice(["adam", "adamw"]))
+    optimizer: str = setting("adam", choice(["adam", "adamw", "sgd"]))
     betas: list[float] = setting([0.9, 0.999], list_of(number("[0, 1)"), "two numbers in [0, 1)", length=2))
     eps: float = setting(1e-8, number("(0, inf)"))
+    momentum: float = setting(0.9, number("[0, 1)"))
+    nesterov: bool = setting(False, SWITCH)
     weight_decay: float = setting(0.0, number("[0, inf)"))
     max_grad_norm: float | None = setting(None, optional(number("(0, inf)")))
     precision: str = setting("auto", choice(["auto", "fp32", "bf16"]))
@@ -97,12 +107,14 @@ class TrainConfig:
         most = 1 - self.warmup_ratio if self.lr_schedule == "warmup_stable_decay" else 1
         left = f"a share of the run above 0, up to what the warm-up leaves ({most:g})"
         check("decay_ratio", self.decay_ratio, Rule(lambda share: 0 < share <= most, left))
-        decays = self.optimizer == "adamw"
-        rule = Rule(lambda decay: decay == 0 or decays, "0, or a number above 0 with optimizer=adamw")
+        decays = self.optimizer in ("adamw", "sgd")
+        rule = Rule(lambda decay: decay == 0 or decays, "0, or a number above 0 with optimizer=adamw or sgd")
         check("weight_decay", self.weight_decay, rule)
+        moves = Rule(lambda nesterov: not nesterov or self.momentum > 0, "false where momentum is 0")
+        check("nesterov", self.nesterov, moves)
 
     def accumulation_steps(self, processes: int) -> tuple[int, int]:
-        """Splits ``batch_size`` into (sequences of one forward pass, forward passes of one step) of each process.
+        """Splits ``batch_size``, for each process, into (rows or images of a forward pass, forward passes of a step).
 
         Raises:
             ValueError: the batch does not divide evenly.
@@ -124,10 +136,11 @@ class RunConfig:
     Attributes:
         model: ``base``, the family of stock models (``"llama"`` where it is left out), and arguments of the family's
             multi-head configuration.
+        data: of text or, where the family is of image classifiers, of images.
     """
 
     model: dict[str, Any]
-    data: DataConfig
+    data: DataConfig | ImageConfig
     sparsity: SparsityConfig
     train: TrainConfig
 
@@ -142,7 +155,7 @@ class RunConfig:
         model: there are as many key and value heads as attention heads, and these share ``hidden_size``.
 
         Args:
-            derived: fields that follow from the data; by default the length of a row alone.
+            derived: fields that follow from the data; by default the length of a row of text alone.
 
         Raises:
             ValueError: a field lies outside its range.
@@ -154,14 +167,19 @@ class RunConfig:
             known = {field.name for field in dataclasses.fields(family)}
             sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
             fields = {name: value for name, value in sizes.items() if name in known} | fields
-        return family(**fields, **{"max_position_embeddings": self.data.sequence_length, **derived})
+        if isinstance(self.data, DataConfig):
+            derived = {"max_position_embeddings": self.data.sequence_length, **derived}
+        return family(**fields, **derived)
 
 
 SECTIONS = {"model": MultiHeadConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
 DEFAULT_BASE = "llama"
 CONFIGS = Path(__file__).parent / "configs"
 # Set by training from other keys, so that they cannot contradict them.
-DERIVED_MODEL_KEYS = {"masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+DERIVED_MODEL_KEYS = {
+    "masked_modules", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "image_size",
+    "num_channels",
+}  # fmt: skip
 
 
 def load_run_config(
@@ -183,7 +201,8 @@ def load_run_config(
     texts: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}  # of the same scalars, as they were written
     layers = [layer for source in sources for layer in _layers(source)]
     base = _base(layers, overrides or {})
-    fields = {section: _fields(section, base) for section in SECTIONS}
+    sections = {**SECTIONS, "data": ImageConfig if _is_of_images(base) else DataConfig}
+    fields = {section: _fields(cls, base) for section, cls in sections.items()}
     for where, content, written in layers:
         for section, values in content.items():
             known_name(section, SECTIONS, f"{where}section ")
@@ -211,7 +230,7 @@ def load_run_config(
     # One seed for the whole run, unless the masks are to have another.
     typed["sparsity"].setdefault("seed", typed["train"].get("seed", TrainConfig.seed))
     built = {}
-    for section, cls in SECTIONS.items():
+    for section, cls in sections.items():
         try:
             built[section] = typed[section] if section == "model" else cls(**typed[section])
         except ValueError as error:
@@ -234,6 +253,10 @@ def _base(layers: Sequence[tuple[str, Mapping, Mapping]], overrides: Mapping[str
     except ValueError as error:
         raise ValueError(f"model.base={base!r}: {str(error).partition(': ')[2]}") from error
     return base
+
+
+def _is_of_images(base: str) -> bool:
+    return issubclass(class_of_family(base), MultiHeadForImageClassification)
 
 
 def find_config(name: str | Path, folder: Path | None = None) -> Path:
@@ -326,10 +349,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def _fields(section: str, base: str) -> dict[str, Any]:
-    """The types of a section's keys; those of ``model`` are the fields of a family's configuration."""
-    if section != "model":
-        return {field.name: field.type for field in dataclasses.fields(SECTIONS[section])}
+def _fields(section: type, base: str) -> dict[str, Any]:
+    """The types of a section's keys; those of the model's are the fields of a family's configuration."""
+    if section is not MultiHeadConfig:
+        return {field.name: field.type for field in dataclasses.fields(section)}
     family = class_of_family(base).config_class
     types = {field.name: field.type for field in dataclasses.fields(family)}
     # The general fields of Transformers (for generation, labels, …) do not matter here.

@@ -34,7 +34,7 @@ FLOORS = {
 # What the rooms at the bottom may import beside the standard library.
 LIBRARIES = {"models": {"torch", "transformers", "safetensors"}, "inference": {"torch", "numpy"}}
 # Absent on some machines that train from local files: imported within functions only, or by a module of their own.
-OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard"}
+OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard", "PIL"}
 NEEDS_EVAL = {"zero_shot", "zero_shot_tasks"}
 
 FILE_LINES, FUNCTION_LINES = 500, 100

@@ -70,6 +70,12 @@ def test_from_stock_starts_from_a_directory(checkpoint, tmp_path, capsys):
     assert "step 10" in capsys.readouterr().out
 
 
+def test_image_classifier(tmp_path, capsys):
+    model = script("examples/image_classifier.py").main(["--steps", "50", "--output", str(tmp_path)])
+    assert "step 50: losses of the heads" in capsys.readouterr().out
+    assert not check_masks(model) and (tmp_path / "preprocessor_config.json").is_file()
+
+
 def test_custom_criterion(monkeypatch, capsys):
     monkeypatch.delitem(DROP, "noisy_magnitude", raising=False)
     assert script("examples/custom_criterion.py").main() < 0.5

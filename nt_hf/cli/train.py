@@ -13,14 +13,20 @@ machines.
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import load_run_config, parse_overrides
+from ..config import DEFAULT_BASE, load_run_config, parse_overrides
+from ..data.image_config import ImageConfig
 from ..training.run import run_training
 from .program import run, verb_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line ``argv`` asks for; ``None``: that of this process."""
-    parser = verb_parser("train", __doc__, allow_abbrev=False)
+    start("train", __doc__, argv)
+
+
+def start(verb: str, description: str | None, argv: Sequence[str] | None, *, images_only: bool = False) -> None:
+    """The program of ``nt-hf <verb>``; what is trained follows from the configuration's family of models."""
+    parser = verb_parser(verb, description, allow_abbrev=False)
     parser.add_argument("--config", nargs="+", required=True, help="files or names; later ones override earlier ones")
     parser.add_argument("--output_dir", required=True, help="the run's directory")
     parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint's path")
@@ -28,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--log_with", default="none", choices=["none", "tensorboard", "wandb", "trackio"])
     args, rest = parser.parse_known_args(argv)
     config = load_run_config(args.config, parse_overrides(rest))
+    if images_only and not isinstance(config.data, ImageConfig):
+        base = config.model.get("base", DEFAULT_BASE)
+        raise ValueError(
+            f"model.base={base!r}: accepted by nt-hf {verb} are image classifiers, such as wide_resnet, vit"
+        )
     run_training(
         config,
         Path(args.output_dir),

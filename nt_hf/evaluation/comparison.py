@@ -12,6 +12,7 @@ from ..text import markdown_table, pyplot, score_text, strict_json
 
 METRICS = ("acc", "acc_norm")
 DRAWS = 10_000
+TABLE = 2**24  # counts that exist at one time, each of 8 bytes
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def paired_bootstrap(
     for (first, second), weight in zip(pairs, weights):
         differences, counts = np.unique(np.asarray(first, float) - np.asarray(second, float), return_counts=True)
         size = counts.sum()
-        # How often each value is among the items drawn: the same as drawing them one by one, and much faster.
-        times = generator.multinomial(size, counts / size, size=DRAWS)
-        drawn += weight * (times @ differences) / size
+        # How often each value is among the items drawn: the same as drawing them one by one, and much faster. Many
+        # different values, such as losses of images, take several rounds, for the sake of memory.
+        for draws in np.array_split(drawn, -(-DRAWS * len(counts) // TABLE)):
+            times = generator.multinomial(size, counts / size, size=len(draws))
+            draws += weight * (times @ differences) / size  # a view
         value += float(weight * (counts @ differences) / size)
     low, high = np.quantile(drawn, [0.025, 0.975])
     # Rounding in sums over tasks must not turn a difference of 0 into a sign; 1 is added so that p is never 0.

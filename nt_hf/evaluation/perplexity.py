@@ -84,6 +84,8 @@ def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
     model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     try:
         kind = class_of_family(model_type)
+        if not issubclass(kind, MultiHeadForCausalLM):
+            raise ValueError(f"{kind.stock_class.__name__} is no decoder")
     except ValueError as error:
         raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
     return kind, model_type != kind.config_class.model_type

@@ -2,40 +2,56 @@
 
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
+import transformers
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from .configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfig
-from .modeling_neurotrails import base_class, causal_lm_class
+from .configuration_neurotrails import MODEL_TYPE_PREFIX, PREFIX, MultiHeadConfig
+from .modeling_neurotrails import MultiHeadForCausalLM, base_class, causal_lm_class
+from .modeling_neurotrails_images import WIDE_RESNETS, MultiHeadForImageClassification, image_class
+from .modeling_neurotrails_images import base_class as image_base_class
 
 #: Families whose multi-head models the Auto classes know as soon as this package is imported; others follow when
 #: somebody asks for them. (Every family takes about 15 ms.)
-FAMILIES = (
+DECODERS = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2", "gpt_neox",
     "cohere",
 )  # fmt: skip
+IMAGE_CLASSIFIERS = ("resnet", "vit", "convnext", "wide_resnet")
+FAMILIES = DECODERS + IMAGE_CLASSIFIERS
 # Of ``from_pretrained``, and also needed to read the configuration.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def register(config: PreTrainedConfig | type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """Makes the Auto classes know a family's multi-head models, and returns the class of those with LM heads.
+    """Makes the Auto classes know a family's multi-head models; returns the class with LM heads or classifiers.
 
     Raises:
-        ValueError: ``config``, stock or multi-head, is no decoder's.
+        ValueError: ``config``, stock or multi-head, is neither a decoder's nor an image classifier's.
     """
-    model = causal_lm_class(config)
+    kind = config if isinstance(config, type) else type(config)
+    stock = getattr(kind, "stock_class", kind)
+    if stock in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and stock not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model, auto = image_class(config), AutoModelForImageClassification
+        base = image_base_class(model)
+    else:
+        model, auto = causal_lm_class(config), AutoModelForCausalLM
+        base = base_class(model.stock_class)
     multi_head = model.config_class
     AutoConfig.register(multi_head.model_type, multi_head, exist_ok=True)
-    AutoModel.register(multi_head, base_class(model.stock_class), exist_ok=True)
-    AutoModelForCausalLM.register(multi_head, model, exist_ok=True)
+    AutoModel.register(multi_head, base, exist_ok=True)
+    auto.register(multi_head, model, exist_ok=True)
     return model
 
 
@@ -43,24 +59,40 @@ def class_of_family(family: str) -> type[PreTrainedModel]:
     """The multi-head class for a stock ``model_type`` such as ``"qwen3"``, or for its own, ``"neurotrails_qwen3"``.
 
     Raises:
-        ValueError: Transformers has no decoder of this type.
+        ValueError: Transformers has no decoder and no image classifier of this type.
     """
     stock = str(family).removeprefix(MODEL_TYPE_PREFIX)
     if stock not in CONFIG_MAPPING:
-        raise ValueError(f"model_type={family!r}: accepted are the decoders of Transformers, such as {_some()}")
+        raise ValueError(
+            f"model_type={family!r}: accepted are the decoders and image classifiers of Transformers, such as "
+            f"{', '.join(FAMILIES)}"
+        )
     return register(CONFIG_MAPPING[stock])
 
 
-def _some() -> str:
-    return ", ".join(FAMILIES)
+def class_named(name: str) -> type | None:
+    """The multi-head class of a name, such as ``"NeuroTrailsQwen3Config"``; ``None`` if there is no such family."""
+    stock_name = name.removeprefix(PREFIX)
+    stock = WIDE_RESNETS.get(stock_name) or getattr(transformers, stock_name, None)
+    if not (name.startswith(PREFIX) and isinstance(stock, type)):
+        return None
+    config = stock if issubclass(stock, PreTrainedConfig) else getattr(stock, "config_class", None)
+    if config is None:
+        return None
+    model = register(config)
+    made = [model.config_class, model, AutoModel._model_mapping[model.config_class]]
+    return next((cls for cls in made if cls.__name__ == name), None)
 
 
-class NeuroTrailsForCausalLM:
-    """Multi-head models of any family, by what a checkpoint or a configuration says; like an Auto class."""
+class _AnyFamily:
+    """What ``NeuroTrailsForCausalLM`` and ``NeuroTrailsForImageClassification`` share."""
+
+    kind: ClassVar[type]
+    accepted: ClassVar[str]
 
     def __init__(self, *args, **kwargs):
         raise TypeError(
-            "NeuroTrailsForCausalLM(): accepted are from_stock, from_stocks, from_pretrained and from_config, which "
+            f"{type(self).__name__}(): accepted are from_stock, from_stocks, from_pretrained and from_config, which "
             "return a model of the family's own class"
         )
 
@@ -69,12 +101,12 @@ class NeuroTrailsForCausalLM:
         """A multi-head model whose every trail is a copy of ``stock``, a model or the path or hub id of one.
 
         Args:
-            stock: a decoder of Transformers.
+            stock: a model of Transformers.
             kwargs: the number of heads and the like, and with a path those of ``from_pretrained`` (see
                 ``TrailsMixin.from_stock``).
 
         Raises:
-            ValueError: it is no decoder, or has heads already.
+            ValueError: it is of another kind, or has heads already.
             NotImplementedError: its family cannot have heads; the message says what stands in the way.
         """
         config = getattr(stock, "config", None)
@@ -85,36 +117,55 @@ class NeuroTrailsForCausalLM:
             raise TypeError(f"from_stock({stock!r}): accepted is a model, or a directory or hub id of one")
         if isinstance(config, MultiHeadConfig):
             raise ValueError(f"from_stock: {type(config).__name__} has heads already; accepted is a stock model")
-        return register(config).from_stock(stock, **kwargs)
+        return cls._class(config).from_stock(stock, **kwargs)
 
     @classmethod
     def from_stocks(cls, stocks: Sequence[PreTrainedModel], ensemble_mode: str = "logits") -> PreTrainedModel:
         """A full ensemble of stock models of one family that were trained apart (see ``TrailsMixin.from_stocks``)."""
         if not stocks:
             raise ValueError("stocks=[]: accepted are one or more")
-        return register(stocks[0].config).from_stocks(stocks, ensemble_mode)
+        return cls._class(stocks[0].config).from_stocks(stocks, ensemble_mode)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of random weights, of a multi-head configuration."""
-        return register(config)(config)
+        return cls._class(config)(config)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *args, **kwargs) -> PreTrainedModel:
         """The multi-head model of a checkpoint, of whatever family it is (see ``CheckpointFilesMixin``).
 
         Raises:
-            ValueError: the checkpoint is no multi-head model's.
+            ValueError: the checkpoint is no multi-head model's of this kind.
         """
-        return cls._class_of_checkpoint(path, **kwargs).from_pretrained(path, *args, **kwargs)
-
-    @staticmethod
-    def _class_of_checkpoint(path: str | os.PathLike, **kwargs) -> type[PreTrainedModel]:
         hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
         model_type = PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
         if not str(model_type).startswith(MODEL_TYPE_PREFIX):
             raise ValueError(
                 f"{path} has model_type={model_type!r}: accepted is a multi-head model, {MODEL_TYPE_PREFIX}...; a "
-                "stock model becomes one by NeuroTrailsForCausalLM.from_stock"
+                f"stock model becomes one by {cls.__name__}.from_stock"
             )
-        return class_of_family(model_type)
+        return cls._class(class_of_family(model_type).config_class).from_pretrained(path, *args, **kwargs)
+
+    @classmethod
+    def _class(cls, config: PreTrainedConfig | type[PreTrainedConfig]) -> type[PreTrainedModel]:
+        model = register(config)
+        if not issubclass(model, cls.kind):
+            raise ValueError(
+                f"{cls.__name__}: {model.stock_class.__name__} is of another kind; accepted is {cls.accepted}"
+            )
+        return model
+
+
+class NeuroTrailsForCausalLM(_AnyFamily):
+    """Multi-head decoders of any family, by what a checkpoint or a configuration says; like an Auto class."""
+
+    kind = MultiHeadForCausalLM
+    accepted = "a decoder; NeuroTrailsForImageClassification takes image classifiers"
+
+
+class NeuroTrailsForImageClassification(_AnyFamily):
+    """Multi-head image classifiers of any family, by what a checkpoint or a configuration says; like an Auto class."""
+
+    kind = MultiHeadForImageClassification
+    accepted = "an image classifier; NeuroTrailsForCausalLM takes decoders"

@@ -132,7 +132,9 @@ class CheckpointFilesMixin:
         PEFT replaces weights by merged copies, and looks at one LM head to tell whether they are still tied. LM heads
         that share a weight among themselves, but not with the embedding, are written one by one.
         """
-        heads, embeddings = getattr(self, "lm_heads", []), self.get_embeddings()
+        if not (heads := getattr(self, "lm_heads", ())):
+            return {}
+        embeddings = self.get_embeddings()
         pairs = [(head, embeddings[h if len(embeddings) > 1 else 0]) for h, head in enumerate(heads)]
         if not pairs or not all(hasattr(module, "weight") for pair in pairs for module in pair):
             return {}

@@ -67,7 +67,7 @@ class MultiHeadConfig:
     def __post_init__(self, **kwargs):
         self._check_sizes()
         if self.blocks_in_head is None:
-            depth = self.num_hidden_layers
+            depth = self.trail_depth
             self.blocks_in_head = max(1, depth * 2 // 3) if self.share_embedding else depth
         self.masked_modules = [] if self.masked_modules is None else self.masked_modules
         super().__post_init__(**kwargs)
@@ -76,7 +76,7 @@ class MultiHeadConfig:
     def _check_sizes(self) -> None:
         sizes = {name: getattr(self, name, None) for name in SIZES}
         for name, value in sizes.items():
-            if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1):
+            if value is not None and not isinstance(value, (list, tuple)) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: accepted is a whole number from 1")
         hidden, heads, kv_heads = (sizes[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         if not (type(heads) is int and type(hidden) is int):
@@ -96,7 +96,7 @@ class MultiHeadConfig:
         Raises:
             ValueError: a value lies outside its range; the message names field, value and range.
         """
-        depth = self.num_hidden_layers
+        depth = self.trail_depth
         for name in ("num_ensemble_heads", "blocks_in_head"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted is a whole number")
@@ -104,7 +104,7 @@ class MultiHeadConfig:
             raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: a model has at least 1 head")
         if not 0 <= self.blocks_in_head <= depth:
             raise ValueError(
-                f"blocks_in_head={self.blocks_in_head}: accepted is 0 to num_hidden_layers={depth}, a trail's depth"
+                f"blocks_in_head={self.blocks_in_head}: accepted is 0 to {self.depth_name}={depth}, a trail's depth"
             )
         if self.ensemble_mode not in ENSEMBLE_MODES:
             raise ValueError(f"ensemble_mode={self.ensemble_mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
@@ -124,9 +124,25 @@ class MultiHeadConfig:
             )
 
     @property
+    def trail_depth(self) -> int:
+        """Number of blocks of one trail; of a network of stages, such as a ResNet, those of all stages."""
+        depths = getattr(self, "depths", None)
+        if depths is None and not hasattr(self, "num_hidden_layers"):
+            raise ValueError(
+                f"{self.stock_class.__name__} (model_type={self.stock_class.model_type!r}) says not how deep it is: "
+                "accepted are configurations with num_hidden_layers or depths"
+            )
+        return self.num_hidden_layers if depths is None else sum(depths)
+
+    @property
+    def depth_name(self) -> str:
+        """What says how deep a trail is, in the stock configuration."""
+        return "num_hidden_layers" if getattr(self, "depths", None) is None else "sum(depths)"
+
+    @property
     def num_backbone_layers(self) -> int:
         """Number of shared blocks."""
-        return self.num_hidden_layers - self.blocks_in_head
+        return self.trail_depth - self.blocks_in_head
 
     @property
     def num_cache_layers(self) -> int:
@@ -151,9 +167,10 @@ class MultiHeadConfig:
         if not decoder:
             return self
         view = copy.copy(self)
-        backbone, depth = self.num_backbone_layers, self.num_hidden_layers
+        backbone, depth = self.num_backbone_layers, self.trail_depth
         depths = [*range(backbone), *list(range(backbone, depth)) * self.num_ensemble_heads]
-        if isinstance(kinds := getattr(self, "layer_types", None), (list, tuple)):
+        kinds = vars(self).get("layer_types")  # of the class, a ResNet lists kinds of blocks
+        if isinstance(kinds, (list, tuple)):
             view.__dict__["layer_types"] = [kinds[index] for index in depths]
         name = self.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         view.__dict__.update({name: len(depths), "num_ensemble_heads": 1, "blocks_in_head": 0})
@@ -219,15 +236,22 @@ def check_family(stock: type) -> None:
 
 @functools.cache
 def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The class of multi-head configurations over a stock class, made when it is asked for the first time.
+    """The class of multi-head configurations over a stock decoder's, made when it is asked for the first time.
 
     Raises:
         ValueError: the stock class is no decoder's.
     """
     check_family(stock)
-    name = PREFIX + stock.__name__
+    return make_config_class(stock, __name__, globals())
+
+
+def make_config_class(stock: type[PreTrainedConfig], module: str, names: dict) -> type[PreTrainedConfig]:
+    """A class of multi-head configurations, put among the ``names`` of a ``module``.
+
+    Pickles and the code of checkpoints look for it there.
+    """
     namespace = {
-        "__module__": __name__,
+        "__module__": module,
         "__doc__": MultiHeadConfig.__doc__,
         "__annotations__": dict(MultiHeadConfig.__annotations__),
         "model_type": MODEL_TYPE_PREFIX + stock.model_type,
@@ -235,9 +259,9 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         # What Trainer's evaluation would otherwise gather beside the logits, as if it had a row an example.
         "keys_to_ignore_at_inference": [CACHE, "head_losses"],
     }
-    made = type(name, (MultiHeadConfig, stock), namespace)
+    made = type(PREFIX + stock.__name__, (MultiHeadConfig, stock), namespace)
     made.register_for_auto_class()
-    globals()[name] = made  # where pickles and the code of checkpoints look for it
+    names[made.__name__] = made
     return made
 
 

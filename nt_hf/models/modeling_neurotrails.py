@@ -9,18 +9,15 @@ stock dense modules compute the right thing.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import transformers
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint_files import CheckpointFilesMixin
 from .configuration_neurotrails import PREFIX, config_class
 from .ensemble import (
     NeuroTrailsCausalLMOutput,
@@ -31,10 +28,11 @@ from .ensemble import (
 from .forward_arguments import checked_forward, packed_masks, tokens_seen
 from .lm_heads import LMHead, LMHeads, by_head, check_adapters, head_loss, side_by_side, stacked_losses
 from .losses import IGNORE_INDEX, HeadByHead, next_tokens
-from .masks import attach_masks, full_mask, maskable_modules
-from .multi_head import MultiHeadMixin, TokenTablesMixin, keep_heads, select_heads, trainable
+from .masks import attach_masks, maskable_modules
+from .multi_head import HeadStatesMixin, TokenTablesMixin, select_heads, trainable
 from .multi_head_generation import MultiHeadGenerationMixin
-from .stock_forward import BlockCalls, StockLogits, TrailCache, built_anew, find_parts, plain_forward
+from .multi_head_pretrained import MultiHeadPreTrained, built_anew, make_model_class
+from .stock_forward import BlockCalls, StockLogits, TrailCache, find_parts
 from .trails import TrailsMixin
 from .transformers_versions import CACHE, either_cache
 
@@ -50,31 +48,7 @@ class NeuroTrailsHead(nn.Module):
         self.norm = norm
 
 
-class MultiHeadPreTrained(CheckpointFilesMixin, TokenTablesMixin):
-    """What the base model and the model with LM heads share; goes before a stock ``PreTrainedModel``."""
-
-    base_model_prefix = "model"
-    # Of a checkpoint that is loaded dense, or into layers that a quantiser puts in place of the masked ones.
-    _keys_to_ignore_on_load_unexpected = (r"weight_mask$",)
-    # Stock plans of parallelism name one stack and one LM head.
-    _tp_plan = _pp_plan = _fsdp_plan = None
-
-    def __init__(self, config: PreTrainedConfig, heads: Sequence[int] | None = None):
-        config.check_heads()
-        chosen = select_heads(config, heads, "heads")
-        self.build(config if heads is None else keep_heads(config, chosen, maskable_names))
-        if heads is not None:
-            self._source_heads = chosen  # until the weights are loaded, from a checkpoint of all heads
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # Reached for a mask that a checkpoint lacks: without this it would stay uninitialised memory.
-        if getattr(module, "weight_mask", None) is not None:
-            init.copy_(module.weight_mask, full_mask(module.weight.shape, module.weight_mask.device))
-
-
-class MultiHeadModel(MultiHeadPreTrained):
+class MultiHeadModel(TokenTablesMixin, MultiHeadPreTrained):
     """Backbone and heads, without the LM heads; goes before a stock base model."""
 
     def build(self, config: PreTrainedConfig) -> None:
@@ -250,7 +224,9 @@ def maskable_names(config: PreTrainedConfig) -> list[str]:
         return list(maskable_modules(causal_lm_class(config)(config)))
 
 
-class MultiHeadForCausalLM(MultiHeadMixin, TrailsMixin, MultiHeadGenerationMixin, MultiHeadPreTrained):
+class MultiHeadForCausalLM(
+    HeadStatesMixin, TrailsMixin, MultiHeadGenerationMixin, TokenTablesMixin, MultiHeadPreTrained
+):
     """Several heads over one backbone, whose next-token predictions are combined; goes before a stock causal LM."""
 
     def build(self, config: PreTrainedConfig) -> None:
@@ -416,21 +392,9 @@ def causal_lm_class(config: PreTrainedConfig | type[PreTrainedConfig]) -> type[P
 def model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The multi-head class over a stock base model or causal LM, made when it is asked for the first time."""
     is_lm = issubclass(stock, GenerationMixin)
-    config = config_class(stock.config_class)
-    mixin = MultiHeadForCausalLM if is_lm else MultiHeadModel
-    forward = plain_forward(stock)
-    namespace = {
-        "__module__": __name__,
-        "__doc__": f"{stock.__name__} with several heads over one backbone. {mixin.__doc__}",
-        "__annotations__": {"config": config},
-        "config_class": config,
-        "stock_class": stock,
-        "stock_forward": staticmethod(forward),
-        "stock_arguments": frozenset(inspect.signature(forward).parameters),
-    }
-    made = type(PREFIX + stock.__name__, (mixin, stock), namespace)
-    made.register_for_auto_class("AutoModelForCausalLM" if is_lm else "AutoModel")
-    globals()[made.__name__] = made  # where pickles and the code of checkpoints look for it
+    mixin, kind = (MultiHeadForCausalLM, "AutoModelForCausalLM") if is_lm else (MultiHeadModel, "AutoModel")
+    made = make_model_class(stock, mixin, config_class(stock.config_class), __name__, globals(), maskable_names)
+    made.register_for_auto_class(kind)
     return made
 
 

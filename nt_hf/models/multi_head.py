@@ -17,7 +17,8 @@ class MultiHeadMixin:
     """The parts of a model of several heads; nothing outside this folder spells where they lie.
 
     A model has ``model.layers`` (the backbone's blocks), ``model.heads[h].layers`` and ``model.heads[h].norm``, and
-    ``lm_heads[h]``; where each head has an embedding of its own, it lies in ``model.heads[h]``.
+    ``lm_heads[h]``, or ``classifiers[h]`` of images; where each head has an embedding of its own, it lies in
+    ``model.heads[h]``.
     """
 
     def blocks(self) -> list[nn.Module]:
@@ -26,7 +27,14 @@ class MultiHeadMixin:
 
     def head_modules(self, head: int) -> dict[str, nn.Module]:
         """The modules of one head alone, by names that are the same in all heads: "layers.0.mlp.up_proj", "lm_head"."""
-        return {**dict(self.model.heads[head].named_modules()), "lm_head": self.lm_heads[head]}
+        name = "lm_head" if hasattr(self, "lm_heads") else "classifier"
+        modules = dict(self.model.heads[head].named_modules())
+        last = getattr(self, f"{name}s")[head]
+        return modules | {f"{name}.{part}".removesuffix("."): module for part, module in last.named_modules()}
+
+
+class HeadStatesMixin(MultiHeadMixin):
+    """What evaluation asks of a model with LM heads: the states before them."""
 
     def head_states(self, heads: Sequence[int] | None = None, **inputs) -> torch.Tensor:
         """The states ``[heads, batch, seq, hidden_size]`` after each head's final norm, before its LM head."""
@@ -128,7 +136,7 @@ def select_heads(config: PreTrainedConfig, choice: Sequence[int] | None, name: s
 
 def renumber_head(name: str, numbers: Mapping[int, int]) -> str | None:
     """A parameter's name with its head's number replaced; ``None`` where the head has no new one."""
-    match = re.match(r"((?:model\.)?heads\.|lm_heads\.)(\d+)(\..*)", name)
+    match = re.match(r"((?:model\.)?heads\.|lm_heads\.|classifiers\.)(\d+)(\..*)", name)
     if match is None:
         return name
     start, number, rest = match.groups()

@@ -120,6 +120,11 @@ class _RecordingBlock(StandIn):
         return self._record(hidden_states, args, kwargs)
 
 
+def recording_blocks(blocks: Sequence[nn.Module], calls: BlockCalls) -> list[_RecordingBlock]:
+    """Stand-ins for blocks, which record what they are called with."""
+    return [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
+
+
 @dataclass(frozen=True)
 class StockParts:
     """Where a stock base model keeps what a multi-head model takes apart.
@@ -152,7 +157,7 @@ class StockParts:
             inputs: of the forward pass.
         """
         calls = BlockCalls(model.stock_class.__name__, self.as_tuple)
-        stand_ins = [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
+        stand_ins = recording_blocks(blocks, calls)
         stand_in = StandIn(model, {**replaced, self.stack: stand_ins, self.norm: calls.unchanged})
         if "position_ids" not in model.stock_arguments:  # positions follow from the mask
             del inputs["position_ids"]
@@ -224,9 +229,8 @@ def _probe(model: PreTrainedModel, stack: str, as_tuple: bool) -> StockParts:
 
     for name, child in model.named_children():
         child.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
-    stand_ins = [_RecordingBlock(block, calls, depth) for depth, block in enumerate(blocks)]
     ids, mask = torch.ones(2, 1, 3, dtype=torch.long, device="meta")
-    stand_in = StandIn(model, {stack: stand_ins})
+    stand_in = StandIn(model, {stack: recording_blocks(blocks, calls)})
     output = plain_forward(type(model))(stand_in, input_ids=ids, attention_mask=mask, use_cache=False)
     if len(calls.arguments) != len(blocks):
         raise NotImplementedError(f"{len(calls.arguments)} of {len(blocks)} blocks are called")
@@ -309,12 +313,3 @@ class StockLogits:
         stand_in = StandIn(self.model_class.stock_class, parts)
         logits = self.model_class.stock_forward(stand_in, inputs_embeds=hidden, **keep).logits
         return logits if states.dim() == 3 else logits.view(*states.shape[:-1], -1)
-
-
-def built_anew(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A module like another one that was just built, with values of its own; both refer to the same configuration."""
-    copied = copy.deepcopy(module, {id(config): config})
-    for part in copied.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()  # draws as many random numbers as building it
-    return copied

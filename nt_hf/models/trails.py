@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .multi_head import select_heads
@@ -40,7 +40,7 @@ class TrailsMixin:
             TypeError: ``stock`` is a model of another class, or there are ``kwargs`` for one that is loaded already.
         """
         if isinstance(stock, (str, os.PathLike)):
-            stock = AutoModelForCausalLM.from_pretrained(stock, **kwargs)
+            stock = cls.stock_class.from_pretrained(stock, **kwargs)
         elif kwargs:
             raise TypeError(f"from_stock got {', '.join(kwargs)} with a model: accepted are these with a path")
         if type(stock) is not cls.stock_class:
@@ -59,7 +59,8 @@ class TrailsMixin:
         model = model.to(stock.device)
         for head in range(num_ensemble_heads):
             model._copy_trail(head, stock)
-        model.generation_config = copy.deepcopy(stock.generation_config)
+        if hasattr(stock, "generation_config"):
+            model.generation_config = copy.deepcopy(stock.generation_config)
         return model.train(stock.training)
 
     @classmethod
@@ -92,7 +93,8 @@ class TrailsMixin:
         stock = stock.to(self.device)
         for ours, theirs in self._trail(head, stock):
             copy_tensors(ours, theirs, names=_tensors(theirs))
-        stock.generation_config = copy.deepcopy(self.generation_config)
+        if hasattr(self, "generation_config"):
+            stock.generation_config = copy.deepcopy(self.generation_config)
         return stock.train(self.training)
 
     def _copy_trail(self, head: int, stock: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..config import RunConfig
+from ..data.config import DataConfig
 from .flops import Flops, count_flops
 from .hardware import GIB, GPU, RESERVE
 from .memory import ADAM, FP32, MemorySnapshot, resident, step_memory
@@ -117,6 +118,8 @@ def plan(run: RunConfig, gpus: int, gpu: GPU, *, mfu: float = 0.4, per_node: int
         raise ValueError(f"--gpus {gpus}: accepted are up to {per_node}, a node's, and multiples of it")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu:g}: accepted is a number in (0, 1]")
+    if not isinstance(run.data, DataConfig):
+        raise ValueError(f"model.base={run.model['base']!r}: accepted are decoders; image classifiers have no plan yet")
     config = run.model_config()
     rows, passes = run.train.accumulation_steps(gpus)
     parameters = count_parameters(config, run.sparsity)

@@ -29,7 +29,7 @@ def shard_model(
     weights stay with what is left, such as norms, which is gathered for the whole pass.
 
     Args:
-        model: a multi-head causal LM on its device, its masks drawn.
+        model: a multi-head causal LM or image classifier on its device, its masks drawn.
         mesh: of one dimension, or of two (replicas, shards).
         param_dtype: of the gathered weights and of activations; gradients are summed in fp32 all the same.
         reshard_after_forward: free a block's gathered weights between forward and backward pass.
@@ -37,7 +37,9 @@ def shard_model(
     options = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    separate = [] if model.config.tie_word_embeddings else [*model.get_embeddings(), *model.get_lm_heads()]
+    separate = []
+    if hasattr(model, "get_lm_heads") and not model.config.tie_word_embeddings:  # image classifiers have small ones
+        separate = [*model.get_embeddings(), *model.get_lm_heads()]
     for module in (*model.blocks(), *separate):
         fully_shard(module, **options)
     fully_shard(model, **options)

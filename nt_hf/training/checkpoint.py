@@ -2,12 +2,14 @@
 
 ```
 checkpoint-<step>/
-  config.json, model.safetensors, …   what from_pretrained reads, tokenizer and model code included
+  config.json, model.safetensors, …   what from_pretrained reads, model code and tokenizer (or how to
+                                      prepare images) included
   README.md, sparsity.json, run.yaml  the model card, densities by tensor, the configuration
   training_state/
-    state.json                        step, tokens, number of processes, the tokenizer's fingerprint
+    state.json                        step, tokens or images seen, number of processes, fingerprint of the task
     rank-<rank>.json                  position in the data and random generators of each process
-    state-<i>-of-<n>.safetensors      optimizer, sparsifier, and the fp32 weights where the model's own file is rounded
+    state-<i>-of-<n>.safetensors      optimizer, sparsifier, and where the model's own file is rounded, weights and
+                                      statistics of batch norms in fp32
   manifest.json                       size and CRC-32 of every file above; written last
 ```
 
@@ -33,20 +35,23 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..checks import one_line
 from ..config import RunConfig
 from ..files import sync, write_text, writing
-from ..models.auto import NeuroTrailsForCausalLM
+from ..models.auto import register
 from ..models.masks import local
-from ..models.modeling_neurotrails import MultiHeadForCausalLM, causal_lm_class
 from ..sparsity.sharding import first_row, full_state_dict, is_sharded, owns_shard
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batches
 from .manifest import delete_old, remove_checkpoint, sync_with_checksum, write_manifest
+from .model_setup import running_statistics
+from .tasks import Task
 
 STATE = "training_state"
+# Names of fields of `Progress` in state.json, from when there was only text.
+IN_STATE_JSON = {"units": "tokens", "fingerprint": "tokenizer"}
 
 
 @dataclass
@@ -54,17 +59,25 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        step, tokens: completed steps, and tokens seen by then.
+        step, units: completed steps, and units of the task (tokens, for example) seen by then.
         evaluated: whether the step's evaluation, if it has one, is in the metrics.
         processes: that wrote the checkpoint.
-        tokenizer: its fingerprint.
+        fingerprint: of the task, such as that of a tokenizer.
     """
 
     step: int
-    tokens: int
+    units: int
     evaluated: bool
     processes: int
-    tokenizer: str
+    fingerprint: str
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        saved = json.loads(text)
+        return cls(**{name: saved[IN_STATE_JSON.get(name, name)] for name in cls.__dataclass_fields__})
+
+    def to_json(self) -> str:
+        return json.dumps({IN_STATE_JSON.get(name, name): value for name, value in asdict(self).items()})
 
 
 @dataclass
@@ -72,8 +85,8 @@ class TrainingState:
     """What a checkpoint holds of a run, and the accelerator that its processes talk by."""
 
     accelerator: Accelerator
-    model: MultiHeadForCausalLM
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    task: Task
     optimizer: torch.optim.Optimizer
     sparsifier: Sparsifier
     batches: Batches
@@ -129,20 +142,19 @@ def save_checkpoint(run_dir: Path, state: TrainingState, model_card: str) -> Pat
 
 
 def _write_model_files(folder: Path, state: TrainingState, model_card: str) -> None:
-    """Writes, on the main process, what is not training state: model, tokenizer, descriptions."""
+    """Writes, on the main process, what is not training state: model, tokenizer or the like, descriptions."""
     main, config, sparsifier = state.accelerator.is_main_process, state.config, state.sparsifier
     weights = full_state_dict(state.model, keep=main)  # all processes take part in gathering them
     report = sparsifier.report()
     if not main:
         return
     _save_model(folder, state.model, weights, config.train.save_dtype)
-    with writing(folder / "tokenizer.json"):
-        state.tokenizer.save_pretrained(folder)
+    state.task.save(folder)
     sparsity = {"config": asdict(sparsifier.config), "steps": sparsifier.steps, **asdict(report)}
     write_text(folder / "README.md", model_card)
     write_text(folder / "sparsity.json", json.dumps(sparsity, indent=1))
     write_text(folder / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    write_text(folder / STATE / "state.json", json.dumps(asdict(state.progress)))
+    write_text(folder / STATE / "state.json", state.progress.to_json())
 
 
 def _write_state_files(folder: Path, state: TrainingState) -> list[Path]:
@@ -172,8 +184,9 @@ def _save_model(path: Path, model: nn.Module, weights: dict[str, torch.Tensor], 
     weights = {name: value.to(save_dtype) if value.is_floating_point() else value for name, value in weights.items()}
     # A second model without weights writes the files: wrappers around the trained model would show in them.
     with torch.device("meta"):
-        shell = causal_lm_class(model.config)(model.config)
-    shell.generation_config = model.generation_config
+        shell = register(model.config)(model.config)
+    if model.can_generate():
+        shell.generation_config = model.generation_config
     with writing(path / "model.safetensors"):
         shell.save_pretrained(path, state_dict=weights)
     config = json.loads((path / "config.json").read_text())
@@ -196,20 +209,22 @@ def _state_tensors(state: TrainingState, with_weights: bool) -> dict[str, torch.
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
         if with_weights:
             tensors[f"weight.{name}"] = parameter.detach()
+    if with_weights:
+        tensors |= {f"weight.{name}": value for name, value in running_statistics(state.model).items()}
     return tensors
 
 
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def load_model(path: Path) -> MultiHeadForCausalLM:
-    """The model of a checkpoint in fp32, its weights as ``model.safetensors`` has them.
+def load_model(path: Path, task: Task) -> PreTrainedModel:
+    """The model of a task's checkpoint in fp32, its weights as ``model.safetensors`` has them.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged, or of another kind of model.
     """
     try:
-        model = NeuroTrailsForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = task.models.from_pretrained(path, dtype=torch.float32)
     except ValueError:
         raise
     except Exception as error:  # damaged files raise whatever the code that meets them raises
@@ -217,15 +232,15 @@ def load_model(path: Path) -> MultiHeadForCausalLM:
     return model
 
 
-def cannot_continue(path: Path, fingerprint: str, batches: Batches) -> str | None:
-    """Why a run with this tokenizer and these training data cannot continue from a checkpoint; ``None`` if it can.
+def cannot_continue(path: Path, task: Task, batches: Batches) -> str | None:
+    """Why a run with this task and these training data cannot continue from a checkpoint; ``None`` if it can.
 
     Leaves the data at the checkpoint's position.
     """
     try:
         progress, ranks = _read_progress(path)
-        if progress.tokenizer != fingerprint:
-            return "it was trained with another tokenizer"
+        if progress.fingerprint != task.fingerprint:
+            return f"it was trained with {task.misfit}"
         batches.load_state_dict([rank["data"] for rank in ranks])
     except ValueError as error:
         return " ".join(str(error).split())
@@ -236,7 +251,7 @@ def cannot_continue(path: Path, fingerprint: str, batches: Batches) -> str | Non
 
 def _read_progress(path: Path) -> tuple[Progress, list[dict[str, Any]]]:
     """How far a checkpoint is, and the position and random generators of each of its processes."""
-    progress = Progress(**json.loads((path / STATE / "state.json").read_text()))
+    progress = Progress.from_json((path / STATE / "state.json").read_text())
     return progress, [json.loads((path / STATE / f"rank-{r}.json").read_text()) for r in range(progress.processes)]
 
 
@@ -282,11 +297,12 @@ def _tensors_to_load_into(
 ) -> dict[str, torch.Tensor]:
     """Tensors to read a training state into, sharded as the model is; weights are read into the model's own."""
     parameters = dict(model.named_parameters())
+    values = {name: parameter.detach() for name, parameter in parameters.items()} | running_statistics(model)
     tensors = {f"sparsifier.{name}": value for name, value in sparsifier.state_dict().items()}
     for entry, saved in reader.read_metadata().state_dict_metadata.items():
         kind, _, name = entry.partition(".")
         if kind == "weight":
-            tensors[entry] = parameters[name].detach()
+            tensors[entry] = values[name]
         elif kind == "optimizer":
             parameter = parameters[name.partition(".")[2]].detach()
             if saved.size == parameter.shape:

@@ -5,12 +5,11 @@ import sys
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from ..models.modeling_neurotrails import MultiHeadForCausalLM
 
-
-def compile_blocks(model: MultiHeadForCausalLM) -> None:
-    """Compiles the decoder blocks in place; names, masks and checkpoints stay as they are.
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles the blocks of a multi-head model in place; names, masks and checkpoints stay as they are.
 
     All blocks share one graph. Masks are no part of it, so topology updates do not compile anything again.
     """

@@ -1,4 +1,4 @@
-"""The model of a run: its configuration, its place on the devices, what is wrapped around it."""
+"""The model of a run: its place on the devices, what is wrapped around it."""
 
 import warnings
 
@@ -7,27 +7,16 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..config import RunConfig, TrainConfig
-from ..models.configuration_neurotrails import MultiHeadConfig
-from ..models.modeling_neurotrails import MultiHeadForCausalLM
+from ..config import TrainConfig
 from ..sparsity.sharding import shard_model
 from .device import compile_blocks
 from .launch import wants_bf16
 
 
-def model_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> MultiHeadConfig:
-    """The model's configuration, with what follows from the data."""
-    return config.model_config(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def place_model(
-    model: MultiHeadForCausalLM,
+    model: PreTrainedModel,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,
@@ -47,8 +36,18 @@ def place_model(
         )
 
 
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model learns beside its parameters, by name: the means and variances of batch norms, for example."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in parameters and value.is_floating_point()
+    }
+
+
 def wrap_model(
-    model: MultiHeadForCausalLM,
+    model: PreTrainedModel,
     train: TrainConfig,
     accelerator: Accelerator,
     sharding: FullyShardedDataParallelPlugin | None,

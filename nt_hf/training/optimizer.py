@@ -10,7 +10,7 @@ from ..sparsity.schedules import cosine
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW, fused; weight decay spares norms and biases (everything with fewer than two dimensions).
+    """Adam or AdamW, fused, or SGD; AdamW's decay spares norms and biases (everything with fewer than two dimensions).
 
     Each group of parameters has its ``learning_rate_factor``, for the loop to multiply the rate by.
 
@@ -27,16 +27,17 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         fitting = [value for glob, value in train.learning_rate_factors.items() if fnmatch.fnmatchcase(name, glob)]
-        key = (train.weight_decay if parameter.dim() >= 2 else 0.0, (fitting or [1.0])[-1])
+        decays = parameter.dim() >= 2 or train.optimizer == "sgd"
+        key = (train.weight_decay if decays else 0.0, (fitting or [1.0])[-1])
         groups.setdefault(key, []).append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": decay, "learning_rate_factor": factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(options, lr=train.learning_rate, momentum=train.momentum, nesterov=train.nesterov)
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    return cls(
-        [
-            {"params": parameters, "weight_decay": decay, "learning_rate_factor": factor}
-            for (decay, factor), parameters in groups.items()
-        ],
-        lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, fused=True,
-    )  # fmt: skip
+    return cls(options, lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, fused=True)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -44,6 +45,9 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     decay = warmup = round(train.warmup_ratio * train.max_steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
+    if train.lr_schedule == "step":
+        passed = sum(step >= round(share * train.max_steps) for share in train.lr_milestones)
+        return train.learning_rate / 10**passed
     if train.lr_schedule == "warmup_stable_decay":
         decay = max(warmup, train.max_steps - round(train.decay_ratio * train.max_steps))
     floor = train.learning_rate * train.min_lr_ratio

@@ -11,17 +11,31 @@ from ..config import RunConfig
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..text import markdown_table, pyplot
 from .metrics import last_record, read_metrics
+from .tasks import Task
 
 Record = Mapping[str, Any]
 
-#: The keys that tables and plots need in the records of an event.
+#: The figures of heads and ensembles that the table shows, by the ending of their keys: name and format. Evaluations of
+#: images have accuracies, those of text have not.
+OF_TEXT = {"perplexities": ("perplexity", ".2f")}
+OF_IMAGES = {"accuracies": ("accuracy", ".4f"), "losses": ("NLL", ".4f"), "eces": ("ECE", ".4f")}
+#: The keys that tables and plots need in the records of an event, beside these figures.
 NEEDED = {
     "train": ("loss",),
-    "eval": (
-        "loss", "head_losses", "head_perplexities", "ensemble_mode", "ensemble_perplexities", "disagreement", "density",
-    ),
+    "eval": ("loss", "head_losses", "ensemble_mode", "disagreement", "density"),
     "update": ("density", "density_by_group", "ever_active", "head_overlap", "grown", "active"),
 }  # fmt: skip
+
+
+def _figures(evaluation: Record) -> dict[str, tuple[str, str]]:
+    return OF_IMAGES if "accuracy" in evaluation else OF_TEXT
+
+
+def _missing(record: Record) -> list[str]:
+    needed = list(NEEDED.get(record["event"], ()))
+    if record["event"] == "eval":
+        needed[2:2] = [f"{scorer}_{key}" for key in _figures(record) for scorer in ("head", "ensemble")]
+    return [key for key in dict.fromkeys(needed) if key not in record]
 
 
 def results_table(records: Sequence[Record]) -> str:
@@ -29,10 +43,12 @@ def results_table(records: Sequence[Record]) -> str:
     evaluation = last_record(records, "eval")
     if evaluation is None:
         return "no evaluation yet"
-    rows = [(f"perplexity of head {h}", f"{value:.2f}") for h, value in enumerate(evaluation["head_perplexities"])]
-    for mode, value in evaluation["ensemble_perplexities"].items():
-        default = ", the default" if mode == evaluation["ensemble_mode"] else ""
-        rows.append((f"perplexity of the ensemble ({mode}{default})", f"{value:.2f}"))
+    rows = []
+    for key, (figure, form) in _figures(evaluation).items():
+        rows += [(f"{figure} of head {h}", f"{value:{form}}") for h, value in enumerate(evaluation[f"head_{key}"])]
+        for mode, value in evaluation[f"ensemble_{key}"].items():
+            default = ", the default" if mode == evaluation["ensemble_mode"] else ""
+            rows.append((f"{figure} of the ensemble ({mode}{default})", f"{value:{form}}"))
     rows.append(("disagreement between heads", f"{evaluation['disagreement']:.3f}"))
     rows.append(("density of the masked weights", f"{evaluation['density']:.3f}"))
     if update := last_record(records, "update"):
@@ -57,7 +73,7 @@ def write_report(run_dir: Path) -> tuple[str, list[Path]]:
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics)
     for number, record in enumerate(records, 1):
-        if missing := [key for key in NEEDED.get(record["event"], ()) if key not in record]:
+        if missing := _missing(record):
             raise ValueError(f"{metrics}, line {number}: a record of {record['event']} lacks {', '.join(missing)}")
     report = run_dir / "report"
     report.mkdir(exist_ok=True)
@@ -81,7 +97,8 @@ def _plot(plt: Any, records: Sequence[Record], path: Path) -> None:
         axis.plot(steps, [r["head_losses"][head] for r in evals], marker=".", label=f"validation, head {head}")
     if evals:
         axis.plot(steps, [r["loss"] for r in evals], color="black", marker=".", label="validation, ensemble")
-    axis.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    unit = "image" if evals and _figures(evals[-1]) is OF_IMAGES else "token"
+    axis.set(xlabel="step", ylabel=f"loss (nats a {unit})", title="Loss")
     _legend_below(axis, axis.get_lines())
     if updates:
         axis = axes[0, 1]
@@ -108,10 +125,10 @@ def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
     axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
-def model_card(model: MultiHeadConfig, config: RunConfig, step: int, records: Sequence[Record]) -> str:
+def model_card(model: MultiHeadConfig, config: RunConfig, task: Task, step: int, records: Sequence[Record]) -> str:
     """The README of a checkpoint: what it is, how to load it, what was measured."""
     front = yaml.safe_dump(
-        {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["neurotrails", "sparse"]}
+        {"library_name": "transformers", "pipeline_tag": task.pipeline, "tags": ["neurotrails", "sparse"]}
     )
     sparsity = "No weight carries a mask."
     if model.masked_modules:
@@ -129,10 +146,7 @@ A multi-head {model.stock_class.model_type} model (NeuroTrails, arXiv 2505.17909
 {model.blocks_in_head} blocks on a backbone of {model.num_backbone_layers}. {sparsity}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
+{task.example}
 ```
 
 Validation on `{json.dumps(config.data.validation)}`:

@@ -8,7 +8,10 @@ from .manifest import MANIFEST, find_checkpoints
 
 # Keys of a run that cannot change once it has begun. Those of the model cannot either.
 FIXED = {
-    "data": {"sequence_length", "text_field", "order_per_head"},
+    "data": {
+        "sequence_length", "text_field", "order_per_head", "image_field", "label_field", "image_size", "normalize",
+        "validation_share", "split_seed",
+    },
     "sparsity": {
         "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
     },

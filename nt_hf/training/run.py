@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import sys
@@ -17,38 +16,25 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
 
 from ..config import RunConfig, load_run_config
-from ..data.prepared import tokenizer_fingerprint
-from ..data.tokenizers import check_vocabulary, load_tokenizer
-from ..evaluation.perplexity import evaluate
 from ..files import write_atomic
-from ..models.modeling_neurotrails import causal_lm_class
+from ..models.auto import register
 from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import full_tensor, require_equal_replicas
 from ..sparsity.sparsifier import Sparsifier
-from .batches import (
-    Batch,
-    count_targets,
-    grouped,
-    limited,
-    reading_options,
-    saliency_batch,
-    synchronized,
-    to_device,
-    training_batches,
-    validation_batches,
-)
+from .batches import Batch, grouped
 from .checkpoint import Progress, TrainingState, cannot_continue, load_model, load_training_state, save_checkpoint
 from .device import HostCopy, peak_memory
 from .launch import end_training, lock_run, main_process_only, start_processes
 from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
-from .model_setup import model_config, place_model, wrap_model
+from .model_setup import place_model, running_statistics, wrap_model
 from .optimizer import learning_rate, make_optimizer
 from .report import model_card, write_report
 from .resume import changed_keys, find_resume, refuse_changes
 from .run_log import RunLog
 from .signals import EXIT_PREEMPTED, Preemption
+from .tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +72,7 @@ class StepResult:
 
     Attributes:
         rate: the learning rate.
-        head_losses: mean loss of each head over this process's tokens, ``[heads]``.
+        head_losses: mean loss of each head over this process's targets, ``[heads]``.
         grad_norm: norm of the gradient before clipping, ``[]``; ``None`` where nothing asked for it.
         update: the topology update of the step, if it had one.
     """
@@ -155,49 +141,43 @@ class TrainingRun:
         previous = load_run_config([written]) if continues else config
         changes = changed_keys(config, previous, written)
 
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        tokenizer.model_max_length = config.data.sequence_length
-        shape = model_config(config, tokenizer)
-        options = reading_options(config, self.accelerator)
-        batches = training_batches(config, shape.num_ensemble_heads, tokenizer, options)
-        self.validation = validation_batches(config, tokenizer, options)
-        fingerprint = tokenizer_fingerprint(tokenizer)
+        self.task = task = task_of(config, self.accelerator)
+        shape = task.model_config()
+        batches = task.training_batches(shape.num_ensemble_heads)
+        self.validation = task.validation_batches()
         if changes and resume_override:
             logger.warning("continuing with another configuration: %s", changes)
         elif changes:
-            refuse_changes(changes, written, checkpoint and cannot_continue(checkpoint, fingerprint, batches))
-        check_vocabulary(tokenizer, shape.vocab_size)
+            refuse_changes(changes, written, checkpoint and cannot_continue(checkpoint, task, batches))
+        task.check_model(shape)
 
         if checkpoint:
-            self.model = load_model(checkpoint)
+            self.model = load_model(checkpoint, task)
         else:
-            self.model = causal_lm_class(shape)(shape).to(self.device)
-            text = functools.partial(saliency_batch, config, tokenizer, options, self.device)
-            draw_masks(self.model, config.sparsity, loss=lambda: self.model(**text(), use_cache=False).loss)
+            self.model = register(shape)(shape).to(self.device)
+            draw_masks(self.model, config.sparsity, loss=lambda: task.saliency_loss(self.model))
         place_model(self.model, train, self.accelerator, self.sharding)
         optimizer = make_optimizer(self.model, train)
         sparsifier = Sparsifier(self.model, optimizer, config.sparsity, total_steps=train.max_steps)
-        progress = Progress(0, 0, False, self.accelerator.num_processes, fingerprint)
-        self.state = TrainingState(
-            self.accelerator, self.model, tokenizer, optimizer, sparsifier, batches, config, progress
-        )
+        progress = Progress(0, 0, False, self.accelerator.num_processes, task.fingerprint)
+        self.state = TrainingState(self.accelerator, self.model, task, optimizer, sparsifier, batches, config, progress)
         if checkpoint:
             self._restore(checkpoint, previous)
         self.wrapped = wrap_model(self.model, train, self.accelerator, self.sharding)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.statistics = list(running_statistics(self.model).values())
         self._read_ahead()
         self._open_files(continued=checkpoint is not None)
 
     def _restore(self, checkpoint: Path, previous: RunConfig) -> None:
         """Loads the training state of a checkpoint, written with the configuration ``previous``."""
-        fingerprint, train = self.state.progress.tokenizer, self.config.train
+        train, key = self.config.train, self.task.fingerprint_key
         load_training_state(checkpoint, self.state)
         self.last_saved = checkpoint
         progress = self.state.progress
-        if progress.tokenizer != fingerprint:
-            raise ValueError(
-                f"data.tokenizer={self.config.data.tokenizer!r}: {checkpoint} was trained with another one"
-            )
+        if progress.fingerprint != self.task.fingerprint:
+            value = getattr(self.config.data, key.partition(".")[2])
+            raise ValueError(f"{key}={value!r}: {checkpoint} was trained with {self.task.misfit}")
         progress.processes = self.accelerator.num_processes
         rate, rate_before = (learning_rate(progress.step, settings) for settings in (train, previous.train))
         if rate != rate_before and progress.step < train.max_steps:
@@ -221,7 +201,9 @@ class TrainingRun:
             set_aside(self.run_dir, after=progress.step)
             write_atomic(self.run_dir / "run.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         path = self.run_dir / "metrics.jsonl"
-        self.run_log = RunLog(path, self.config, self.model.config, self.accelerator, progress, continued=continued)
+        self.run_log = RunLog(
+            path, self.task, self.config.train, self.model.config, self.accelerator, progress, continued=continued
+        )
 
     # -------------------------------------------------------------------------------------------------- loop
 
@@ -266,6 +248,7 @@ class TrainingRun:
         """One optimizer step over the batches of a group: forward and backward passes, topology update, update."""
         state, train, step = self.state, self.config.train, self.state.progress.step + 1
         head_losses = self._accumulate_gradients(group)
+        self._average_statistics()
         bad = (self.first_bad_step < 0) & ~head_losses.mean().isfinite()
         self.first_bad_step = torch.where(bad, step, self.first_bad_step)
         if state.sparsifier.update_is_next:
@@ -282,24 +265,26 @@ class TrainingRun:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.progress.step = step
-        state.progress.tokens += train.batch_size * self.config.data.sequence_length
+        state.progress.units += self.task.units_per_step
         self.run_log.bar.update()
         return StepResult(rate, head_losses, grad_norm, update)
 
     def _accumulate_gradients(self, group: Sequence[Batch]) -> torch.Tensor:
         """Forward and backward passes over a group; returns this process's share of the heads' losses, ``[heads]``.
 
-        The summed loss of every pass is divided by the number of predicted tokens of the whole step, on all processes:
-        so each token counts the same, however the step is divided.
+        Every pass adds its share of the mean over the targets of the whole step, on all processes: so each target
+        counts the same, however the step is divided.
         """
         accelerator, processes = self.accelerator, self.accelerator.num_processes
         # Filled on the device: copying a number from the host to the device would wait for the device.
         counts = [
             torch.full((), number, device=self.device)
-            for number in (*count_targets(group), int(self.preemption.received))
+            for number in (*self.task.count_targets(group), int(self.preemption.received))
         ]
         *targets, signals = accelerator.reduce(torch.stack(counts)).unbind()
-        targets = torch.stack(targets)  # one number for all heads, or one per head
+        # One number for all heads, or one per head. Gradients are averaged over processes, but the loss is to be the
+        # mean over all targets: hence the division.
+        targets = torch.stack(targets) / processes
         self.signals = (self.signals[1], HostCopy(received=signals))
         head_losses = torch.zeros(self.model.config.num_ensemble_heads, device=self.device)
         for number, batch in enumerate(group, 1):
@@ -307,13 +292,17 @@ class TrainingRun:
             if self.sharding:
                 self.model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or self.sharding else accelerator.no_sync(self.wrapped):
-                # Gradients are averaged over processes, but the loss is a sum over all tokens: hence the division.
-                output = self.wrapped(
-                    **to_device(batch, self.device), use_cache=False, num_items_in_batch=targets / processes
-                )
-                accelerator.backward(output.loss)
-            head_losses += output.head_losses.detach() / processes
+                loss, of_heads = self.task.losses(self.wrapped, batch, targets)
+                accelerator.backward(loss)
+            head_losses += of_heads.detach() / processes
         return head_losses
+
+    def _average_statistics(self) -> None:
+        """Makes running statistics, which every process takes of its own batches, the mean over all processes."""
+        if self.statistics and self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(torch.cat([values.flatten() for values in self.statistics]), "mean")
+            for values, new in zip(self.statistics, mean.split([values.numel() for values in self.statistics])):
+                values.copy_(new.view_as(values))
 
     def _after_step(self, result: StepResult) -> None:
         """Logs a topology update and prepares the record of a step that is to be logged."""
@@ -328,7 +317,7 @@ class TrainingRun:
         if not self._is_due(self.config.train.log_steps):
             return
         record = {
-            "step": step, "tokens": self.state.progress.tokens, "lr": result.rate, "epoch": batches.epoch,
+            "step": step, self.task.unit: self.state.progress.units, "lr": result.rate, "epoch": batches.epoch,
             "bad_lines": batches.bad_lines, "data_wait": self.seconds_waited, "peak_memory": peak_memory(self.device),
         }  # fmt: skip
         measured = HostCopy(
@@ -358,32 +347,19 @@ class TrainingRun:
     # ------------------------------------------------------------------------- evaluation, metrics, checkpoints
 
     def evaluate(self) -> bool:
-        """Scores the validation text.
+        """Scores the validation data.
 
         Returns:
             Whether it was finished: a signal ends it early, and the continued run begins it again.
         """
-        accelerator, progress = self.accelerator, self.state.progress
-        limit = self.config.data.validation_tokens
-        share = limit and -(-limit // accelerator.num_processes)
-        batches = limited(self.validation, share, stop=lambda: self.preemption.received, multiple=self.passes)
-        if self.sharding:
-            batches = synchronized(batches, self.config.data.sequence_length, accelerator)
-        result = evaluate(
-            self.model,
-            batches,
-            autocast=accelerator.autocast,
-            reduce=lambda sums: accelerator.reduce(sums.to(self.device)),
-        ).to_dict()
-        if accelerator.reduce(torch.tensor(int(self.preemption.received), device=self.device)):
+        progress, task = self.state.progress, self.task
+        result = task.evaluate(self.model, self.validation, stop=lambda: self.preemption.received)
+        if self.accelerator.reduce(torch.tensor(int(self.preemption.received), device=self.device)):
             return False
-        logger.info(
-            "step %d: validation perplexity %.2f (heads %s), disagreement %.3f",
-            progress.step, result["perplexity"],
-            ", ".join(f"{value:.2f}" for value in result["head_perplexities"]), result["disagreement"],
-        )  # fmt: skip
+        logger.info("step %d: validation %s", progress.step, task.summary(result))
         density = self.state.sparsifier.report().overall.density
-        self.run_log.write("eval", step=progress.step, training_tokens=progress.tokens, density=density, **result)
+        counted = {f"training_{task.unit}": progress.units}
+        self.run_log.write("eval", step=progress.step, **counted, density=density, **result)
         progress.evaluated = True
         return True
 
@@ -401,7 +377,7 @@ class TrainingRun:
         card = ""
         if self.is_main:
             records = read_metrics(self.run_log.path)
-            card = model_card(self.model.config, self.config, self.state.progress.step, records)
+            card = model_card(self.model.config, self.config, self.task, self.state.progress.step, records)
         self.last_saved = save_checkpoint(self.run_dir, self.state, card)
 
     def stop(self) -> NoReturn:

@@ -12,14 +12,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..config import RunConfig
-from ..evaluation.perplexity import perplexity
+from ..config import TrainConfig
 from ..models.configuration_neurotrails import MultiHeadConfig
-from ..plan.flops import training_flops_per_token
 from ..plan.hardware import peak_tflops
 from .checkpoint import Progress
 from .launch import wants_bf16
 from .metrics import Metrics
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,8 @@ class RunLog:
 
     Args:
         path: of the metrics; its directory must exist.
-        config: of the run.
+        task: of the run.
+        train: its settings.
         model: the model's configuration.
         accelerator: of this process, with the trackers that also get all numbers.
         progress: how far the run is when the log is opened.
@@ -39,24 +39,25 @@ class RunLog:
     def __init__(
         self,
         path: Path,
-        config: RunConfig,
+        task: Task,
+        train: TrainConfig,
         model: MultiHeadConfig,
         accelerator: Accelerator,
         progress: Progress,
         *,
         continued: bool,
     ):
-        train, device = config.train, accelerator.device
-        self.path, self._train, self._accelerator = path, train, accelerator
+        device = accelerator.device
+        self.path, self._task, self._train, self._accelerator = path, task, train, accelerator
         if accelerator.is_main_process:
             self._metrics = Metrics(path, progress.step if continued else None)
-        self._tokens_per_step = train.batch_size * config.data.sequence_length
-        self._flops_per_token = training_flops_per_token(model, config.data.sequence_length, config.data.order_per_head)
+        self._flops_per_unit = task.flops_per_unit(model)
         peak = train.peak_tflops
         if not peak and device.type == "cuda" and wants_bf16(train):
             peak = peak_tflops(torch.cuda.get_device_name(device))
-        self._peak_flops = peak and peak * 1e12 * accelerator.num_processes
-        self.stopwatch = Stopwatch(progress.tokens)
+        known = peak and self._flops_per_unit
+        self._peak_flops = peak * 1e12 * accelerator.num_processes if known else None
+        self.stopwatch = Stopwatch(progress.units)
 
     def start_bar(self, step: int) -> None:
         """Shows a progress bar on a terminal; a log file gets a line per logged step instead."""
@@ -73,22 +74,24 @@ class RunLog:
         """Writes the record of a training step, completed by what was measured and by the speed since the last one.
 
         Args:
-            record: with ``step``, ``tokens`` and ``data_wait``, the seconds that training has waited for data.
+            record: with ``step``, the task's unit and ``data_wait``, the seconds that training has waited for data.
             head_losses: mean loss of each head.
             grad_norm: norm of the gradient before clipping.
         """
-        train, step = self._train, record["step"]
+        train, task, step = self._train, self._task, record["step"]
         loss = sum(head_losses) / len(head_losses)
-        seconds, speed = self.stopwatch.lap(record["tokens"])
+        figures = task.loss_figures(loss)
+        seconds, speed = self.stopwatch.lap(record[task.unit])
         self.write(
-            "train", **{**record, "data_wait": record["data_wait"] / seconds}, loss=loss, perplexity=perplexity(loss),
-            head_losses=head_losses, grad_norm=grad_norm, tokens_per_second=speed,
-            mfu=self._flops_per_token * speed / self._peak_flops if self._peak_flops else None,
+            "train", **{**record, "data_wait": record["data_wait"] / seconds}, loss=loss, **figures,
+            head_losses=head_losses, grad_norm=grad_norm, **{f"{task.unit}_per_second": speed},
+            mfu=self._flops_per_unit * speed / self._peak_flops if self._peak_flops else None,
         )  # fmt: skip
-        status = f"loss {loss:.3f}, perplexity {perplexity(loss):.1f}, {speed:,.0f} tokens/s"
+        status = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
+        status = ", ".join(filter(None, [f"loss {loss:.3f}", status, f"{speed:,.0f} {task.unit}/s"]))
         self.bar.set_postfix_str(status)
         if self.bar.disable:
-            left = tqdm.format_interval((train.max_steps - step) * self._tokens_per_step / speed)
+            left = tqdm.format_interval((train.max_steps - step) * task.units_per_step / speed)
             logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, left)
 
 
@@ -105,17 +108,17 @@ class Stopwatch:
     """Time that training takes between two log lines; evaluations and saves do not count.
 
     Args:
-        tokens: number of tokens that training has seen when it starts.
+        units: of the task (tokens, for example) that training has seen when it starts.
     """
 
-    def __init__(self, tokens: int):
-        self._start, self._tokens = time.perf_counter(), tokens
+    def __init__(self, units: int):
+        self._start, self._units = time.perf_counter(), units
 
-    def lap(self, tokens: int) -> tuple[float, float]:
-        """Seconds since the last lap, and tokens per second in it."""
+    def lap(self, units: int) -> tuple[float, float]:
+        """Seconds since the last lap, and units per second in it."""
         seconds = time.perf_counter() - self._start
-        speed = (tokens - self._tokens) / seconds
-        self._start, self._tokens = time.perf_counter(), tokens
+        speed = (units - self._units) / seconds
+        self._start, self._units = time.perf_counter(), units
         return seconds, speed
 
     @contextlib.contextmanager

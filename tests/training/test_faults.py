@@ -22,8 +22,7 @@ from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli import tokenizer
 from nt_hf.models.masks import check_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
-from nt_hf.training import manifest
-from nt_hf.training import run as training_run
+from nt_hf.training import manifest, tasks
 from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
@@ -112,7 +111,7 @@ def test_a_signal_saves_and_stops(config, whole, tmp_path, monkeypatch, number):
 
 @pytest.mark.parametrize("step", [slow(0), 6, slow(12)])
 def test_a_signal_during_an_evaluation_loses_neither_step_nor_evaluation(config, whole, tmp_path, monkeypatch, step):
-    evaluate = training_run.evaluate
+    evaluate = tasks.evaluate
     calls = iter((0, 6, 12))
 
     def interrupted(*args, **kwargs):
@@ -121,7 +120,7 @@ def test_a_signal_during_an_evaluation_loses_neither_step_nor_evaluation(config,
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training_run, "evaluate", interrupted)
+        patch.setattr(tasks, "evaluate", interrupted)
         train(config, tmp_path / "run", *SAVES_OFTEN)
     if step:
         assert names(tmp_path / "run")[-1] == f"checkpoint-{step}"

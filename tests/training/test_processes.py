@@ -19,7 +19,7 @@ from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.data.prepare import prepare
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import check_masks, count_active
-from nt_hf.training.launch import sharding_asked_for
+from nt_hf.training.launch import requested_sharding
 from nt_hf.training.manifest import find_checkpoints, find_damage
 from nt_hf.training.metrics import read_metrics
 
@@ -145,7 +145,7 @@ def test_the_launch_files_ask_for_what_their_names_say(monkeypatch, name, sharde
     arguments = launch_command_parser().parse_args(["--config_file", file, "--num_processes", "2", "script"])
     for key, value in prepare_multi_gpu_env(_validate_launch_command(arguments)[0]).items():
         monkeypatch.setenv(key, value)
-    plugin = sharding_asked_for()
+    plugin = requested_sharding()
     assert bool(plugin) == sharded and not (plugin and not plugin.reshard_after_forward)
 
 

@@ -180,7 +180,7 @@ def test_a_run_in_its_stable_phase_can_be_extended_at_the_same_rate():
     assert [learning_rate(step, long) for step in (79, 100, 160)] == [1.0] * 3
     cosine = TrainConfig(learning_rate=1.0, max_steps=100)
     assert learning_rate(55, cosine) == pytest.approx(0.55) and learning_rate(100, cosine) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match=r"^train.lr_schedule='wsd': accepted is cosine, warmup_stable_decay$"):
+    with pytest.raises(ValueError, match=r"^train.lr_schedule='wsd': accepted is cosine, warmup_stable_decay, step$"):
         load_run_config([], {"train.lr_schedule": "wsd"})
     with pytest.raises(ValueError, match=r"^train.decay_ratio=0.95: accepted is a share of the run above 0, up to"):
         load_run_config([], {"train.lr_schedule": "warmup_stable_decay", "train.decay_ratio": "0.95"})
