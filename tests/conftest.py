@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import gzip
 import importlib.util
 import json
@@ -57,6 +58,11 @@ VARIANTS = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what is imported out of garbage collections: Trainer asks for one a run, which took as long as the run."""
+    gc.freeze()
 
 
 def script(path: str) -> types.ModuleType:

@@ -1,11 +1,10 @@
-"""Zero-shot scores: the real `lm_eval` command, eval/zero_shot.py, and a small scorer of this file must agree."""
+"""Zero-shot scores: the real `lm_eval` command, eval/zero_shot.py, and a small scorer must agree."""
 
 import copy
 import functools
 import itertools
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from recipe_runs import call, train, write_text
+from small_scorer import DATA, FILES, SCORERS, by_hand, choices, items
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsLlamaForCausalLM
@@ -36,71 +36,8 @@ from nt_hf.evaluation.zero_shot import (
 from nt_hf.evaluation.zero_shot_tasks import DEFAULT_TASKS, Tasks
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data" / "eval"
-FILES = {
-    "boolq": "boolq_superglue_validation",
-    "piqa": "piqa_validation",
-    "hellaswag": "hellaswag_validation",
-    "winogrande": "winogrande_xl_validation",
-    "arc_easy": "arc_easy_test",
-    "arc_challenge": "arc_challenge_test",
-}
-SCORERS = ("ensemble", "head 0", "head 1", "head 2")
 LENGTH = 192  # of the model: some of the prompts are longer
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-
-
-def items(task: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / f"{FILES[task]}.jsonl").read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------- the small scorer of this file
-
-
-def choices(task: str, item: dict) -> tuple[list[tuple[str, str]], int, list[str]]:
-    """Pairs of prompt and answer, the number of the right one, and the bare answers, which acc_norm measures."""
-    if task == "boolq":
-        prompt = f"{item['passage']}\nQuestion: {item['question']}?\nAnswer:"
-        return [(prompt, " no"), (prompt, " yes")], item["label"], ["no", "yes"]
-    if task == "winogrande":
-        before, after = item["sentence"].split("_")
-        pairs = [(before + item[option], " " + after.strip()) for option in ("option1", "option2")]
-        return pairs, int(item["answer"]) - 1, []
-    if task == "piqa":
-        prompt, answers, right = f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]], item["label"]
-    elif task == "hellaswag":
-        prompt = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}".strip()
-        answers, right = item["endings"], int(item["label"])
-    else:
-        prompt, answers = f"Question: {item['question']}\nAnswer:", item["choices"]["text"]
-        right = item["choices"]["label"].index(item["answerKey"])
-    return [(prompt, " " + answer) for answer in answers], right, answers
-
-
-@torch.no_grad()
-def likelihoods(model, tokenizer, prompt: str, answer: str) -> list[float]:
-    """Of one answer by the ensemble and each head: logits of one row, in double precision, texts tokenized apart."""
-    context = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    limit = model.config.max_position_embeddings
-    row = torch.tensor([[*context, *ids][-limit - 1 :]])
-    output = model(row[:, :-1], output_head_logits=True, logits_to_keep=len(ids))
-    logits = torch.stack([output.logits[0], *output.head_logits[:, 0]])[:, -len(ids) :]
-    return logits.double().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None].expand(4, -1, -1)).sum((1, 2)).tolist()
-
-
-def by_hand(model, tokenizer, task: str) -> dict[str, dict]:
-    """For the ensemble and each head, log-likelihoods ``[items][choices]`` and each item's acc and acc_norm."""
-    found = {name: {"likelihoods": [], "acc": [], "acc_norm": []} for name in SCORERS}
-    for item in items(task):
-        pairs, right, answers = choices(task, item)
-        table = torch.tensor([likelihoods(model, tokenizer, *pair) for pair in pairs], dtype=torch.double).T
-        lengths = torch.tensor([len(answer) for answer in answers] or [1] * len(pairs))
-        for name, values in zip(SCORERS, table):
-            found[name]["likelihoods"].append(values.tolist())
-            found[name]["acc"].append(float(values.softmax(-1).argmax() == right))  # softmax over the choices
-            found[name]["acc_norm"].append(float((values / lengths).argmax() == right))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint
@@ -365,36 +302,6 @@ def test_average_is_over_tasks_not_items(scored):
     assert mean.stderr == pytest.approx(sum(score.stderr**2 for score in values) ** 0.5 / len(values))
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: accepted is an object with goal, sol1, sol2, label"),
-        ('{"goal": "a", "sol1": "b", "sol2": "c"}', "line 2: field 'label' is missing; accepted is int"),
-        ('{"goal": "a", "sol1": 7, "sol2": "c", "label": 1}', "line 2: field 'sol1' is 7; accepted is str"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, problem):
-    first = (DATA / "piqa_validation.jsonl").read_text().splitlines()[0]
-    path = tmp_path / "piqa_validation.jsonl"
-    path.write_text(f"{first}\n{line}\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, {problem}")):
-        Tasks(tmp_path).load("piqa")
-    assert len(Tasks(tmp_path).load("piqa", limit=1).eval_docs) == 1
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    for content, problem in ((b"", "holds no items of piqa"), (b"no gzip", "cannot be read")):
-        path = tmp_path / "piqa_validation.jsonl.gz"
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f"{path}: {problem}")):
-            Tasks(tmp_path).load("piqa")
-    with pytest.raises(ValueError, match=r"'boolq'.* has no boolq_superglue_validation\.jsonl or \.jsonl\.gz"):
-        Tasks(tmp_path).load("boolq")
-    with pytest.raises(ValueError, match=r"lambada.*accepted is boolq, piqa"):
-        Tasks(tmp_path).load("lambada_openai")
-
-
 def test_unknown_names_are_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"heads='3'.*different numbers of 0 to 2"):
         choose_scorers(model.config, "3")
@@ -495,17 +402,6 @@ def test_the_hub_gives_what_local_files_give(checkpoint, expected, tmp_path):
     assert json.loads(output.read_text())["tasks"]["piqa"]["per_item"]["ensemble"]["acc"] == right
 
 
-def test_a_hub_out_of_reach_is_named(monkeypatch):
-    def fails(**_):
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr("datasets.load_dataset", fails)
-    with pytest.raises(ValueError) as error:
-        Tasks().load("piqa")
-    problem = "task='piqa': its data cannot be read (ConnectionError: no network)"
-    assert str(error.value) == f"{problem}; data_root reads local files instead of the hub"
-
-
 def test_a_stock_llama_is_scored_as_one_head(tmp_path, model, tokenizer, tasks):
     llama = model.extract_trail(1)
     assert type(llama) is LlamaForCausalLM
@@ -546,11 +442,3 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, monkeypatch, option, value,
     with pytest.raises(ValueError, match=problem) as error:
         call(program.main, *(part for pair in options.items() for part in pair))
     assert "\n" not in str(error.value) and not (tmp_path / "scores.json").exists()
-
-
-@pytest.mark.slow
-def test_any_task_of_lm_eval_is_known_and_no_other():
-    tasks = Tasks()
-    assert tasks.leaves("lambada_openai") == ["lambada_openai"] and len(tasks.leaves("mmlu")) == 57
-    with pytest.raises(ValueError, match="unknown task 'no_such_task'"):
-        tasks.leaves("no_such_task")

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sparse_nets import (
     NAMES,
     STRUCTURES,
     Net,
+    Tower,
     adamw,
     assert_sound,
     counts_of,
@@ -25,6 +27,7 @@ from torch import nn
 
 from nt_hf.models.masks import (
     attach_masks,
+    check_masks,
     get_mask,
     masked_modules,
 )
@@ -33,7 +36,77 @@ from nt_hf.sparsity.first_masks import draw_masks, target_counts, weight_uses
 from nt_hf.sparsity.saliency import grasp, snip
 from nt_hf.sparsity.sparsifier import Sparsifier
 
-# ------------------------------------------------------------------------------------------------------- first masks
+# --------------------------------------------------------------------------------------------- random first masks
+
+
+def test_draw_masks_meets_the_targets_and_zeros_the_rest():
+    net, _, sparsifier = sparse(model=Tower, density=0.3)
+    report = sparsifier.report()
+    assert report.overall.active == round(0.3 * report.overall.size)
+    assert all(row.active == row.target for row in report.tensors)
+    assert [row.name for row in report.tensors] == ["embed.weight", "layers.0.weight", "layers.1.weight", "head.weight"]
+    assert [row.name for row in report.groups] == ["embed", "layers", "head"]
+    assert report.groups[1].active == report.tensors[1].active + report.tensors[2].active
+    assert report.tensors[0].shape == (Tower.words, 16)
+    assert check_masks(net) == []
+
+
+def test_masks_follow_from_seed_and_name():
+    first, again, other = (masks_of(sparse(model=Tower, seed=seed)[0]) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_excluded_weights_carry_no_mask():
+    net, _, sparsifier = sparse(model=Tower, density=0.4, exclude=["embed.*", "head.*"])
+    assert list(masked_modules(net)) == ["layers.0.weight", "layers.1.weight"]
+    assert sparsifier.report().overall.density == pytest.approx(0.4, abs=1e-3)
+
+
+def test_group_densities():
+    _, _, sparsifier = sparse(model=Tower, density=0.3, densities={"layers.*": 0.2, "layers.1.*": 0.25, "embed.*": 1.0})
+    report = sparsifier.report()
+    densities = [row.density for row in report.tensors]
+    assert densities[:3] == pytest.approx([1.0, 0.2, 0.25], abs=1e-3)
+    assert report.overall.active == round(0.3 * report.overall.size)
+
+
+def test_declared_masks_are_kept_and_noted():
+    net = Tower()
+    net.config = SimpleNamespace(masked_modules=["layers.*", "head.*"])
+    attach_masks(net, net.config.masked_modules)
+    draw_masks(net, SparsityConfig(density=0.5, exclude=["layers.1.*"]))
+    assert list(masked_modules(net)) == ["layers.0.weight", "head.weight"]
+    assert net.config.masked_modules == ["layers.*", "head.*", "!layers.1.*"]
+    fresh = Tower()
+    assert attach_masks(fresh, net.config.masked_modules) == list(masked_modules(net))
+
+
+def test_undeclared_masks_are_noted():
+    net = Tower()
+    net.config = SimpleNamespace(masked_modules=[])
+    draw_masks(net, SparsityConfig(density=0.5, exclude=["embed.*"]))
+    assert net.config.masked_modules == ["*", "!embed.*"]
+
+
+def test_a_dense_config_declares_nothing():
+    net = Tower()
+    net.config = SimpleNamespace(masked_modules=[])
+    draw_masks(net, SparsityConfig())
+    assert net.config.masked_modules == []
+    assert masked_modules(net) == {}
+
+
+def test_tied_weights_have_one_mask():
+    net = Tower()
+    net.head = nn.Linear(16, Tower.words, bias=False)
+    net.head.weight = net.embed.weight
+    draw_masks(net, SparsityConfig(density=0.5))
+    assert list(masked_modules(net)) == ["embed.weight", "layers.0.weight", "layers.1.weight"]
+    assert check_masks(net) == []
+
+
+# ------------------------------------------------------------------------------------ by saliency, of a checkpoint
 
 
 def linear(weight):

@@ -2,44 +2,28 @@
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
+from sparse_nets import Tower, equal, loss_of, masks_of, snapshot, train
+from sparse_nets import sparse as make_sparse
 from torch import nn
 
-from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules, set_mask
+from nt_hf.models.masks import check_masks, get_mask, masked_modules, set_mask
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks, target_counts
-from nt_hf.sparsity.measures import group_of
 from nt_hf.sparsity.optimizer_state import move_state
 from nt_hf.sparsity.sparsifier import Sparsifier
 
-VOCABULARY = 40
-
-
-class Net(nn.Module):
-    """An embedding, a tower of numbered layers, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 16)
-        self.layers = nn.ModuleList([nn.Linear(64, 48), nn.Linear(48, 24)])
-        self.head = nn.Linear(24, VOCABULARY)
-
-    def forward(self, ids):
-        x = self.embed(ids).flatten(1)
-        for layer in self.layers:
-            x = layer(x).relu()
-        return self.head(x)
-
 
 class Conv(nn.Module):
+    words, batch = Tower.words, Tower.batch
+
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.embed = nn.Embedding(self.words, 16)
         self.first, self.second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 5, 3)
-        self.third, self.norm, self.head = nn.Conv1d(5, 4, 2), nn.BatchNorm1d(4), nn.Linear(4, VOCABULARY)
+        self.third, self.norm, self.head = nn.Conv1d(5, 4, 2), nn.BatchNorm1d(4), nn.Linear(4, self.words)
 
     def forward(self, ids):
         x = self.second(self.first(self.embed(ids).unsqueeze(1)).relu()).relu()
@@ -71,33 +55,9 @@ OPTIMIZERS = {
 }
 
 
-def sparse(config=None, optimizer="adamw", model=Net, total_steps=100, **fields):
-    torch.manual_seed(0)
-    net = model()
-    config = config or SparsityConfig(**{"density": 0.4, "update_interval": 5} | fields)
-    draw_masks(net, config)
-    optimizer = OPTIMIZERS[optimizer](net.parameters())
-    return net, optimizer, Sparsifier(net, optimizer, config, total_steps)
-
-
-def backward(net, step):
-    ids = torch.randint(0, VOCABULARY, (16, 4), generator=torch.Generator().manual_seed(step))
-    loss = nn.functional.cross_entropy(net(ids), ids[:, 0])
-    loss.backward()
-    return loss.item()
-
-
-def train(net, optimizer, sparsifier, first=0, last=100):
-    """Yields what a step did while its gradients are alive, and takes the optimizer's step."""
-    for step in range(first, last):
-        loss = backward(net, step)
-        yield sparsifier.step(), loss
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def masks_of(net):
-    return {name: get_mask(module) for name, module in masked_modules(net).items()}
+def sparse(config=None, optimizer="adamw", model=Tower, total_steps=100, **fields):
+    fields = {"density": 0.4, "distribution": "erk"} | fields
+    return make_sparse(config, model, lambda net: OPTIMIZERS[optimizer](net.parameters()), total_steps, **fields)
 
 
 def moments(optimizer, parameter):
@@ -113,13 +73,13 @@ RARE = [pytest.param(Conv, name, marks=pytest.mark.slow) for name in OPTIMIZERS 
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer"), [*((Net, name) for name in OPTIMIZERS), (Conv, "sgd"), (Conv, "drifting"), *RARE]
+    ("model", "optimizer"), [*((Tower, name) for name in OPTIMIZERS), (Conv, "sgd"), (Conv, "drifting"), *RARE]
 )
 def test_what_holds_at_every_step(optimizer, model):
     net, optimizer, sparsifier = sparse(optimizer=optimizer, model=model)
     targets = target_counts(net, sparsifier.config)
     updates = 0
-    for update, _ in train(net, optimizer, sparsifier):
+    for update in train(net, optimizer, sparsifier, last=60):
         updates += update is not None
         for name, module in masked_modules(net).items():
             mask = get_mask(module)
@@ -129,20 +89,20 @@ def test_what_holds_at_every_step(optimizer, model):
             if type(optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
                 assert not any(state[~mask].any() for state in moments(optimizer, module.weight).values())
     assert check_masks(net) == []
-    assert updates == 19
-    assert sparsifier.steps == 100
+    assert updates == 12
+    assert sparsifier.steps == 60
 
 
 def test_training_learns():
     net, optimizer, sparsifier = sparse()
-    losses = [loss for _, loss in train(net, optimizer, sparsifier)]
+    losses = [loss_of(net, step).item() for step, _ in enumerate(train(net, optimizer, sparsifier, last=100))]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 def test_update_reports_what_moved():
     net, optimizer, sparsifier = sparse(density=0.5)
     before, ever = masks_of(net), masks_of(net)
-    for update, _ in train(net, optimizer, sparsifier, last=99):
+    for update in train(net, optimizer, sparsifier, last=99):
         after = masks_of(net)
         if update is None:
             assert all(torch.equal(before[name], after[name]) for name in before)
@@ -165,7 +125,7 @@ def test_update_reports_what_moved():
 def test_forbidding_regrowth_caps_what_moves(density, caplog):
     caplog.set_level(logging.INFO)
     net, optimizer, sparsifier = sparse(density=density, regrow="forbid", drop_fraction=0.5, drop_schedule="constant")
-    update = next(update for update, _ in train(net, optimizer, sparsifier) if update)
+    update = next(filter(None, train(net, optimizer, sparsifier)))
     moved = sum(min(round(0.5 * int(mask.sum())), int((~mask).sum())) for mask in masks_of(net).values())
     assert update.dropped == update.grown == moved
     assert ("for want of inactive ones" in caplog.text) == (update.dropped < update.requested)
@@ -174,7 +134,7 @@ def test_forbidding_regrowth_caps_what_moves(density, caplog):
 def test_grown_weights_had_the_largest_gradients():
     net, optimizer, sparsifier = sparse(update_interval=3, regrow="forbid", drop_fraction=0.2)
     for step in range(3):
-        backward(net, step)
+        loss_of(net, step).backward()
         dense = {name: module.weight.grad.abs().clone() for name, module in masked_modules(net).items()}
         before = masks_of(net)
         update = sparsifier.step()
@@ -191,7 +151,7 @@ def test_optimizer_state_of_moved_weights(optimizer):
     net, optimizer, sparsifier = sparse(optimizer=optimizer, update_interval=10)
     for _ in train(net, optimizer, sparsifier, last=9):
         pass
-    backward(net, 9)
+    loss_of(net, 9).backward()
     before, layers = masks_of(net), masked_modules(net)
     dense = {name: module.weight.grad.clone() for name, module in layers.items()}
     weights = {name: module.weight.detach().clone() for name, module in layers.items()}
@@ -234,9 +194,9 @@ def test_move_state_leaves_counters_alone():
 
 def test_moments_of_dead_weights_are_cleared_when_a_used_optimizer_is_bound():
     torch.manual_seed(0)
-    net = Net()
+    net = Tower()
     optimizer = torch.optim.AdamW(net.parameters())
-    backward(net, 0)
+    loss_of(net, 0).backward()
     optimizer.step()
     config = SparsityConfig(density=0.4, update_interval=0)
     draw_masks(net, config)
@@ -250,14 +210,14 @@ def test_moments_of_dead_weights_are_cleared_when_a_used_optimizer_is_bound():
 def test_static_masks(fields):
     net, optimizer, sparsifier = sparse(**fields)
     before = masks_of(net)
-    assert not any(update for update, _ in train(net, optimizer, sparsifier))
+    assert not any(train(net, optimizer, sparsifier, last=100))
     assert all(torch.equal(mask, before[name]) for name, mask in masks_of(net).items())
     assert sparsifier.ever_active() == pytest.approx(0.4, abs=1e-3)
 
 
 def test_updates_keep_to_their_window():
     net, optimizer, sparsifier = sparse(update_start=0.2, update_end=0.5)
-    updates = [update for update, _ in train(net, optimizer, sparsifier) if update]
+    updates = [update for update in train(net, optimizer, sparsifier, last=100) if update]
     assert [update.step for update in updates] == [20, 25, 30, 35, 40, 45]
     assert updates[0].drop_fraction == 0.5
     assert updates[-1].drop_fraction < 0.05
@@ -265,7 +225,7 @@ def test_updates_keep_to_their_window():
 
 def test_clipping_sees_active_weights_only():
     net, _, sparsifier = sparse(update_interval=0)
-    backward(net, 0)
+    loss_of(net, 0).backward()
     expected = torch.stack([p.grad[p != 0].norm() if p.dim() == 2 else p.grad.norm() for p in net.parameters()]).norm()
     assert nn.utils.clip_grad_norm_(net.parameters(), 1e9) > expected
     sparsifier.step()
@@ -274,7 +234,7 @@ def test_clipping_sees_active_weights_only():
 
 def test_a_dense_model_needs_no_masks():
     net, optimizer, sparsifier = sparse(density=1.0)
-    assert not any(update for update, _ in train(net, optimizer, sparsifier, last=20))
+    assert not any(train(net, optimizer, sparsifier, last=20))
     assert masked_modules(net) == {}
     assert sparsifier.ever_active() == 1.0
     assert sparsifier.report().overall.density == 1.0
@@ -291,6 +251,8 @@ def test_wrapped_models_and_optimizers_get_the_same_masks():
     list(train(net, optimizer, sparsifier, last=21))
 
     class Wrapper(nn.Module):  # names as DistributedDataParallel and torch.compile give them
+        words, batch = Tower.words, Tower.batch
+
         def __init__(self, inner):
             super().__init__()
             self.module = nn.Module()
@@ -307,98 +269,13 @@ def test_wrapped_models_and_optimizers_get_the_same_masks():
             return getattr(self.__dict__["optimizer"], name)
 
     torch.manual_seed(0)
-    other = Net()
+    other = Tower()
     config = SparsityConfig(density=0.4, update_interval=5)
     draw_masks(other, config)
     plain = Drifting(reversed(list(other.parameters())))
     wrapped = Wrapper(other)
     list(train(wrapped, plain, Sparsifier(wrapped, WrappedOptimizer(plain), config, 100), last=21))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
-
-
-# ---------------------------------------------------------------------------------------------- the first masks
-
-
-def test_draw_masks_meets_the_targets_and_zeros_the_rest():
-    net, _, sparsifier = sparse(density=0.3)
-    report = sparsifier.report()
-    assert report.overall.active == round(0.3 * report.overall.size)
-    assert all(row.active == row.target for row in report.tensors)
-    assert [row.name for row in report.tensors] == ["embed.weight", "layers.0.weight", "layers.1.weight", "head.weight"]
-    assert [row.name for row in report.groups] == ["embed", "layers", "head"]
-    assert report.groups[1].active == report.tensors[1].active + report.tensors[2].active
-    assert report.tensors[0].shape == (VOCABULARY, 16)
-    assert check_masks(net) == []
-
-
-def test_masks_follow_from_seed_and_name():
-    first, again, other = (masks_of(sparse(seed=seed)[0]) for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in first)
-
-
-def test_excluded_weights_carry_no_mask():
-    net, _, sparsifier = sparse(exclude=["embed.*", "head.*"])
-    assert list(masked_modules(net)) == ["layers.0.weight", "layers.1.weight"]
-    assert sparsifier.report().overall.density == pytest.approx(0.4, abs=1e-3)
-
-
-def test_group_densities():
-    _, _, sparsifier = sparse(density=0.3, densities={"layers.*": 0.2, "layers.1.*": 0.25, "embed.*": 1.0})
-    report = sparsifier.report()
-    densities = [row.density for row in report.tensors]
-    assert densities[:3] == pytest.approx([1.0, 0.2, 0.25], abs=1e-3)
-    assert report.overall.active == round(0.3 * report.overall.size)
-
-
-def test_declared_masks_are_kept_and_noted():
-    net = Net()
-    net.config = SimpleNamespace(masked_modules=["layers.*", "head.*"])
-    attach_masks(net, net.config.masked_modules)
-    draw_masks(net, SparsityConfig(density=0.5, exclude=["layers.1.*"]))
-    assert list(masked_modules(net)) == ["layers.0.weight", "head.weight"]
-    assert net.config.masked_modules == ["layers.*", "head.*", "!layers.1.*"]
-    fresh = Net()
-    assert attach_masks(fresh, net.config.masked_modules) == list(masked_modules(net))
-
-
-def test_undeclared_masks_are_noted():
-    net = Net()
-    net.config = SimpleNamespace(masked_modules=[])
-    draw_masks(net, SparsityConfig(density=0.5, exclude=["embed.*"]))
-    assert net.config.masked_modules == ["*", "!embed.*"]
-
-
-def test_a_dense_config_declares_nothing():
-    net = Net()
-    net.config = SimpleNamespace(masked_modules=[])
-    draw_masks(net, SparsityConfig())
-    assert net.config.masked_modules == []
-    assert masked_modules(net) == {}
-
-
-def test_tied_weights_have_one_mask():
-    net = Net()
-    net.head = nn.Linear(16, VOCABULARY, bias=False)
-    net.head.weight = net.embed.weight
-    draw_masks(net, SparsityConfig(density=0.5))
-    assert list(masked_modules(net)) == ["embed.weight", "layers.0.weight", "layers.1.weight"]
-    assert check_masks(net) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("model.layers.3.mlp.up_proj.weight", "model.layers"),
-        ("model.heads.0.layers.1.self_attn.q_proj.weight", "model.heads"),
-        ("lm_heads.0.weight", "lm_heads"),
-        ("model.embed_tokens.weight", "model.embed_tokens"),
-        ("0.weight", "0.weight"),
-        ("weight", "weight"),
-    ],
-)
-def test_groups(name, group):
-    assert group_of(name) == group
 
 
 # ------------------------------------------------------------------------------------------------------- resume
@@ -413,6 +290,7 @@ def test_state_is_loaded_after_the_model_even_when_the_sparsifier_came_first():
     late.load_state_dict(sparsifier.state_dict())
     late.config = sparsifier.config
     assert list(train(other, fresh, late, 12, 30)) == list(train(net, optimizer, sparsifier, 12, 30))
+    assert equal(snapshot(other, fresh), snapshot(net, optimizer))
 
 
 def test_state_holds_tensors_only():
@@ -459,7 +337,7 @@ def test_impossible_groups(fields, message):
 
 
 def test_a_sparse_config_needs_masks():
-    net = Net()
+    net = Tower()
     with pytest.raises(ValueError, match=r"density=0\.4: the model carries no masks; accepted is .* draw_masks"):
         Sparsifier(net, torch.optim.SGD(net.parameters()), SparsityConfig(density=0.4), 10)
 

@@ -1,7 +1,6 @@
 """The sparsifier with every method on small modules of every kind: what holds at every step, and first masks."""
 
 import copy
-import itertools
 import math
 
 import pytest
@@ -30,18 +29,13 @@ from nt_hf.models.masks import (
     check_masks,
     count_active,
     get_mask,
-    group_count,
-    is_transposed,
     masked_modules,
-    pack_mask,
     set_mask,
 )
 from nt_hf.sparsity import criteria, optimizer_state
 from nt_hf.sparsity import sparsifier as sparsifier_module
 from nt_hf.sparsity.config import SparsityConfig
-from nt_hf.sparsity.first_masks import draw_masks, target_counts
-from nt_hf.sparsity.measures import head_overlap, masks_by_head
-from nt_hf.sparsity.schedules import SCHEDULES
+from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
 
 # ---------------------------------------------------------------------------------------------------- every method
@@ -134,119 +128,6 @@ def test_a_share_that_has_no_room_goes_to_the_others():
             assert sum(counts.values()) == sparsifier.report().overall.target
             assert all(counts[name] <= module.weight.numel() for name, module in masked_modules(net).items())
     assert any(counts[name] == module.weight.numel() for name, module in masked_modules(net).items())
-
-
-# ------------------------------------------------------------------------------------------- a density that falls
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("start", [1.0, 0.8])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "cubic"])
-def test_gradual_pruning_reaches_the_final_counts(structure, start, schedule):
-    fields = {"density_start": start, "density_schedule": schedule, "structure": structure}
-    net, optimizer, sparsifier = sparse(**fields, drop_fraction=0.2, update_interval=3, total_steps=18)
-    first, last = target_counts(net, sparsifier.config, start), target_counts(net, sparsifier.config)
-    assert counts_of(net) == first
-    totals = [sum(first.values())]
-    for update in train(net, optimizer, sparsifier, last=18):
-        assert_sound(net, structure)
-        if not update:
-            continue
-        counts, value = counts_of(net), SCHEDULES[schedule](sparsifier.steps, 0, 15, 0.0, 1.0)
-        totals.append(sum(counts.values()))
-        wanted = {name: first[name] + value * (last[name] - first[name]) for name in first}
-        if structure == "unstructured":
-            assert abs(totals[-1] - sum(wanted.values())) <= 0.5
-        for name, module in masked_modules(net).items():
-            groups = group_count(module.weight.shape, structure, is_transposed(module))
-            assert abs(counts[name] - wanted[name]) <= (2 if structure == "unstructured" else groups / 2)
-        assert update.density == totals[-1] / sum(module.weight.numel() for module in masked_modules(net).values())
-        assert [row.target for row in sparsifier.report().tensors] == list(counts.values())
-    assert totals == sorted(totals, reverse=True)
-    assert totals[0] > totals[1] if structure != "2:4" else totals[0] > totals[-1]
-    assert counts_of(net) == last
-    assert update is None
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("drop", ["magnitude", "set", "global_magnitude"])
-def test_pruning_without_a_drop_fraction_regrows_nothing(structure, drop):
-    fields = {"density_start": 1.0, "structure": structure, "drop": drop, "drop_schedule": "constant"}
-    net, optimizer, sparsifier = sparse(**fields, drop_fraction=0, drop_fraction_end=0, update_interval=2)
-    before = masks_of(net)
-    for update in train(net, optimizer, sparsifier, last=26):
-        after = masks_of(net)
-        assert not any((after[name] & ~before[name]).any() for name in after)
-        assert update is None or (update.grown, update.requested) == (0, 0)
-        before = after
-    assert counts_of(net) == target_counts(net, sparsifier.config)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"density": 0.1, "distribution": "erk"},
-        {"density": 0.3, "structure": "constant_fan_in"},
-        {"density": 0.5, "structure": "2:4", "density_schedule": "linear"},
-    ],
-)
-def test_counts_of_a_tensor_never_rise_while_the_density_falls(fields):
-    # What rounding leaves over must not wander from tensor to tensor, which would grow weights.
-    fields = {"density_start": 0.9, "update_interval": 1, "drop_fraction": 0, "drop_fraction_end": 0} | fields
-    net, _, sparsifier = sparse(**fields, drop="magnitude", total_steps=40)
-    before = counts_of(net)
-    for module in masked_modules(net).values():
-        module.weight.grad = torch.zeros_like(module.weight)
-    for _ in range(39):
-        sparsifier.step()
-        after = counts_of(net)
-        assert all(after[name] <= before[name] for name in after)
-        before = after
-
-
-def test_magnitude_pruning_keeps_the_largest_weights():
-    fields = {"density_start": 1.0, "drop": "magnitude", "drop_fraction": 0, "drop_fraction_end": 0}
-    net, optimizer, sparsifier = sparse(**fields, update_interval=4)
-    for step in range(4):
-        loss_of(net, step).backward()
-        weights = {name: module.weight.detach().clone() for name, module in masked_modules(net).items()}
-        sparsifier.step()
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, mask in masks_of(net).items():
-        assert not mask.all()
-        assert weights[name][mask].abs().min() >= weights[name][~mask].abs().max()
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_without_a_schedule_counts_stay(structure):
-    net, optimizer, sparsifier = sparse(structure=structure, density_schedule="cubic")
-    first = counts_of(net)
-    for _ in train(net, optimizer, sparsifier):
-        assert counts_of(net) == first
-
-
-def test_redistribution_under_a_falling_density():
-    net, optimizer, sparsifier = sparse(density=0.3, density_start=0.8, redistribute="gradient", drop_fraction=0.3)
-    first, last = (sum(target_counts(net, sparsifier.config, density).values()) for density in (0.8, 0.3))
-    for update in train(net, optimizer, sparsifier, last=26):
-        if update:
-            wanted = first + SCHEDULES["cubic"](sparsifier.steps, 0, 25, 0.0, 1.0) * (last - first)
-            assert abs(sum(counts_of(net).values()) - wanted) <= 0.5
-    assert sum(counts_of(net).values()) == last
-
-
-def test_dense_and_fixed_groups_under_a_falling_density():
-    densities = {"embed.*": 1.0, "heads.*": 0.6}
-    net, optimizer, sparsifier = sparse(density=0.5, density_start=0.9, densities=densities)
-    rows = {row.name: row for row in sparsifier.report().tensors}
-    assert rows["embed.weight"].density == 1
-    assert rows["heads.0.weight"].density == pytest.approx(0.9, abs=2e-3)
-    for _ in train(net, optimizer, sparsifier, last=26):
-        assert get_mask(net.embed).all()
-    rows = {row.name: row for row in sparsifier.report().tensors}
-    assert rows["heads.0.weight"].density == pytest.approx(0.6, abs=2e-3)
-    assert sparsifier.report().overall.density == pytest.approx(0.5, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- exponent and momentum
@@ -354,81 +235,6 @@ def test_a_state_without_the_momentum_is_refused():
     state["momentum.third.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"does not fit the mask of third\.weight: .*momentum \[3\], not \[24, 16\]"):
         sparse(grow="momentum")[2].load_state_dict(state)
-
-
-# --------------------------------------------------------------------------------------------------- what is measured
-
-
-def units(name, mask):
-    """The mask's output and input units, as lists of lists of truth values."""
-    flat = mask.T if name == "third.weight" else mask
-    outputs = [row.flatten().tolist() for row in flat]
-    inputs = [flat[:, i].flatten().tolist() for i in range(flat.shape[1])]
-    return outputs, inputs
-
-
-@pytest.mark.parametrize("regrow", criteria.REGROW)
-def test_measures_equal_slow_ones(regrow):
-    net, optimizer, sparsifier = sparse(density=0.12, distribution="uniform", regrow=regrow, drop_fraction=0.3)
-    net.first.weight.requires_grad_(False)
-    before, last_grown, updates = masks_of(net), None, 0
-    for step in range(21):
-        loss_of(net, step).backward()
-        grads = {name: m.weight.grad.clone() for name, m in masked_modules(net).items() if m.weight.grad is not None}
-        update = sparsifier.step()
-        optimizer.step()
-        optimizer.zero_grad()
-        if not update:
-            continue
-        updates += 1
-        after = masks_of(net)
-        active = sum(float((grad.double() ** 2)[before[name]].sum()) for name, grad in grads.items()) ** 0.5
-        inactive = sum(float((grad.double() ** 2)[~before[name]].sum()) for name, grad in grads.items()) ** 0.5
-        assert update.grad_norm_active == pytest.approx(active, rel=1e-4)
-        assert update.grad_norm_inactive == pytest.approx(inactive, rel=1e-4)
-        outputs, inputs = zip(*(units(name, mask) for name, mask in after.items()))
-        assert update.dead_rows == sum(not any(unit) for unit in itertools.chain(*outputs)) > 0
-        assert update.dead_columns == sum(not any(unit) for unit in itertools.chain(*inputs)) > 0
-        one, other = (set(map(tuple, after[f"heads.{i}.weight"].nonzero().tolist())) for i in (0, 1))
-        assert update.head_overlap == len(one & other) / len(one | other)
-        grown = {name: after[name] & ~before[name] for name in after}
-        if last_grown is None:
-            assert update.grown_kept is None
-        else:
-            kept = sum(int((last_grown[name] & after[name]).sum()) for name in after)
-            assert update.grown_kept == kept / sum(int(mask.sum()) for mask in last_grown.values())
-            assert 0 < update.grown_kept < 1
-        assert torch.equal(after["first.weight"], before["first.weight"])
-        before, last_grown = after, grown
-    assert updates == 4
-
-
-def test_overlap_of_masks_made_by_hand():
-    one = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    other = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    third = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    packed = [pack_mask(mask) for mask in (one, other, third)]
-    assert head_overlap([{"up": packed[0]}, {"up": packed[1]}]) == 2 / 4
-    three = [{"up": mask} for mask in packed]
-    assert head_overlap(three) == pytest.approx((2 / 4 + 1 / 3 + 1 / 3) / 3)
-    # The parts of a head count together; other shapes, other names and no active weight do not.
-    more = [head | {"lm_head": packed[0]} for head in three]
-    assert head_overlap(more) == pytest.approx((5 / 7 + 4 / 6 + 4 / 6) / 3)
-    assert head_overlap([{"a": packed[0]}, {"b": packed[0]}]) is None
-    assert head_overlap([{"a": packed[0]}, {"a": packed[0][:1]}]) is None
-    assert head_overlap([{"a": packed[0] * 0}, {"a": packed[0] * 0}]) is None
-    assert head_overlap([{"a": packed[0]}]) is None
-    assert head_overlap([{}, {}]) is head_overlap([]) is None
-
-
-def test_a_model_without_heads_has_no_overlap():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    config = SparsityConfig(density=0.5, update_interval=1)
-    draw_masks(net, config)
-    sparsifier = Sparsifier(net, torch.optim.SGD(net.parameters()), config, 10)
-    net(torch.ones(1, 8)).sum().backward()
-    assert sparsifier.step().head_overlap is None and masks_by_head(net) == []
 
 
 # ------------------------------------------------------------------------------------------------------ optimizers

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from sparse_nets import assert_groups, equal, masks_of, tiny_vit
+from sparse_nets import sparse as make_sparse
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules
+from nt_hf.models.masks import attach_masks, check_masks, masked_modules
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks, target_counts
 from nt_hf.sparsity.sparsifier import Sparsifier
@@ -23,20 +25,7 @@ def resnet():
     return ResNetForImageClassification(config)
 
 
-def vit():
-    config = ViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=KINDS,
-    )
-    return ViTForImageClassification(config)
-
-
-MODELS = {"resnet": resnet, "vit": vit}
+MODELS = {"resnet": resnet, "vit": tiny_vit}
 STEM = {"resnet": "resnet.embedder.*", "vit": "vit.embeddings.*"}  # of 3 input channels
 
 # How often a weight of each tensor is used for one image: pixels of its output, tokens with the class token.
@@ -63,12 +52,14 @@ def loss_of(model, step=0):
     return model(**batch(step)).loss
 
 
-def sparse(name, seed=0, **fields):
-    model = fresh(name, seed)
-    config = SparsityConfig(**{"density": 0.3, "update_interval": 6} | fields)
-    draw_masks(model, config, loss=lambda: loss_of(model, step=STEPS))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    return model, optimizer, Sparsifier(model, optimizer, config, STEPS)
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=5e-3)
+
+
+def sparse(name, **fields):
+    fields = {"density": 0.3, "update_interval": 6, "distribution": "erk"} | fields
+    model = lambda: MODELS[name]().train()  # noqa: E731
+    return make_sparse(None, model, adamw, STEPS, loss=lambda model: loss_of(model, step=STEPS), **fields)
 
 
 def train(model, optimizer, sparsifier, first=0, last=STEPS):
@@ -82,14 +73,6 @@ def train(model, optimizer, sparsifier, first=0, last=STEPS):
         optimizer.step()
         yield loss.item(), update
         optimizer.zero_grad()
-
-
-def masks_of(model):
-    return {name: get_mask(module) for name, module in masked_modules(model).items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -144,7 +127,7 @@ def test_what_holds_at_every_step(name, fields):
             assert not module.weight[dead].any()
             assert not module.weight.grad[dead].any()
             assert not any(optimizer.state[module.weight][moment][dead].any() for moment in ("exp_avg", "exp_avg_sq"))
-            check_groups(masks[key], config.structure)
+            assert_groups(module, config.structure)
     assert check_masks(model) == []
     assert [update.step for update in updates] == ([] if config.update_interval == 0 else list(range(6, STEPS, 6)))
     # A structure rounds each tensor to whole groups.
@@ -153,15 +136,6 @@ def test_what_holds_at_every_step(name, fields):
     )
     assert equal(first, masks_of(model)) == (not updates)
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-
-
-def check_groups(mask, structure):
-    """The same number of weights in each group, counted in another way than the package does."""
-    if structure == "constant_fan_in":
-        assert len({int(unit.sum()) for unit in mask}) == 1
-    elif structure == "2:4":
-        inputs_last = mask if mask.dim() == 2 else mask.permute(0, 2, 3, 1)
-        assert (inputs_last.reshape(-1, 4).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("name", MODELS)

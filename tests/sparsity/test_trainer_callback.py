@@ -1,132 +1,21 @@
-"""Trainer with the sparsity callback: what holds while it trains stock models, stops, resumes and fails."""
+"""Trainer with the sparsity callback: what holds while it trains stock models, and what is refused."""
 
 import copy
 import logging
-import shutil
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from sparse_nets import assert_groups, equal, masks_of
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
-from transformers.pytorch_utils import Conv1D
+from trainer_runs import At, losses, make, sparsity
+from transformers import TrainerCallback
 
-from nt_hf.models.masks import attach_masks, check_masks, get_mask, masked_modules
+from nt_hf.models.masks import check_masks, masked_modules
 from nt_hf.sparsity.config import SparsityConfig
-from nt_hf.sparsity.first_masks import draw_masks, target_counts
-from nt_hf.sparsity.trainer_callback import STATE_FILE, SparsityCallback
-
-VOCABULARY = 64
-
-
-def gpt2():
-    config = GPT2Config(
-        n_layer=2,
-        n_embd=32,
-        n_head=2,
-        n_positions=16,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    # The sequences count up in steps of 1 to 5.
-    rows = [(torch.arange(12) * (i % 5 + 1) + i) % VOCABULARY for i in range(64)]
-    return GPT2LMHeadModel(config), [{"input_ids": row, "labels": row} for row in rows]
-
-
-def vit():
-    config = ViTConfig(
-        image_size=16,
-        patch_size=4,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    noise = torch.Generator().manual_seed(0)
-    kinds = torch.randn(4, 3, 16, 16, generator=noise)
-    images = [kinds[i % 4] + 0.3 * torch.randn(3, 16, 16, generator=noise) for i in range(64)]
-    return ViTForImageClassification(config), [
-        {"pixel_values": image, "labels": i % 4} for i, image in enumerate(images)
-    ]
-
-
-MODELS = {"gpt2": gpt2, "vit": vit}
-
-
-def sparsity(**fields):
-    return SparsityConfig(**{"density": 0.5, "update_interval": 4, "drop_fraction": 0.3} | fields)
-
-
-def make(directory, config=None, name="gpt2", *, before=(), after=(), seed=0, callback=None, evaluate=False, **args):
-    """A Trainer of a fresh sparse model and its callback; ``before`` and ``after`` are callbacks around it."""
-    torch.manual_seed(seed)
-    model, data = MODELS[name]()
-    config = config or sparsity()
-    draw_masks(model, config)
-    callback = callback or SparsityCallback(config)
-    defaults = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-    }
-    trainer = Trainer(
-        model,
-        TrainingArguments(output_dir=str(directory), use_cpu=True, report_to=[], disable_tqdm=True, **defaults | args),
-        train_dataset=data,
-        eval_dataset=data[:16] if evaluate else None,
-        callbacks=[*before, callback, *after],
-    )
-    return trainer, callback
-
-
-class At(TrainerCallback):
-    """Calls functions of ``(args, state, control, **kwargs)`` at events, by their names."""
-
-    def __init__(self, **events):
-        for event, function in events.items():
-            setattr(self, event, function)
-
-
-def stop_at(step):
-    def on_step_end(args, state, control, **_):
-        control.should_save = control.should_training_stop = state.global_step == step
-
-    return At(on_step_end=on_step_end)
-
-
-def losses(trainer):
-    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
-
-
-def equal(one, other):
-    """Whether two nested states are the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
-
+from nt_hf.sparsity.first_masks import target_counts
+from nt_hf.sparsity.trainer_callback import SparsityCallback
 
 # ----------------------------------------------------------------------------------------------------- training
 
@@ -145,7 +34,7 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
     config, seen, moved = sparsity(**fields), [], []
 
     def on_optimizer_step(args, state, control, model, **_):
-        masks = {name: get_mask(module) for name, module in masked_modules(model).items()}
+        masks = masks_of(model)
         if config.redistribute == "none":
             assert {name: int(mask.sum()) for name, mask in masks.items()} == targets
         assert sum(int(mask.sum()) for mask in masks.values()) == sum(targets.values())
@@ -153,7 +42,7 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
             assert not module.weight[~masks[name]].any()
             assert not module.weight.grad[~masks[name]].any()
             assert module.weight.grad[masks[name]].any()
-            check_groups(masks[name].T if isinstance(module, Conv1D) else masks[name], config.structure)
+            assert_groups(module, config.structure)
         seen.append(state.global_step)
         if masks.keys() != previous.keys() or not equal(masks, previous):
             moved.append(state.global_step + 1)
@@ -163,7 +52,7 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
         tmp_path, config, name, after=[At(on_optimizer_step=on_optimizer_step)], max_steps=40, logging_steps=4
     )
     targets = target_counts(trainer.model, config)
-    previous = {name: get_mask(module) for name, module in masked_modules(trainer.model).items()}
+    previous = masks_of(trainer.model)
     trainer.train()
     assert seen == list(range(40))
     assert moved == list(range(4, 40, 4))
@@ -171,14 +60,6 @@ def test_what_holds_at_every_step(tmp_path, name, fields):
     assert callback.sparsifier.steps == callback.sparsifier.total_steps == 40
     assert check_masks(trainer.model) == []
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
-
-
-def check_groups(mask, structure):
-    """The same number of weights in each group, from a mask with the output dimension first."""
-    if structure == "constant_fan_in":
-        assert len({int(unit.sum()) for unit in mask}) == 1
-    elif structure == "2:4":
-        assert (mask.reshape(-1, 4).sum(1) == 2).all()
 
 
 def test_updates_keep_to_their_share_of_the_run(tmp_path):
@@ -205,7 +86,7 @@ def test_clipping_sees_active_weights_only(tmp_path, limit):
         dense.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
     def on_pre_optimizer_step_after(args, state, control, model, **_):
-        masks = {name: get_mask(module) for name, module in masked_modules(model).items()}
+        masks = masks_of(model)
         expected = {name: grad * masks.get(name, 1) for name, grad in dense.items()}
         norm = sum(float(grad.double().square().sum()) for grad in expected.values()) ** 0.5
         whole = sum(float(grad.double().square().sum()) for grad in dense.values()) ** 0.5
@@ -331,172 +212,6 @@ def test_a_rare_log_holds_the_last_update(tmp_path):
     assert kinds == ["eval_loss", "loss", "eval_loss", "loss", "eval_loss", "train_loss"]
     of_updates = [record.get("sparsity/step") for record in trainer.state.log_history]
     assert of_updates == [None, 4, None, 12, None, None]
-
-
-# ------------------------------------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize(
-    ("name", "stop", "fields"),
-    [
-        ("gpt2", 5, {}),  # within an epoch, between updates
-        ("gpt2", 8, {"structure": "2:4"}),  # at the end of an epoch, after an update
-        ("vit", 4, {"grow": "momentum", "redistribute": "momentum"}),
-        ("vit", 7, {"density_start": 1.0, "density": 0.3}),
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name, stop, fields):
-    config = sparsity(**fields)
-    options = {"max_steps": 18, "save_strategy": "steps", "save_steps": 100}
-    whole, straight = make(tmp_path / "whole", config, name, **options)
-    whole.train()
-
-    first, _ = make(tmp_path / "parts", config, name, after=[stop_at(stop)], **options)
-    first.train()
-    assert first.state.global_step == stop
-    begin = copy.deepcopy(first.model.state_dict())
-
-    other = sparsity(**fields | {"seed": 7})
-    second, resumed = make(tmp_path / "parts", other, name, seed=7, callback=SparsityCallback(config), **options)
-    assert not equal(second.model.state_dict(), begin)
-    second.train(resume_from_checkpoint=True)
-
-    assert not equal(begin, second.model.state_dict())
-    assert equal(second.model.state_dict(), whole.model.state_dict())
-    assert equal(second.optimizer.state_dict(), whole.optimizer.state_dict())
-    assert equal(resumed.sparsifier.state_dict(), straight.sparsifier.state_dict())
-    assert resumed.last_update == straight.last_update
-    assert second.state.log_history[:-1] == whole.state.log_history[:-1]
-    saved = [load_file(tmp_path / part / "checkpoint-18" / STATE_FILE) for part in ("whole", "parts")]
-    assert equal(*saved)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The directory of a run that stopped at step 6."""
-    directory = tmp_path_factory.mktemp("stopped")
-    trainer, _ = make(directory, after=[stop_at(6)])
-    trainer.train()
-    return directory
-
-
-def test_resuming_from_another_directory(tmp_path, stopped):
-    checkpoint = stopped / "checkpoint-6"
-    trainer, callback = make(tmp_path, callback=SparsityCallback(sparsity(), resume_from=checkpoint), max_steps=10)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert (callback.last_update.step, callback.sparsifier.steps) == (8, 10)
-    assert callback.last_update.grown_kept is not None  # what grew at step 4 is known
-
-
-def remove(checkpoint):
-    (checkpoint / STATE_FILE).unlink()
-
-
-def cut(checkpoint):
-    (checkpoint / STATE_FILE).write_bytes((checkpoint / STATE_FILE).read_bytes()[:-9])
-
-
-def take_that_of(seed, stop=6, **fields):
-    def replace(checkpoint):
-        directory = checkpoint.parent / "other"
-        trainer, _ = make(directory, sparsity(seed=seed, **fields), after=[stop_at(stop)])
-        trainer.train()
-        shutil.copy(directory / f"checkpoint-{stop}" / STATE_FILE, checkpoint)
-
-    return replace
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (remove, "No such file"),
-        (cut, "rror while deserializing"),
-        (take_that_of(seed=1), "is of another run: its mask of"),
-        (take_that_of(seed=0, stop=5), "of another run"),
-        (take_that_of(seed=0, density=0.4), "does not fit the mask of"),
-    ],
-)
-def test_a_checkpoint_without_its_state_is_refused(tmp_path, stopped, spoil, reason):
-    checkpoint = tmp_path / "checkpoint-6"
-    shutil.copytree(stopped / "checkpoint-6", checkpoint)
-    spoil(checkpoint)
-    trainer, _ = make(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=rf"resume_from='\S*checkpoint-6': its {STATE_FILE} cannot continue step 6 \(.*{reason}.*\); accepted is "
-        "the checkpoint that training resumes from",
-    ) as refusal:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "\n" not in str(refusal.value)
-
-
-def test_resume_from_needs_a_run_that_resumes(tmp_path, stopped):
-    callback = SparsityCallback(sparsity(), resume_from=stopped / "checkpoint-6")
-    trainer, _ = make(tmp_path, callback=callback)
-    with pytest.raises(ValueError, match=r"resume_from='.*': the run begins at step 0; accepted is None, or"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_best_model_has_its_own_masks(tmp_path, name):
-    trainer, callback = make(
-        tmp_path,
-        name=name,
-        max_steps=12,
-        evaluate=True,
-        eval_strategy="steps",
-        eval_steps=5,
-        save_strategy="steps",
-        save_steps=5,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # the first one, so that masks have moved since
-    )
-    trainer.train()
-    assert trainer.state.best_global_step == 5
-    best = load_file(tmp_path / "checkpoint-5" / "model.safetensors")
-    last = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
-    model = trainer.model.state_dict()
-    assert all(torch.equal(model[name], value) for name, value in best.items())
-    assert not all(torch.equal(last[name], value) for name, value in best.items() if name.endswith("weight_mask"))
-    assert check_masks(trainer.model) == []
-    assert all(row.active == row.target for row in callback.sparsifier.report().tensors)
-
-
-def test_checkpoints_have_the_names_of_the_model(tmp_path):
-    # Else Trainer would resume a ViT without its weights, and look for masks by other names.
-    trainer, _ = make(tmp_path, name="vit", max_steps=6, save_strategy="steps", save_steps=4)
-    trainer.train()
-    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors").keys() == trainer.model.state_dict().keys()
-    assert "save_pretrained" not in vars(trainer.model)
-    loaded = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-6").state_dict()
-    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in loaded.items())
-    fresh, _ = vit()
-    draw_masks(fresh, sparsity(initial_masks=str(tmp_path / "checkpoint-6")))
-    masks = masked_modules(trainer.model)
-    assert all(
-        torch.equal(module.weight_mask, masks[name].weight_mask) for name, module in masked_modules(fresh).items()
-    )
-
-
-def test_weights_with_channels_last_are_saved(tmp_path):
-    trainer, callback = make(tmp_path, sparsity(grow="momentum"), "vit", after=[stop_at(6)])
-    trainer.model.to(memory_format=torch.channels_last)
-    trainer.train()
-    assert equal(load_file(tmp_path / "checkpoint-6" / STATE_FILE), callback.sparsifier.state_dict())
-
-
-def test_a_checkpoint_loads_without_trainer(stopped):
-    model, _ = gpt2()
-    attach_masks(model, ["*"])
-    saved = load_file(stopped / "checkpoint-6" / "model.safetensors")
-    missing, unexpected = model.load_state_dict(saved, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
-    assert check_masks(model) == []
-    masks = masked_modules(model).values()
-    assert sum(int(get_mask(module).sum()) for module in masks) == round(
-        0.5 * sum(module.weight.numel() for module in masks)
-    )
 
 
 # ----------------------------------------------------------------------------------------------------- clipping
