@@ -1,18 +1,16 @@
-"""Runs a suite: trains every arm from several seeds on the same text, evaluates them, and reports.
+"""Runs a suite: trains every arm from several seeds on the same data, evaluates them, and reports.
 
     python experiments/run.py --suite experiments/suites/cpu-mini.yaml --data_root data
     python experiments/run.py --suite experiments/suites/cpu-mini.yaml --report
 
 The runs are those of the ordinary recipe. First every arm's learning rate is chosen from the suite's grid at a share of
-the budget, on a validation text of its own; then the arms are trained, the first seed of all before the second of any.
+the budget, on validation data of its own; then the arms are trained, the first seed of all before the second of any.
 Finished runs are skipped, and killed ones continue from their checkpoints, when the same command is started again.
 Results are small and kept in --results; checkpoints are in --runs and may be deleted once their result is there.
 """
 
 import argparse
 import concurrent.futures
-import importlib.util
-import json
 import logging
 import os
 import signal
@@ -27,13 +25,14 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.evaluate import check_evaluation, evaluate_checkpoint
 from experiments.suite import (
     METRICS_FILE,
     RESULT_FILE,
+    Paths,
     Run,
     Suite,
     budget,
-    fill,
     load_suite,
     main_runs,
     matching,
@@ -46,10 +45,6 @@ from experiments.suite import (
 from experiments.suite_report import refreshed, report_text, write_report
 from nt_hf.cli import program
 from nt_hf.cli.program import check_output, machine, provenance
-from nt_hf.data.sources import read_texts
-from nt_hf.data.tokenizers import load_tokenizer
-from nt_hf.evaluation.diversity import measure_diversity
-from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
 from nt_hf.files import lock_directory, write_atomic, write_json
 from nt_hf.training.metrics import last_record, read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
@@ -57,19 +52,6 @@ from nt_hf.training.signals import EXIT_PREEMPTED
 logger = logging.getLogger("nt_hf.experiments")
 
 ROOT = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where the suite, the data, the runs with their checkpoints, and the results are."""
-
-    suite: Path
-    data_root: str
-    runs: Path
-    results: Path
-
-    def fill(self, value: Any) -> Any:
-        return fill(value, data_root=self.data_root, runs=str(self.runs))
 
 
 @dataclass
@@ -198,27 +180,12 @@ def find_run(suite: Suite, results: Path, name: str) -> Run:
     return runs[name]
 
 
-def check_evaluation(suite: Suite, paths: Paths) -> None:
-    """Looks for what the runs will be scored on before any is trained.
-
-    Raises:
-        ValueError: something is not there.
-    """
-    for name, source in paths.fill(suite.evaluation.texts).items():
-        try:
-            read_texts([source])
-        except ValueError as error:
-            raise ValueError(f"evaluation.texts.{name}: {error}") from error
-    if suite.evaluation.zero_shot and not Path(folder := paths.fill(suite.evaluation.zero_shot)).is_dir():
-        raise ValueError(f"evaluation.zero_shot={folder}: accepted is a directory of json lines")
-
-
 def listing(suite: Suite, results: Path, runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
         cost, done = budget(suite, run), "done" if (results / run.name / RESULT_FILE).is_file() else ""
         lines.append(
-            f"{run.name:40} {cost.tokens / 1e6:8.2f}M tokens {cost.flops / 1e15:9.3f} PFLOP, "
+            f"{run.name:40} {cost.units / 1e6:8.2f}M {suite.unit} {cost.flops / 1e15:9.3f} PFLOP, "
             f"{cost.active / 1e6:.2f}M of {cost.stored / 1e6:.2f}M parameters active  {done}"
         )
     return "\n".join(lines)
@@ -259,7 +226,7 @@ def train_all(suite: Suite, paths: Paths, runs: list[Run], parallel: int, progra
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             name = futures[future].name
             try:
-                logger.info("%d of %d: %s, perplexity %.2f", number, len(todo), name, future.result())
+                logger.info("%d of %d: %s, validation loss %.4f", number, len(todo), name, future.result())
             except ValueError as error:
                 failed.append(name)
                 logger.error("%s failed: %s", name, error)
@@ -268,13 +235,14 @@ def train_all(suite: Suite, paths: Paths, runs: list[Run], parallel: int, progra
 
 
 def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Programs) -> float:
-    """Trains a run, or continues it, and writes its result; returns its validation perplexity."""
+    """Trains a run, or continues it, and writes its result; returns its validation loss."""
     run_dir = paths.runs / run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     config = run_dir / "config.yaml"
     write_atomic(config, yaml.safe_dump(paths.fill(run_tree(suite, run)), sort_keys=False))
     programs.call(
-        "recipes/pretrain_c4.py", "--config", str(config), "--output_dir", str(run_dir),
+        "recipes/train_images.py" if suite.of_images else "recipes/pretrain_c4.py",
+        "--config", str(config), "--output_dir", str(run_dir),
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
     programs.call(
@@ -282,7 +250,7 @@ def train_one(suite: Suite, paths: Paths, run: Run, threads: int, programs: Prog
         "--results", str(paths.results), "--evaluate", run.name,
         threads=threads, log=run_dir / "log.txt",
     )  # fmt: skip
-    return read_result(paths.results, suite, run)["validation"]["perplexity"]
+    return read_result(paths.results, suite, run)["validation"]["loss"]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -296,7 +264,7 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     last = last_record(records, "eval")
     if last is None or last["step"] < steps:
         raise ValueError(f"{run_dir}: is not trained to its end, step {steps}")
-    result: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records)}
+    result: dict[str, Any] = {"validation": last, "train_seconds": training_seconds(records, suite.unit)}
     if not run.tuning:
         result |= evaluate_checkpoint(suite, paths, run, run_dir / f"checkpoint-{steps}")
     origin = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
@@ -305,51 +273,14 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **origin))
 
 
-def training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+def training_seconds(records: Sequence[Mapping[str, Any]], unit: str) -> float:
     """Time of the training steps alone, however often the run was stopped."""
     done, seconds = 0, 0.0
     for record in records:
         if record["event"] == "train":
-            seconds += (record["tokens"] - done) / record["tokens_per_second"]
-            done = record["tokens"]
+            seconds += (record[unit] - done) / record[f"{unit}_per_second"]
+            done = record[unit]
     return seconds
-
-
-def evaluate_checkpoint(suite: Suite, paths: Paths, run: Run, checkpoint: Path) -> dict[str, Any]:
-    """Perplexity on every text, diversity and calibration on the first, zero-shot scores."""
-    evaluation = suite.evaluation
-    windows_options = {"batch_size": evaluation.batch_size, "max_tokens": evaluation.max_tokens}
-    model = load_for_evaluation(checkpoint)
-    tokenizer = load_tokenizer(str(checkpoint))
-    length = model.config.max_position_embeddings
-    result: dict[str, Any] = {"texts": {}}
-    for name, source in paths.fill(evaluation.texts).items():
-        windows = DocumentWindows(read_texts([source]), tokenizer, length=length, **windows_options)
-        try:
-            scores = evaluate(model, windows)
-            scores.bytes = windows.bytes
-            result["texts"][name] = scores.to_dict() | {"documents": windows.documents}
-            if "diversity" not in result:
-                result["diversity"] = measure_diversity(model, windows).to_dict()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{checkpoint}, text {name}: {error}") from error
-    if evaluation.zero_shot and run.seed in suite.seeds[: evaluation.zero_shot_seeds]:
-        if importlib.util.find_spec("lm_eval") is None:
-            logger.warning("no zero-shot scores: lm_eval is not installed")
-            return result
-        result["zero_shot"] = zero_shot(suite, paths, checkpoint)
-    return result
-
-
-def zero_shot(suite: Suite, paths: Paths, checkpoint: Path) -> dict[str, Any]:
-    """The scores of ``nt-hf evaluate zero-shot``, without those of single items."""
-    from nt_hf.cli.zero_shot import main
-
-    output, limit = checkpoint.parent / "zero_shot.json", suite.evaluation.zero_shot_limit
-    data = ["--data_root", paths.fill(suite.evaluation.zero_shot), *(["--limit", str(limit)] if limit else [])]
-    main(["--model", str(checkpoint), "--output", str(output), *data])
-    report = json.loads(output.read_text())
-    return {"limit": limit, "results": report["results"], "average": report["average"]}
 
 
 if __name__ == "__main__":

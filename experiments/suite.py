@@ -14,7 +14,9 @@ from typing import Any, get_type_hints
 
 from nt_hf.checks import Rule, check, check_fields, choice, integer, list_of, number, optional, setting
 from nt_hf.config import SECTIONS, RunConfig, load_run_config, read_sections
+from nt_hf.data.image_config import ImageConfig
 from nt_hf.plan.flops import count_flops
+from nt_hf.plan.images import count_images
 from nt_hf.plan.parameters import count_parameters
 from nt_hf.text import strict_json
 from nt_hf.yaml_values import known_name, read_yaml, typed_value
@@ -52,7 +54,7 @@ def _filled(rule: Rule, items: str) -> Rule:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How each arm's learning rate is chosen: by the loss on the recipe's validation text at a share of the steps."""
+    """How each arm's learning rate is chosen: by the loss on the recipe's validation data at a share of the steps."""
 
     learning_rates: list[float] = setting(MISSING, _filled(number("(0, inf)"), "numbers above 0"))
     share: float = setting(0.25, number("(0, 1]"))
@@ -84,6 +86,28 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ImageEvaluation:
+    """What every finished run of image classifiers is scored on, by ``nt-hf evaluate images``.
+
+    Attributes:
+        images: source of the test images, by which nothing is chosen. Temperatures are fitted on the images that
+            ``data.validation_share`` holds out of the training images.
+        classes: their number, for the count of parameters and FLOPs, which reads no images.
+        corruptions: by name.
+        severities: of each corruption, 1 to 5.
+        corrupted_images: the first so many of the test images are corrupted; ``None``: all.
+        ood: source of images of another task; ``None``: nothing is told apart.
+    """
+
+    images: str
+    classes: int
+    corruptions: list[str] = field(default_factory=list)
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    corrupted_images: int | None = None
+    ood: str | None = None
+
+
+@dataclass(frozen=True)
 class Preparation:
     """What is made once before the runs, in the suite's directory, which ``{runs}`` stands for.
 
@@ -93,7 +117,7 @@ class Preparation:
             ``{runs}/tokenizer``.
     """
 
-    text: list[str]
+    text: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     vocab_size: int | None = None
 
@@ -106,7 +130,7 @@ class Suite:
         name: the file's.
         config: the recipe's configuration that all arms share. In the file ``base`` may name a configuration file,
             relative to the suite, which it is laid over.
-        preparation, tuning, evaluation: see there.
+        preparation, tuning, evaluation: see there. Suites over images need no preparation.
         seeds: of initialisation, masks and the order of the data; arms are compared seed by seed.
         arms: by name. In the file also the name of another suite's file, relative to this one, whose arms these are.
         baseline, rival: the arms that tables compare the others with.
@@ -117,10 +141,32 @@ class Suite:
     preparation: Preparation
     tuning: Tuning
     seeds: list[int]
-    evaluation: Evaluation
+    evaluation: Evaluation | ImageEvaluation
     arms: dict[str, Arm]
     baseline: str
     rival: str
+
+    @property
+    def of_images(self) -> bool:
+        return isinstance(self.evaluation, ImageEvaluation)
+
+    @property
+    def unit(self) -> str:
+        """What the models learn from, in the plural."""
+        return "images" if self.of_images else "tokens"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the suite, the data, the runs with their checkpoints, and the results are."""
+
+    suite: Path
+    data_root: str
+    runs: Path
+    results: Path
+
+    def fill(self, value: Any) -> Any:
+        return fill(value, data_root=self.data_root, runs=str(self.runs))
 
 
 @dataclass(frozen=True)
@@ -148,6 +194,7 @@ def load_suite(path: str | Path) -> Suite:
     path = Path(path)
     content, _ = read_yaml(path)
     names = {field.name for field in fields(Suite)} - {"name"}
+    content.setdefault("preparation", {})
     if content.keys() - {"base"} != names:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     base = content.pop("base", None)
@@ -157,9 +204,10 @@ def load_suite(path: str | Path) -> Suite:
     if not isinstance(content["arms"], dict) or not content["arms"]:
         raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms, or a suite's file")
     check(f"{path}: seeds", content["seeds"], _filled(integer(), "whole numbers"))
+    evaluation = ImageEvaluation if _is_of_images(path, content["config"]) else Evaluation
     sections = {
         name: _build(kind, content[name], f"{path}: {name}")
-        for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", Evaluation))
+        for name, kind in (("preparation", Preparation), ("tuning", Tuning), ("evaluation", evaluation))
     }
     arms = {
         name: _build(Arm, {"name": name, **(arm or {})}, f"{path}: arms.{name}")
@@ -180,6 +228,20 @@ def load_suite(path: str | Path) -> Suite:
     return suite
 
 
+def _is_of_images(path: Path, sections: Tree) -> bool:
+    """Whether a suite's models classify images, whose number and size must then be known."""
+    try:
+        config = load_run_config([sections])
+    except ValueError as error:
+        raise ValueError(f"{path}: config: {error}") from error
+    if not isinstance(config.data, ImageConfig):
+        return False
+    for key, accepted in (("image_size", "the side of the images"), ("validation_share", "a share above 0")):
+        if not getattr(config.data, key):
+            raise ValueError(f"{path}: config.data.{key}={getattr(config.data, key)}: accepted is {accepted}")
+    return True
+
+
 def _build(kind: type, values: Any, where: str) -> Any:
     """A dataclass of the values of a section."""
     if not isinstance(values, dict):
@@ -198,7 +260,7 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def run_tree(suite: Suite, run: Run) -> Tree:
     """The recipe's configuration of a run, as sections of a YAML file; paths are still ``{data_root}`` and ``{runs}``.
 
-    All arms see the same tokens in the same order, which follow from the seed and the batch size, unless an arm asks
+    All arms see the same data in the same order, which follow from the seed and the batch size, unless an arm asks
     for an order of each head's own.
 
     Raises:
@@ -221,8 +283,12 @@ def run_tree(suite: Suite, run: Run) -> Tree:
     return tree
 
 
-# What an arm must not change: it would see other tokens.
-SAME_DATA = {"train", "validation", "tokenizer", "sequence_length", "packing", "shuffle_block", "text_field"}
+# What an arm must not change: it would see other data.
+SAME_DATA = {
+    "train", "validation", "tokenizer", "sequence_length", "packing", "shuffle_block", "text_field",
+    "validation_share", "split_seed", "image_field", "label_field", "image_size", "center_crop", "normalize", "flip",
+    "crop_padding", "random_resized_crop", "mixup", "label_smoothing",
+}  # fmt: skip
 
 
 def fill(value: Any, **paths: str) -> Any:
@@ -278,14 +344,15 @@ class Budget:
     """What a run costs.
 
     Attributes:
-        steps, tokens: of training.
+        steps: of training.
+        units: tokens or images of training, see ``Suite.unit``.
         flops: of training as executed, zeros multiplied like any weight.
         sparse_flops: the same with active weights alone, as hardware that skips zeros would need, see ``plan.Flops``.
         stored, active: parameters with and without the masked-out ones.
     """
 
     steps: int
-    tokens: int
+    units: int
     flops: float
     sparse_flops: float
     stored: int
@@ -295,17 +362,24 @@ class Budget:
 def budget(suite: Suite, run: Run) -> Budget:
     """What a run costs, from its configuration alone."""
     config = run_config(suite, run)
-    model = config.model_config()
-    parameters = count_parameters(model, config.sparsity)
-    flops = count_flops(config, model, parameters)
-    tokens = config.train.max_steps * config.train.batch_size * config.data.sequence_length
+    units = config.train.max_steps * config.train.batch_size
+    if suite.of_images:
+        labels = dict(enumerate(map(str, range(suite.evaluation.classes))))
+        model = config.model_config(image_size=config.data.image_size, id2label=labels)
+        costs = count_images(model, config.sparsity, config.data.order_per_head)
+        weights = costs.weights
+    else:
+        model = config.model_config()
+        parameters = count_parameters(model, config.sparsity)
+        units *= config.data.sequence_length
+        costs, weights = count_flops(config, model, parameters), parameters.all
     return Budget(
         steps=config.train.max_steps,
-        tokens=tokens,
-        flops=flops.training * tokens,
-        sparse_flops=flops.sparse_training * tokens,
-        stored=parameters.all.total,
-        active=parameters.all.active,
+        units=units,
+        flops=costs.training * units,
+        sparse_flops=costs.sparse_training * units,
+        stored=weights.total,
+        active=weights.active,
     )
 
 
@@ -351,7 +425,7 @@ def result_record(suite: Suite, run: Run, **scores: Any) -> dict[str, Any]:
         "arm": run.arm.name,
         "seed": run.seed,
         "learning_rate": run.learning_rate,
-        "budget": asdict(budget(suite, run)),
+        "budget": {suite.unit if key == "units" else key: value for key, value in asdict(budget(suite, run)).items()},
         "config": run_tree(suite, run),
         **scores,
     }

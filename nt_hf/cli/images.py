@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checks import check, choice
+from ..checks import Rule, check, choice, integer, number, optional
 from ..evaluation.classification import (
     by_scorer,
     disagreement,
@@ -54,13 +54,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     check_output(args.output)
     corruptions = parse_corruptions(args.corruptions)
+    check("--held_out", args.held_out, number("[0, 1)", "a share of --calibration"))
+    check("--held_out", args.held_out, Rule(lambda share: share == 0 or args.calibration, "0 without --calibration"))
+    check("--corrupted_images", args.corrupted_images, optional(integer(1)))
     severities = parse_severities(args.severities)
     published = published_names(args.cifar_c) if args.cifar_c else []
     other = read_result(args.against) if args.against else None
     scale = read_normalisation(args.model)
     model = load_image_model(args.model)
-    sources = {source: open_images(source, scale, args) for source in (args.data, args.calibration, args.ood) if source}
-    data = sources[args.data]
+    sources = {
+        name: open_images(source, scale, args, args.held_out if name == "calibration" else 0.0)
+        for name in ("data", "calibration", "ood")
+        if (source := getattr(args, name))
+    }
+    data = sources["data"]
     logits, labels, fingerprint = predict_known(model, data, scale)
     if other and other["fingerprint"] != fingerprint:
         raise ValueError(f"--against {args.against}: is of other images; accepted is a result on those of --data")
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     main_scorer = "head 0" if len(logits) == 1 else f"ensemble, {mode}"
     temperatures = {}
     if args.calibration:
-        held_out, truth, other_images = predict_known(model, sources[args.calibration], scale)
+        held_out, truth, other_images = predict_known(model, sources["calibration"], scale)
         if other_images == fingerprint:
             raise ValueError(f"--calibration {args.calibration}: accepted are images other than those of --data")
         temperatures = {name: fit_temperature(x, truth) for name, x in by_scorer(held_out)}
@@ -92,12 +99,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mask_overlap": head_overlap(masks_by_head(model)),
         "density": overall_density(model),
         "ood": args.ood and unknown_images(model, sources, args, logits, main_scorer),
-        "corruptions": corrupted_scores(corruptions, lambda n, s: corrupted(data, scale, n, s, args.seed)),
+        "corruptions": corrupted_scores(
+            corruptions, lambda n, s: corrupted(first(data, args.corrupted_images), scale, n, s, args.seed)
+        ),
         "cifar_c": corrupted_scores(published, lambda n, s: published_batches(args, data, scale, n, s)),
         "against": None,
         "model": str(args.model),
         "data": args.data,
         "calibration": args.calibration,
+        "held_out": args.held_out,
+        "corrupted_images": args.corrupted_images,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "fingerprint": fingerprint,
@@ -126,8 +137,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="digits:validation", help="images to score; default: digits:validation")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--calibration", help="images to fit temperatures on, such as a validation split")
+    parser.add_argument(
+        "--held_out", type=float, default=0.0, metavar="SHARE",
+        help="fit on what data.validation_share=SHARE of training held out of --calibration, not on all of it",
+    )  # fmt: skip
+    parser.add_argument("--split_seed", type=int, default=0, help="data.split_seed of training, with --held_out")
     parser.add_argument("--ood", help="images of another task, to be told from those of --data")
     parser.add_argument("--corruptions", help=f"'all', or of {','.join(CONSTANTS)}; default: none")
+    parser.add_argument("--corrupted_images", type=int, help="corrupt the first so many images; default: all")
     parser.add_argument("--severities", default="1,2,3,4,5", help="default: 1,2,3,4,5")
     parser.add_argument("--cifar_c", type=Path, help="directory of the published arrays CIFAR-10-C or CIFAR-100-C")
     parser.add_argument("--against", type=Path, help="an earlier result, for a paired bootstrap")
@@ -140,15 +157,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_images(source: str, scale: Normalisation, args: argparse.Namespace) -> Iterable[Batch]:
-    """Batches of a source as the model takes them; every ``iter()`` begins anew."""
+def open_images(source: str, scale: Normalisation, args: argparse.Namespace, held_out: float = 0.0) -> Iterable[Batch]:
+    """Batches of a source as the model takes them; every ``iter()`` begins anew.
+
+    With a share ``held_out`` the source is of training images, and those that are held out of training are read.
+    """
     from ..data.image_config import ImageConfig
-    from ..data.image_sets import open_images
+    from ..data.image_sets import open_images, open_training_images
     from ..data.images import ImageBatches
 
     options = {name: getattr(args, name) for name in ("image_field", "label_field", "image_size", "center_crop")}
-    config = ImageConfig(normalize=[list(scale.mean), list(scale.std)], **options)
-    return ImageBatches(open_images(source, config), batch_size=args.batch_size, training=False)
+    config = ImageConfig(
+        train=source, validation_share=held_out, split_seed=args.split_seed,
+        normalize=[list(scale.mean), list(scale.std)], **options,
+    )  # fmt: skip
+    images = open_training_images(config)[1] if held_out else open_images(source, config)
+    return ImageBatches(images, batch_size=args.batch_size, training=False)
+
+
+def first(data: Iterable[Batch], images: int | None) -> Iterator[Batch]:
+    """The first so many images; all without a number."""
+    for batch in data:
+        count = len(batch["labels"]) if images is None else min(images, len(batch["labels"]))
+        if not count:
+            return
+        yield {key: value[:count] for key, value in batch.items()}
+        images = images and images - count
 
 
 def parse_corruptions(text: str | None) -> list[str]:
@@ -215,8 +249,8 @@ def unknown_images(
     main_scorer: str,
 ) -> dict[str, Any]:  # fmt: skip
     """How well the images of --ood are told from those of --data, whose logits are given."""
-    other = sources[args.ood]
-    check_same_shape(f"--ood {args.ood}", next(iter(other))["pixel_values"], sources[args.data])
+    other = sources["ood"]
+    check_same_shape(f"--ood {args.ood}", next(iter(other))["pixel_values"], sources["data"])
     # Their labels are no classes of the model.
     unlabelled = (dict(batch, labels=torch.zeros(len(batch["pixel_values"]), dtype=torch.long)) for batch in other)
     other_logits, _ = predict(model, unlabelled)

@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import RunConfig
 from ..models.transformers_versions import CACHE
+from ..sparsity.config import SparsityConfig
 from .parameters import Parameters, build, without_values
 
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Matrix FLOPs of a forward pass for a token; a multiplication and an addition are two.
+    """Matrix FLOPs of a forward pass for a token or an image; a multiplication and an addition are two.
 
     Attributes:
         total, blocks, backbone: of the model, of all its blocks, and of the backbone's.
@@ -38,22 +39,21 @@ def _build(config: PreTrainedConfig, length: int) -> tuple[PreTrainedModel, torc
     return model, torch.zeros(1, length, dtype=torch.long, device="meta")
 
 
-def _count(model: PreTrainedModel, passes: int = 1, **inputs) -> ForwardFlops:
-    """What PyTorch counts in a forward pass, its backbone running ``passes`` times."""
+def count_forward(model: PreTrainedModel, units: int, passes: int = 1, **inputs) -> ForwardFlops:
+    """What PyTorch counts in a forward pass over so many units (tokens, images), its backbone run ``passes`` times."""
     with torch.no_grad(), without_values(model), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    counts, tokens = counter.get_flop_counts(), inputs["input_ids"].numel()
-    blocks = model.blocks()
+    counts, blocks = counter.get_flop_counts(), model.blocks()
     backbone = blocks[: model.config.num_backbone_layers]
     repeated = {module for block in backbone for module in block.modules()}
     flops = {
         module: sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
-        * (passes if module in repeated else 1) / tokens
+        * (passes if module in repeated else 1) / units
         for name, module in model.named_modules()
     }  # fmt: skip
     of_backbone = sum(flops[block] for block in backbone)
     return ForwardFlops(
-        total=counter.get_total_flops() / tokens + of_backbone / passes * (passes - 1),
+        total=counter.get_total_flops() / units + of_backbone / passes * (passes - 1),
         blocks=sum(flops[block] for block in blocks),
         backbone=of_backbone,
         modules={name: flops[module] for name, module in model.named_modules()},
@@ -68,7 +68,8 @@ def forward_flops(config: PreTrainedConfig, length: int, order_per_head: bool = 
     has a token of its own, and the backbone runs for each.
     """
     model, ids = _build(config, length)
-    return _count(model, config.num_ensemble_heads if order_per_head else 1, input_ids=ids, use_cache=False)
+    passes = config.num_ensemble_heads if order_per_head else 1
+    return count_forward(model, length, passes, input_ids=ids, use_cache=False)
 
 
 def decoding_flops(config: PreTrainedConfig, length: int) -> tuple[ForwardFlops, int]:
@@ -76,7 +77,7 @@ def decoding_flops(config: PreTrainedConfig, length: int) -> tuple[ForwardFlops,
     model, ids = _build(config, length)
     with torch.no_grad(), without_values(model):
         cache = model(input_ids=ids[:, 1:], use_cache=True)[CACHE]
-    flops = _count(model, input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
+    flops = count_forward(model, 1, input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
     return flops, sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 
@@ -111,21 +112,24 @@ class Flops:
     cache_bytes: int
 
 
+def sparse_training_flops(forward: ForwardFlops, densities: Mapping[str, float], sparsity: SparsityConfig) -> float:
+    """FLOPs of training on a token or an image if products by zeros cost nothing, see [`Flops`]."""
+    sparse = forward.sparse(densities)
+    looks_at_gradients = {sparsity.grow, sparsity.redistribute} & {"momentum", "gradient", "gradient_random"}
+    if not (looks_at_gradients and sparsity.update_interval and min(densities.values(), default=1.0) < 1):
+        return 3 * sparse
+    interval = 1 if sparsity.needs_momentum else sparsity.update_interval
+    return 3 * sparse + (forward.total - sparse) / interval
+
+
 def count_flops(run: RunConfig, config: PreTrainedConfig, parameters: Parameters) -> Flops:
     """The FLOPs of a run's training, and of decoding at the length it was trained on."""
-    length, densities, sparsity = run.data.sequence_length, parameters.densities, run.sparsity
+    length, densities = run.data.sequence_length, parameters.densities
     forward = forward_flops(config, length, run.data.order_per_head)
     decoding, cached = decoding_flops(config, length)
-    sparse = forward.sparse(densities)
-    training = 3 * sparse
-    if parameters.mobile and sparsity.update_interval:
-        gradients = {"momentum", "gradient", "gradient_random"}
-        interval = 1 if sparsity.needs_momentum else sparsity.update_interval
-        needs_gradients = bool({sparsity.grow, sparsity.redistribute} & gradients)
-        training += needs_gradients * (forward.total - sparse) / interval
     return Flops(
         training=3 * forward.total,
-        sparse_training=training,
+        sparse_training=sparse_training_flops(forward, densities, run.sparsity),
         recomputed=forward.blocks if run.train.gradient_checkpointing else 0,
         backbone=forward.backbone / forward.total,
         decoding=decoding.total,

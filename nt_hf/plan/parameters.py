@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from unittest import mock
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
+from ..models.auto import register
 from ..models.masks import MASKABLE, attach_masks, masked_modules, packed_shape
-from ..models.modeling_neurotrails import causal_lm_class
 from ..sparsity.config import SparsityConfig
 from ..sparsity.first_masks import target_counts
 
@@ -23,7 +23,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.pad_token_id = None  # some models look for it in their input
     with torch.device("meta"):
-        return causal_lm_class(config)(config)
+        return register(config)(config)
 
 
 @contextlib.contextmanager
@@ -82,16 +82,34 @@ class Parameters:
         return sum(self.parts.values(), WeightCount())
 
 
-def count_parameters(config: PreTrainedConfig, sparsity: SparsityConfig) -> Parameters:
-    """Counts the parameters of a model on no device; exactly those that `draw_masks` leaves active.
+def mask(model: PreTrainedModel, sparsity: SparsityConfig) -> tuple[dict[str, nn.Module], dict[str, int]]:
+    """Attaches the masks of a run to a model on no device.
 
-    With a ``density_start`` the active ones are those of the end.
+    Returns:
+        The masked modules by name, and the weights of each that `draw_masks` leaves active; with a ``density_start``
+        those of the end.
     """
-    model = build(config)
-    if sparsity.is_sparse or config.masked_modules:
-        attach_masks(model, [*(config.masked_modules or ["*"]), *(f"!{glob}" for glob in sparsity.exclude)])
+    globs = model.config.masked_modules
+    if sparsity.is_sparse or globs:
+        attach_masks(model, [*(globs or ["*"]), *(f"!{glob}" for glob in sparsity.exclude)])
     masked = masked_modules(model)
-    targets = target_counts(model, sparsity) if masked else {}
+    return masked, target_counts(model, sparsity) if masked else {}
+
+
+def densities(model: PreTrainedModel, masked: Mapping[str, nn.Module], targets: Mapping[str, int]) -> dict[str, float]:
+    """The density of the masked weight of every module by its name; a tied weight counts under both names."""
+    by_weight = {id(module.weight): targets[name] / module.weight.numel() for name, module in masked.items()}
+    return {
+        name: by_weight[id(module.weight)]
+        for name, module in model.named_modules()
+        if isinstance(module, MASKABLE) and id(module.weight) in by_weight
+    }
+
+
+def count_parameters(config: PreTrainedConfig, sparsity: SparsityConfig) -> Parameters:
+    """Counts the parameters of a decoder on no device; exactly those that `mask` leaves active."""
+    model = build(config)
+    masked, targets = mask(model, sparsity)
     active = {id(module.weight): targets[name] for name, module in masked.items()}
     heads = [set(model.head_modules(head).values()) for head in range(config.num_ensemble_heads)]
     lm_heads = model.get_lm_heads()
@@ -124,11 +142,7 @@ def count_parameters(config: PreTrainedConfig, sparsity: SparsityConfig) -> Para
     return Parameters(
         parts=parts,
         trails=trails,
-        densities={
-            name: active[id(module.weight)] / module.weight.numel()
-            for name, module in model.named_modules()
-            if isinstance(module, MASKABLE) and id(module.weight) in active
-        },
+        densities=densities(model, masked, targets),
         masked=sum(module.weight.numel() for module in masked.values()),
         mobile=sum(mobile),
         packed=sum(torch.Size(packed_shape(module.weight.shape)).numel() for module in masked.values()),

@@ -51,12 +51,11 @@ class RunLog:
         self.path, self._task, self._train, self._accelerator = path, task, train, accelerator
         if accelerator.is_main_process:
             self._metrics = Metrics(path, progress.step if continued else None)
-        self._flops_per_unit = task.flops_per_unit(model)
         peak = train.peak_tflops
         if not peak and device.type == "cuda" and wants_bf16(train):
             peak = peak_tflops(torch.cuda.get_device_name(device))
-        known = peak and self._flops_per_unit
-        self._peak_flops = peak * 1e12 * accelerator.num_processes if known else None
+        self._flops_per_unit = task.flops_per_unit(model) if peak else None
+        self._peak_flops = peak * 1e12 * accelerator.num_processes if self._flops_per_unit else None
         self.stopwatch = Stopwatch(progress.units)
 
     def start_bar(self, step: int) -> None:

@@ -24,6 +24,7 @@ from ..models.auto import NeuroTrailsForCausalLM, NeuroTrailsForImageClassificat
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..models.losses import IGNORE_INDEX
 from ..plan.flops import training_flops_per_token
+from ..plan.images import image_flops
 from ..sparsity.sharding import is_sharded
 from .batches import Batch, Batches, count_targets, limited, synchronized, to_device, until
 
@@ -309,7 +310,7 @@ processor = AutoImageProcessor.from_pretrained("THIS DIRECTORY")"""
         return {}
 
     def flops_per_unit(self, model: MultiHeadConfig) -> float | None:
-        return None
+        return 3 * image_flops(model, self._config.data.order_per_head).total
 
     def save(self, folder: Path) -> None:
         data = self._config.data

@@ -13,6 +13,7 @@ from conftest import ROOT, script
 from recipe_runs import call, start, write_text
 
 from experiments import suite_report
+from experiments.finished import finished, paired_ratios
 from experiments.suite import (
     budget,
     fill,
@@ -25,15 +26,8 @@ from experiments.suite import (
     tuned,
     tuning_runs,
 )
-from experiments.suite_report import (
-    density_series,
-    effects_table,
-    finished,
-    paired_ratios,
-    perplexity_on,
-    refreshed,
-    report_text,
-)
+from experiments.suite_report import density_series, refreshed, report_text
+from experiments.text_tables import effects_table, perplexity_on
 from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, lock_directory
@@ -139,7 +133,7 @@ def test_longer_training_is_one_over_density_and_the_budget_says_so(tiny):
     suite = load_suite(tiny)
     single, trails, longer = (budget(suite, run) for run in main_runs(suite, {"single": 0.1, "neurotrails": 0.1})[:3])
     assert (trails.steps, longer.steps) == (8, 16)
-    assert trails.tokens == single.tokens == 8 * 4 * 32 and longer.tokens == 2 * trails.tokens
+    assert trails.units == single.units == 8 * 4 * 32 and longer.units == 2 * trails.units
     assert longer.flops == 2 * trails.flops and longer.sparse_flops == 2 * trails.sparse_flops
     assert trails.sparse_flops < trails.flops and single.sparse_flops == single.flops
     assert single.active == single.stored < trails.stored and trails.active < trails.stored

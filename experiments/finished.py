@@ -1,0 +1,95 @@
+"""The finished runs of a suite, and how their scores are read, averaged over seeds and compared seed by seed."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.suite import METRICS_FILE, Arm, Suite, main_runs, read_result, tuned
+from nt_hf.training.metrics import read_metrics
+
+Result = Mapping[str, Any]
+Read = Callable[[Result], float | None]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a result.
+
+    Attributes:
+        label: its name in tables and plots.
+        read: the figure of a result; ``None`` where there is none, such as the gain of one head.
+        digits: that tables show behind the point.
+        log: plots show it on a logarithmic scale.
+    """
+
+    label: str
+    read: Read
+    digits: int = 3
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An arm's finished runs, by seed."""
+
+    arm: Arm
+    by_seed: dict[int, Result]
+    curves: list[list[Result]]
+
+    def values(self, read: Read) -> list[float]:
+        values = (read(result) for result in self.by_seed.values())
+        return [value for value in values if value is not None]
+
+    def mean(self, read: Read) -> float:
+        return statistics.fmean(self.values(read))
+
+    @property
+    def budget(self) -> Mapping[str, float]:
+        return next(iter(self.by_seed.values()))["budget"]
+
+
+def finished(suite: Suite, results: Path) -> dict[str, Finished]:
+    """The arms that have a finished run, in the suite's order."""
+    arms: dict[str, Finished] = {}
+    for run in sorted(main_runs(suite, tuned(results, suite)), key=lambda run: list(suite.arms).index(run.arm.name)):
+        if result := read_result(results, suite, run):
+            arm = arms.setdefault(run.arm.name, Finished(run.arm, {}, []))
+            arm.by_seed[run.seed] = result
+            arm.curves.append([r for r in read_metrics(results / run.name / METRICS_FILE) if r["event"] == "eval"])
+    return arms
+
+
+def density(result: Result) -> float:
+    """Of the masked weights."""
+    return result["validation"]["density"]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def pairs(runs: Finished, others: Finished, read: Read) -> list[tuple[float, float]]:
+    """The figures of both for every seed that both have."""
+    values = [(read(runs.by_seed[seed]), read(others.by_seed[seed])) for seed in runs.by_seed if seed in others.by_seed]
+    return [pair for pair in values if None not in pair]
+
+
+def paired_ratios(runs: Finished, others: Finished, read: Read) -> list[float]:
+    """``runs / others`` for every seed that both have."""
+    return [value / other for value, other in pairs(runs, others, read)]
+
+
+def paired_differences(runs: Finished, others: Finished, read: Read) -> list[float]:
+    """``runs - others`` for every seed that both have."""
+    return [value - other for value, other in pairs(runs, others, read)]
+
+
+def measured(measures: Iterable[Measure], runs: Finished) -> list[str]:
+    """A cell of a table for each measure."""
+    return [spread(runs.values(measure.read), measure.digits) for measure in measures]
