@@ -90,11 +90,11 @@ def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
 
 
 def effects_table(arms: Mapping[str, Finished]) -> str | None:
-    """What one change does: each arm that takes its learning rate from another, less that one, seed by seed."""
+    """What one change does: each arm less the one that it is a change of, seed by seed."""
     measures = (ACCURACY, Measure("mean head (%)", mean_head, 2), NLL, ECE, CORRUPTED)
     rows = [["arm", "less", "seeds", *(measure.label for measure in measures)]]
     for runs in arms.values():
-        if source := arms.get(runs.arm.learning_rate_of):
+        if source := arms.get(runs.arm.changed):
             gaps = [paired_differences(runs, source, measure.read) for measure in measures]
             cells = [signed(values, measure.digits) for values, measure in zip(gaps, measures)]
             rows.append([runs.arm.label, source.arm.label, str(len(gaps[0])), *cells])

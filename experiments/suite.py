@@ -33,8 +33,9 @@ class Arm:
         label: its name in tables and plots.
         config: sections of the recipe's configuration, laid over the suite's.
         seeds: so many of the suite's seeds, the first ones; ``None``: all.
-        learning_rate_of: the arm above whose learning rate it takes, and that it is a change of; ``None``: it is tuned
-            itself.
+        learning_rate_of: the arm above whose learning rate it takes; ``None``: it is tuned itself.
+        change_of: the arm above that it differs from by one change, whose effect a table shows; ``None``: the one whose
+            learning rate it takes.
         longer: train ``1 / density`` times as many steps (of the masked weights' density).
     """
 
@@ -43,7 +44,12 @@ class Arm:
     config: Tree = field(default_factory=dict)
     seeds: int | None = None
     learning_rate_of: str | None = None
+    change_of: str | None = None
     longer: bool = False
+
+    @property
+    def changed(self) -> str | None:
+        return self.change_of or self.learning_rate_of
 
 
 def _filled(rule: Rule, items: str) -> Rule:
@@ -220,6 +226,7 @@ def load_suite(path: str | Path) -> Suite:
         where, above = f"{path}: arms.{arm.name}", list(arms)[:index]
         rule = Rule(lambda name, above=above: name in above, f"an arm above it ({', '.join(above) or 'there is none'})")
         check(f"{where}.learning_rate_of", arm.learning_rate_of, optional(rule))
+        check(f"{where}.change_of", arm.change_of, optional(rule))
         check(f"{where}.seeds", arm.seeds, optional(integer(1, len(suite.seeds))))
         try:
             run_config(suite, Run(arm, 0, 1e-3, tuning=False))

@@ -113,12 +113,11 @@ def texts_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
 
 
 def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
-    """What one change does: each arm that takes its learning rate from another, against that one, seed by seed."""
+    """What one change does: each arm against the one that it is a change of, seed by seed."""
     read = perplexity_on(first := next(iter(suite.evaluation.texts)))
     rows = [["arm", "against", "seeds", f"ratio, {first}", "ratio, mean head", "gain (nats) more"]]
     for runs in arms.values():
-        if runs.arm.learning_rate_of in arms:
-            source = arms[runs.arm.learning_rate_of]
+        if source := arms.get(runs.arm.changed):
             ratios = paired_ratios(runs, source, read)
             gains = paired_differences(runs, source, gain)
             heads = paired_ratios(runs, source, head_mean(first))

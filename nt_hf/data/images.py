@@ -28,10 +28,10 @@ AHEAD = 2  # batches that each thread prepares before they are asked for
 class ImageBatches(RankOptions):
     """Iterable over batches of images, for one rank.
 
-    A batch is a dict of ``pixel_values``, float32 ``[batch_size, 3, H, W]``, normalised; and ``labels``, int64
-    ``[batch_size]``, or with mixup or label smoothing float32 shares of classes ``[batch_size, classes]``. With
-    ``heads``, both have one more dimension in front: every head sees the same images in an epoch, each in an order and
-    with an augmentation of its own.
+    A batch is a dict of ``pixel_values``, float32 ``[batch_size, 3, H, W]``, normalised, channels last in memory; and
+    ``labels``, int64 ``[batch_size]``, or with mixup or label smoothing float32 shares of classes ``[batch_size,
+    classes]``. With ``heads``, both have one more dimension in front: every head sees the same images in an epoch, each
+    in an order and with an augmentation of its own.
 
     For training, images are permuted in each epoch anew and augmented as the set's configuration says, and batches
     follow without end, across the ends of epochs. Otherwise the images come once, in their order, as they are; the
@@ -153,7 +153,8 @@ class ImageBatches(RankOptions):
             return self._ordered(first, self.seed, problems), problems
         # Head 0 sees the order that all heads would share. The seeds of the others are unlikely to be another run's.
         batches = [self._ordered(first, self.seed + 1_000_003 * head, problems) for head in range(self.heads)]
-        return {key: torch.stack([batch[key] for batch in batches]) for key in batches[0]}, problems
+        stacked = {key: torch.stack([batch[key] for batch in batches]) for key in batches[0]}
+        return {**stacked, "pixel_values": channels_last(stacked["pixel_values"])}, problems
 
     def _ordered(self, first: int, seed: int, problems: list[str]) -> dict[str, torch.Tensor]:
         """The batch from the image number ``first`` of an order on; adds what is wrong with images to ``problems``."""
@@ -183,7 +184,7 @@ class ImageBatches(RankOptions):
         labels = torch.from_numpy(images.labels[images.chosen[numbers[good]]])
         height, width = images.size
         pixels = torch.from_numpy(np.array(read, dtype=np.uint8).reshape(-1, height, width, 3))
-        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+        pixels = pixels.permute(0, 3, 1, 2)
         if self.training:
             pixels = move_and_flip(pixels, draws[good], config.crop_padding, config.flip)
         pixel_values = normalised(pixels, *config.statistics)
@@ -191,7 +192,12 @@ class ImageBatches(RankOptions):
             labels = smooth(labels, len(images.classes), config.label_smoothing)
             if config.mixup:
                 pixel_values, labels = mix(pixel_values, labels, config.mixup, f"{seed}/{first}")
-        return {"pixel_values": pixel_values, "labels": labels}
+        return {"pixel_values": channels_last(pixel_values), "labels": labels}
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """Images ``[..., 3, H, W]`` with the colours of a pixel side by side in memory, where convolutions are fastest."""
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def normalised(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
