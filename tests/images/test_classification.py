@@ -10,6 +10,8 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from nt_hf.cli import images as program
+from nt_hf.data.image_config import ImageConfig
+from nt_hf.data.image_sets import open_training_images
 from nt_hf.evaluation import classification as c
 from nt_hf.evaluation import comparison
 from nt_hf.evaluation.comparison import paired_bootstrap
@@ -172,7 +174,7 @@ def run(tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
-    monkeypatch.setattr(program, "open_images", lambda name, scale, args: source(int(name)))
+    monkeypatch.setattr(program, "open_images", lambda name, *_: source(int(name)))
 
     def run(*arguments: str, seed: int = 0, output: str = "out.json") -> tuple[dict, str]:
         monkeypatch.setattr(program, "load_image_model", lambda path: Heads(seed))
@@ -221,6 +223,23 @@ def test_the_program_writes_figures_tables_and_plots(run):
     assert sorted(path.name for path in run.folder.glob("*.png")) == ["out_calibration.png", "out_severity.png"]
 
 
+def test_the_first_images_alone_are_corrupted(run, monkeypatch):
+    monkeypatch.setattr(program, "corrupted", lambda data, *_: data)
+    result, _ = run("--corruptions", "contrast", "--severities", "1", "--corrupted_images", "25")
+    logits = torch.cat([Heads()(b["pixel_values"], True).head_logits for b in source(1)], 1).detach()[:, :25]
+    log_probs = dict(c.by_scorer(logits))["ensemble, probs"]
+    expected = c.figures(log_probs, torch.cat([b["labels"] for b in source(1)])[:25])
+    assert result["corruptions"]["contrast"]["1"]["ensemble, probs"] == pytest.approx(expected)
+    assert result["images"] == 40
+
+
+def test_temperatures_are_fitted_on_what_training_held_out():
+    arguments = ["--model", "m", "--output", "o", "--split_seed", "3", "--batch_size", "1000"]
+    [batch] = program.open_images("digits:train", Normalisation(MEAN, STD), program.parse(arguments), 0.1)
+    _, held_out = open_training_images(ImageConfig(validation_share=0.1, split_seed=3))
+    assert batch["labels"].tolist() == held_out.labels[held_out.chosen].tolist()
+
+
 def test_two_results_on_the_same_images_are_compared(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(program, "open_images", lambda name, *_: source(int(name), batches=5))
@@ -253,6 +272,9 @@ def test_images_of_another_size_are_one_line(run, monkeypatch):
         (["--corruptions", "fogg"], "^--corruptions='fogg': accepted is .*did you mean fog"),
         (["--severities", "0,1"], "^--severities 0,1: accepted are different numbers of 1 to 5"),
         (["--calibration", "1"], "^--calibration 1: accepted are images other than those of --data$"),
+        (["--held_out", "0.1"], "^--held_out=0.1: accepted is 0 without --calibration$"),
+        (["--held_out", "1", "--calibration", "2"], r"^--held_out=1.0: accepted is a share of --calibration"),
+        (["--corrupted_images", "0"], "^--corrupted_images=0: accepted is "),
         (["--cifar_c", "/nowhere"], "^/nowhere has no arrays; accepted is "),
         (["--against", "/nowhere.json"], "^--against /nowhere.json: .*; accepted is a file of nt-hf evaluate images$"),
     ],
@@ -280,7 +302,7 @@ def test_a_stock_classifier_counts_as_one_head(run, monkeypatch):
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5)
     stock = ResNetForImageClassification(config).eval()
     stock.save_pretrained(run.folder / "model")
-    monkeypatch.setattr(program, "open_images", lambda name, scale, args: source(int(name)))
+    monkeypatch.setattr(program, "open_images", lambda name, *_: source(int(name)))
     output = run.folder / "stock.json"
     program.main(["--model", str(run.folder / "model"), "--data", "1", "--output", str(output)])
     result = json.loads(output.read_text())
