@@ -53,7 +53,7 @@ def weight_rows(module: nn.Module, tensor: torch.Tensor | None = None) -> torch.
     return tensor.T if is_transposed(module) else tensor.flatten(1)
 
 
-def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module], method: str) -> None:
+def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module], setting: str) -> None:
     """Raises unless the inputs of all modules can be looked at block by block.
 
     Raises:
@@ -63,12 +63,10 @@ def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module]
     for name, module in modules.items():
         kind = type(module).__name__
         if module not in within:
-            raise ValueError(f"initial_masks={method}: {name} lies outside the blocks; accepted is to exclude it")
+            raise ValueError(f"{setting}: {name} lies outside the blocks; accepted is to exclude it")
         plain = isinstance(module, nn.Linear) or is_transposed(module)
         if not plain and not (isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"):
-            raise ValueError(
-                f"initial_masks={method}: {name} is of {kind}; accepted are linear layers and convolutions"
-            )
+            raise ValueError(f"{setting}: {name} is of {kind}; accepted are linear layers and convolutions")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -300,7 +298,7 @@ def prune(
     if pruner.products is None:
         return {name: pruner.mask(module, counts[name], structure, None) for name, module in modules.items()}
     blocks = blocks_of(model)
-    check_prunable(modules, blocks, method)
+    check_prunable(modules, blocks, f"initial_masks={method}")
     masks: dict[str, torch.Tensor] = {}
     for block, run in block_by_block(model, blocks, batches):
         within = set(block.modules())
@@ -321,7 +319,7 @@ def owl_densities(
     All layers of a block have one density, within 0.08 of ``density``; the mean over blocks is ``density``.
     """
     blocks = blocks_of(model)
-    check_prunable(modules, blocks, "owl")
+    check_prunable(modules, blocks, "distribution=owl")
     shares: dict[nn.Module, float] = {}
     for block, run in block_by_block(model, blocks, batches):
         within = set(block.modules())
