@@ -25,6 +25,7 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "patch_size",
 )
 
 

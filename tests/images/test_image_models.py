@@ -1,5 +1,6 @@
 """Image classifiers with heads: each trail is its stock model, and everything that decoders have."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -204,6 +205,25 @@ def test_two_heads_masks_are_compared():
     masks = masks_by_head(model)
     assert len(masks) == 3 and masks[0].keys() == masks[1].keys() and "layers.0.conv1" in masks[0]
     assert 0.2 < head_overlap(masks) < 0.5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_masks_that_a_batch_chooses_leave_the_statistics_as_they_were(fails):
+    model, batch = tiny_model("resnet basic", **MASKED).train(), images(6)
+    before = {name: x.clone() for name, x in model.named_buffers() if not name.endswith("weight_mask")}
+
+    def loss():
+        value = model(**batch).loss
+        assert not torch.equal(model.state_dict()[name], before[name]), "a pass in training mode moves them"
+        if fails:
+            raise ValueError("no loss")
+        return value
+
+    name = next(name for name in before if name.endswith("running_mean"))
+    with pytest.raises(ValueError, match="no loss") if fails else contextlib.nullcontext():
+        draw_masks(model, SparsityConfig(density=0.5, initial_masks="snip"), loss=loss)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert model.training
 
 
 @pytest.mark.parametrize("base", [False, True])
