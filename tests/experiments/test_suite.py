@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, script
-from recipe_runs import call, start, write_text
+from conftest import ROOT
+from recipe_runs import call
+from suite_runs import edited, run, runner
 
-from experiments import suite_report
 from experiments.finished import finished, paired_ratios
 from experiments.suite import (
     budget,
@@ -28,15 +28,12 @@ from experiments.suite import (
 )
 from experiments.suite_report import density_series, refreshed, report_text
 from experiments.text_tables import effects_table, perplexity_on
-from nt_hf.cli import prepare, tokenizer
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, lock_directory
 from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
-runner = script("experiments/run.py")
 SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
-PROGRAMS = {"recipes/prepare_c4.py": prepare, "recipes/train_tokenizer.py": tokenizer}
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*/report.md"))
 
 TINY = """
@@ -67,13 +64,6 @@ def tiny(tmp_path) -> Path:
     return path
 
 
-def edited(path: Path, **changes) -> Path:
-    """The suite with some of its keys set anew."""
-    content = yaml.safe_load(path.read_text()) | changes
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
-
 # ------------------------------------------------------------------------------------------------------- planning
 
 
@@ -90,14 +80,18 @@ def test_every_suite_of_the_repository_is_valid_and_fair(path):
     assert len({count for name, count in steps.items() if not suite.arms[name].longer}) == 1
     names = [run.name for run in [*tuning_runs(suite), *runs]]
     assert len(names) == len(set(names))
-    assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {suite.config["data"]["validation"]}
+    data = suite.config["data"]
+    if suite.of_images:  # neither trained on nor chosen by
+        assert suite.evaluation.images != data["train"] and data["validation_share"] > 0
+    else:
+        assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {data["validation"]}
 
 
 @pytest.mark.parametrize("name", ["cpu-mini", "gpu-60m"])
 def test_the_blocks_of_every_arm_learn_at_the_rate_that_suits_their_width_and_density(name):
     suite = load_suite(next(path for path in SUITES if path.stem == name))
-    for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3)):
-        config = run_config(suite, run)
+    for each in main_runs(suite, dict.fromkeys(suite.arms, 1e-3)):
+        config = run_config(suite, each)
         sparsity, width = config.sparsity, config.model["hidden_size"]
         density = 1.0 if sparsity.distribution == "erk" else sparsity.density  # ERK leaves these blocks dense
         assert config.train.learning_rate_factors["*.layers.*"] == pytest.approx(9.6 / (width * density), rel=1e-3)
@@ -213,39 +207,6 @@ def world(begun) -> Path:
     directory, _ = begun
     run(directory, plots=True)
     return directory
-
-
-def run(directory: Path, *arguments: str, plots: bool = False) -> list[str]:
-    """Runs a suite without starting an interpreter for each program. Returns the programs that were called."""
-    called = []
-    if not (directory / "text.jsonl").exists():
-        write_text(directory / "text.jsonl")
-
-    class Quick(runner.Programs):
-        def __post_init__(self):
-            pass
-
-        def call(self, program, *arguments, threads=None, log=None):
-            called.append(program)
-            if program == "recipes/pretrain_c4.py":  # signals need a main thread of its own
-                [process] = start(1, *arguments)
-                process.join()
-                if process.exitcode:
-                    raise ValueError(f"exit code {process.exitcode}")
-            elif program == "experiments/run.py":
-                call(runner.main, *arguments)
-            else:
-                PROGRAMS[program].main(list(arguments))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "Programs", Quick)
-        if not plots:
-            patch.setattr(suite_report, "pyplot", lambda: None)
-        call(
-            runner.main, "--suite", directory / "tiny.yaml", "--data_root", directory / "text.jsonl",
-            "--runs", directory / "runs", "--results", directory / "results", *arguments,
-        )  # fmt: skip
-    return called
 
 
 def test_a_suite_trains_evaluates_and_reports_every_run(world):
