@@ -150,12 +150,13 @@ def draw_masks(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if loss is not None else []
     try:
         masks = _first_masks(model, modules, config, loss, batches)
-        for buffer, value in buffers:
-            buffer.copy_(value)
     except BaseException:
         for name in modules.keys() - before.keys():
             del modules[name].weight_mask
         raise
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
     for name in before.keys() - modules.keys():
         del before[name].weight_mask
     if declared is not None:
