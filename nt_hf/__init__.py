@@ -17,6 +17,7 @@ from .models.auto import (
 )
 from .models.ensemble import NeuroTrailsCausalLMOutput, Uncertainty
 from .models.masks import apply_masks, check_masks, densify, freeze_topology
+from .models.merging import distillation_loss, merge_heads, with_student
 from .sparsity.config import SparsityConfig
 from .sparsity.first_masks import draw_masks
 from .sparsity.sparsifier import Sparsifier
@@ -48,6 +49,9 @@ __all__ = [
     "apply_masks",
     "check_masks",
     "densify",
+    "distillation_loss",
     "draw_masks",
     "freeze_topology",
+    "merge_heads",
+    "with_student",
 ]

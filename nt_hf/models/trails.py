@@ -94,14 +94,14 @@ class TrailsMixin:
         stock.tie_weights()
         stock = stock.to(self.device)
         for ours, theirs in self._trail(head, stock):
-            copy_tensors(ours, theirs, names=_tensors(theirs))
+            copy_tensors(ours, theirs, names=tensors_of(theirs))
         if hasattr(self, "generation_config"):
             stock.generation_config = copy.deepcopy(self.generation_config)
         return stock.train(self.training)
 
     def _copy_trail(self, head: int, stock: PreTrainedModel) -> None:
         for ours, theirs in self._trail(head, stock):
-            copy_tensors(theirs, ours, names=_tensors(theirs))
+            copy_tensors(theirs, ours, names=tensors_of(theirs))
 
     def _trail(self, head: int, stock: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
         """Pairs of corresponding modules: one trail's and the stock model's, which lacks the masks alone."""
@@ -130,7 +130,8 @@ def load_complete(kind: type, path: str | os.PathLike, **kwargs) -> PreTrainedMo
     return model
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module by name, those that the state dict lacks included; a shared one once."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -140,6 +141,6 @@ def copy_tensors(source: nn.Module, target: nn.Module, names: Iterable[str]) -> 
     ``Module.to(dtype)`` would also round the frequencies of the rotary embedding, which stay in fp32 when a model is
     loaded in bf16, and the state dict lacks them.
     """
-    source, target = _tensors(source), _tensors(target)
+    source, target = tensors_of(source), tensors_of(target)
     for name in names:
         target[name].data = source[name].detach().clone()

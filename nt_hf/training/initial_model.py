@@ -100,27 +100,30 @@ def first_masks(model: PreTrainedModel, config: RunConfig, task: Task) -> None:
         batches = task.calibration_batches(rows, model.device) if sparsity.needs_calibration else None
         draw_masks(model, sparsity, loss=lambda: task.saliency_loss(model), batches=batches)
     if "init_from" in config.model:
-        require_different_heads(model, config)
+        moves = sparsity.is_sparse and sparsity.update_interval > 0  # the noise of updates differs from head to head
+        if not (moves or config.data.order_per_head):
+            accepted = "a number above 0, data.order_per_head=true, or random masks"
+            require_different_heads(model, f"train.head_noise={config.train.head_noise:g}", accepted)
 
 
-def require_different_heads(model: PreTrainedModel, config: RunConfig) -> None:
-    """Raises if two heads are equal and nothing in the run would ever make them differ.
+def require_different_heads(model: PreTrainedModel, setting: str, accepted: str) -> None:
+    """Raises if two heads are equal and get equal gradients in training: they would stay equal.
+
+    Args:
+        model: before training on batches that all heads share.
+        setting: ``key=value`` of what could have made the heads differ.
+        accepted: its accepted values, and other ways, in words.
 
     Raises:
         ValueError: they are; the message says what is accepted.
     """
-    sparsity = config.sparsity
-    moves = sparsity.is_sparse and sparsity.update_interval > 0  # the noise of updates differs from head to head
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     drops = drops or any(value for name, value in vars(model.config).items() if "dropout" in name)
-    if config.data.order_per_head or moves or drops or model.config.num_ensemble_heads == 1:
+    if drops or model.config.num_ensemble_heads == 1:
         return
     first, second = (model.head_modules(head) for head in (0, 1))
     pairs = (
         (w, second[path].get_parameter(n)) for path in first for n, w in first[path].named_parameters(recurse=False)
     )
     if all(torch.equal(weight, other) for weight, other in pairs):
-        raise ValueError(
-            "train.head_noise=0: the heads are equal and would stay so; accepted is a number above 0, "
-            "data.order_per_head=true, or random masks"
-        )
+        raise ValueError(f"{setting}: the heads are equal and would stay so; accepted is {accepted}")
