@@ -50,7 +50,7 @@ test-newest: install
 	NT_HF_ANY_TRANSFORMERS=1 $(VENV_NEWEST)/bin/python -m pytest $(MODEL_TESTS)
 
 test-peers: $(VENV_PEERS)/.installed
-	$(VENV_PEERS)/bin/python -m pytest tests/models/test_reports_peers.py
+	$(VENV_PEERS)/bin/python -m pytest tests/models/test_reports_peers.py tests/training/test_finetune.py
 
 $(VENV_PEERS)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV_PEERS)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("train", "pretrain a multi-head model, or continue a run"),
     "train-images": ("train_images", "train an image classifier with several heads, or continue a run"),
+    "finetune": ("finetune", "fine-tune a checkpoint on text, answers or conversations (needs nt_hf[finetune])"),
     "prepare": ("prepare", "tokenize text once, for runs that read prepared tokens"),
     "tokenizer": ("tokenizer", "train a small tokenizer on any text"),
     "evaluate perplexity": ("perplexity", "perplexity and bits per byte of a checkpoint on any text"),

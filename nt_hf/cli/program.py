@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from .._version import __version__
 
 # Packages that only some programs need, and the extra of this package that installs each.
-EXTRAS = {"datasets": "data", "pyarrow": "data", "lm_eval": "eval"}
+EXTRAS = {"datasets": "data", "pyarrow": "data", "lm_eval": "eval", "trl": "finetune", "peft": "finetune"}
 
 
 def run(main: Callable[[], None]) -> None:

@@ -57,6 +57,7 @@ class TrailsMixin:
         config._name_or_path = stock.config._name_or_path
         with init.no_init_weights():
             model = cls(config)
+        model.name_or_path = ""  # it lies nowhere yet; PEFT would look for its configuration where the stock model lies
         model.tie_weights()
         model = model.to(stock.device)
         for head in range(num_ensemble_heads):
