@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from ..data.tokenizers import check_vocabulary
 from ..models.auto import NeuroTrailsForCausalLM, family_of
 from ..models.configuration_neurotrails import MODEL_TYPE_PREFIX
 from ..models.ensemble import combine_logits
@@ -95,11 +97,13 @@ def finetune(config: FinetuneConfig, args: SFTConfig) -> SFTTrainer:
     """
     _check_trainer(args)
     resume_from = _resume_from(args)
-    model = _load_model(config, args)
-    tokenizer = load_chat_tokenizer(config.model, args, model.config.vocab_size)
+    is_stock = not family_of(config.model).startswith(MODEL_TYPE_PREFIX)
+    tokenizer = load_chat_tokenizer(config.model, args)
     template = chat_template(tokenizer, args)
-    sets = {name: source for name, source in (("data", config.data), ("validation", config.validation)) if source}
-    sets = {name: answers_only(name, load_examples(name, source), args, template) for name, source in sets.items()}
+    sources = {name: source for name, source in (("data", config.data), ("validation", config.validation)) if source}
+    sets = {name: answers_only(name, load_examples(name, source), args, template) for name, source in sources.items()}
+    model = _load_model(config, args, is_stock)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if config.train == "trail":
         model = with_student(model, config.trail)
     adapters = _choose_weights(model, config)
@@ -119,6 +123,8 @@ def finetune(config: FinetuneConfig, args: SFTConfig) -> SFTTrainer:
     trained = sum(x.numel() for x in parameters if x.requires_grad)
     logger.info("train=%s: %d of %d weights are trained", config.train, trained, sum(x.numel() for x in parameters))
     trainer.train(resume_from_checkpoint=resume_from)
+    if config.validation and args.eval_strategy == "no":
+        trainer.evaluate()  # at least once
     _save(trainer, config)
     return trainer
 
@@ -128,9 +134,10 @@ def _check_trainer(args: SFTConfig) -> None:
     for name, accepted in (("label_smoothing_factor", 0.0), ("loss_type", "nll")):
         if getattr(args, name) != accepted:
             raise ValueError(f"{name}={getattr(args, name)!r}: accepted is {accepted!r}, the loss is that of each head")
-    if args.fsdp or args.deepspeed:
-        name = "fsdp" if args.fsdp else "deepspeed"
-        raise ValueError(f"{name}={getattr(args, name)!r}: accepted is none, one process or data parallel ones")
+    for name in ("fsdp", "deepspeed"):
+        flag = f"ACCELERATE_USE_{name.upper()}"  # of accelerate launch
+        if getattr(args, name) or parse_flag_from_env(flag):
+            raise ValueError(f"{name}={getattr(args, name)!r}: accepted is one process, or data parallel ones")
 
 
 def _resume_from(args: SFTConfig) -> str | None:
@@ -150,13 +157,13 @@ def _resume_from(args: SFTConfig) -> str | None:
     return str(found)
 
 
-def _load_model(config: FinetuneConfig, args: SFTConfig) -> PreTrainedModel:
+def _load_model(config: FinetuneConfig, args: SFTConfig, is_stock: bool) -> PreTrainedModel:
     """The multi-head model of a checkpoint, fp32 unless ``args.model_init_kwargs`` says otherwise."""
     options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
     args.model_init_kwargs = None  # the model is loaded here
     shape = {"num_ensemble_heads": config.num_ensemble_heads, "blocks_in_head": config.blocks_in_head}
     shape = {name: value for name, value in shape.items() if value is not None}
-    if family_of(config.model).startswith(MODEL_TYPE_PREFIX):
+    if not is_stock:
         model = NeuroTrailsForCausalLM.from_pretrained(config.model, **options)
         for name, value in shape.items():
             if value != getattr(model.config, name):

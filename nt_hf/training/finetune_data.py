@@ -1,6 +1,7 @@
 """The examples of fine-tuning: any source of text, as columns that TRL knows, with the loss on answers only."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from trl import SFTConfig
 
 from ..checks import one_line
 from ..data.sources import find_files
-from ..data.tokenizers import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def answers_only(name: str, examples: datasets.Dataset, args: SFTConfig, templat
         )
     if conversations == "prompt" or args.assistant_only_loss:
         return examples
-    if "{% generation" in template or "{%- generation" in template:
+    if re.search(r"{%-?\s*generation\b", template):
         args.assistant_only_loss = True
         logger.info("%s: the chat template marks answers, all of them are learned", name)
         return examples
@@ -102,11 +102,11 @@ def _last_answer(example: dict[str, Any], index: int, name: str) -> dict[str, An
     return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
 
-def load_chat_tokenizer(model: str, args: SFTConfig, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_chat_tokenizer(model: str, args: SFTConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint as it is, with the tokens that it adds to a text.
 
     Raises:
-        ValueError: there is none, it does not fit the model, or it cannot end a text.
+        ValueError: there is none, or it cannot end a text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
@@ -116,7 +116,6 @@ def load_chat_tokenizer(model: str, args: SFTConfig, vocab_size: int) -> PreTrai
         ) from error
     if tokenizer.eos_token is None and args.eos_token is None:
         raise ValueError(f"eos_token=None: the tokenizer of {model} has none; accepted is one of its tokens")
-    check_vocabulary(tokenizer, vocab_size)
     return tokenizer
 
 

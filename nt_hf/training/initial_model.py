@@ -75,10 +75,11 @@ def add_noise(model: PreTrainedModel, share: float, seed: int) -> None:
     """
     if not share:
         return
+    first = {id(weight) for module in model.head_modules(0).values() for weight in module.parameters(recurse=False)}
     for head in range(1, model.config.num_ensemble_heads):
         for path, module in model.head_modules(head).items():
             for name, weight in module.named_parameters(recurse=False):
-                if weight.dim() > 1:
+                if weight.dim() > 1 and id(weight) not in first:  # LM heads tied to the embedding are one weight
                     digest = hashlib.sha256(f"{seed}/{head}/{path}.{name}".encode()).digest()
                     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                     noise = torch.randn(weight.shape, generator=generator)

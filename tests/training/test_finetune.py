@@ -236,7 +236,7 @@ def test_a_student_learns_from_the_ensemble(sparse, run, tmp_path):
 
 def test_evaluation_is_of_the_ensemble(stock, run, tmp_path):
     data = rows(tmp_path / "validation.jsonl", ANSWER, 2)
-    trainer = run(stock, ANSWER, validation=data, eval_strategy="epoch", max_steps=1)
+    trainer = run(stock, ANSWER, validation=data, max_steps=1)
     record = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     model = NeuroTrailsForCausalLM.from_pretrained(tmp_path / "out")
     ids = tokenizer()(ANSWER["prompt"] + ANSWER["completion"] + "</s>", return_tensors="pt")["input_ids"]
@@ -274,6 +274,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(request, run, tmp_path, kind,
         ({"loss_type": "dft"}, "loss_type='dft': accepted is 'nll'"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint='true': accepted is the directory"),
         ({"chat_template_path": "no.jinja"}, "chat_template_path='no.jinja': cannot be read"),
+        ({"eval_strategy": "steps"}, "eval_strategy"),
+        ({"fsdp": "true"}, "fsdp=True: accepted is one process, or data parallel ones"),
+        ({"model": "nowhere"}, "nowhere: accepted is a checkpoint directory or a hub id"),
         ({"example": {"question": "a"}}, "data=.*: the columns are question; accepted are messages, or prompt and"),
         ({"example": {"text": 3}}, "data=.*: text: holds int64; accepted are"),
         ({"example": {"text": None}}, "data=.*: text: 8 values are missing; accepted are"),
@@ -283,7 +286,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(request, run, tmp_path, kind,
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(stock, run, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
-        run(stock, **options)
+        run(**{"model": stock, **options})
     assert "\n" not in str(error.value).strip() and not (tmp_path / "out").exists()
 
 
