@@ -131,6 +131,13 @@ def test_the_code_of_using_a_checkpoint_runs(checkpoint):
     assert names["one"].config.num_ensemble_heads == 1 and names["many"].config.num_ensemble_heads == 3
 
 
+def test_the_code_of_finetuning_runs(checkpoint):
+    names: dict = {"torch": torch, "input_ids": torch.arange(10, 30)[None]}
+    for block in code(ROOT / "docs" / "finetune.md", "python"):
+        exec(block.replace("runs/tuned", str(checkpoint)), names)
+    assert type(names["stock"]).__name__ == "LlamaForCausalLM" and names["loss"].isfinite()
+
+
 def test_the_code_of_sparsifying_runs():
     first = code(ROOT / "docs" / "sparsify-your-model.md", "python")[0]
     model = torch.nn.Sequential(OrderedDict(block=torch.nn.Linear(16, 32), lm_head=torch.nn.Linear(32, 4)))

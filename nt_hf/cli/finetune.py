@@ -4,9 +4,10 @@
     nt-hf finetune --model runs/tuned --data answers.jsonl --train trail --output_dir runs/one
 
 A stock model gets several heads first. Every option of TRL's SFTConfig is accepted, too, for example --learning_rate,
---num_train_epochs, --max_length, --packing, --eval_strategy, --save_steps, --resume_from_checkpoint; --config FILE
-reads options from YAML. Other defaults than TRL's: gradient_checkpointing is off, because the heads run one after
-another and so keep the activations of one only; bf16 is on where there is a GPU that has it.
+--num_train_epochs, --max_length, --packing, --eval_strategy, --save_steps, --resume_from_checkpoint,
+--chat_template_path, --model_init_kwargs; --config FILE reads options from YAML. Other defaults than TRL's:
+gradient_checkpointing is off, because the heads run one after another and so keep the activations of one only; bf16 is
+on where there is a GPU that has it; and --output_dir must be given.
 """
 
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from ..checks import TEXT, check
 from ..training.finetune_config import FinetuneConfig
 from .program import check_output, run
 
@@ -39,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = TrlParser((FinetuneConfig, SFTConfig), **options)
     parser.error = _refuse
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    parser.set_defaults(gradient_checkpointing=False, bf16=has_bf16)
+    parser.set_defaults(gradient_checkpointing=False, bf16=has_bf16, output_dir="")
     config, args = parser.parse_args_and_config(argv)
+    check("output_dir", args.output_dir, TEXT)
     check_output(Path(args.output_dir), directory=True, option="--output_dir")
     from ..training.finetune import finetune
 

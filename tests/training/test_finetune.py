@@ -290,6 +290,11 @@ def test_bad_input_is_one_line_and_writes_nothing(stock, run, tmp_path, options,
     assert "\n" not in str(error.value).strip() and not (tmp_path / "out").exists()
 
 
+def test_an_output_directory_must_be_given(stock):
+    with pytest.raises(ValueError, match="output_dir='': accepted is a text that is not empty"):
+        main(["--model", str(stock), "--data", "sample:train"])
+
+
 def test_bad_input_for_a_model_of_several_heads(sparse, run, tmp_path):
     for options, message in (
         ({"num_ensemble_heads": 2}, "num_ensemble_heads=2: accepted is 3, as in"),
