@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import token_ids
+from conftest import token_ids, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nt_hf import NeuroTrailsForCausalLM, check_masks, distillation_loss, merge_heads, with_student
@@ -54,6 +54,25 @@ def test_weights_of_half_precision_are_averaged_in_full():
     for head, value in enumerate((1.0, 1.0, 1.0 + 2**-7)):
         torch.nn.init.constant_(model.lm_heads[head].weight, value)
     assert (tensors_of(merge_heads(model))[name] == torch.tensor(1 + 2**-7 / 3).bfloat16()).all()
+
+
+def test_heads_that_began_as_copies_have_a_good_mean():
+    stock = trained("dense").extract_trail(0)
+    model = NeuroTrailsForCausalLM.from_stock(stock, num_ensemble_heads=3, blocks_in_head=2).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        starts = torch.randint(20_000, (3, 6, 1), generator=generator)  # a batch for each head
+        ids = token_ids()[starts + torch.arange(48)]
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    held_out = token_ids()[20_100 : 20_100 + 40 * 64].view(64, 40)
+    with torch.no_grad():
+        heads = model.eval()(held_out, labels=held_out).head_losses
+        merged = merge_heads(model)(held_out, labels=held_out).loss
+        before = stock(held_out, labels=held_out).loss
+    assert merged < heads.mean() < before
 
 
 def small():
