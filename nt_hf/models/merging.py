@@ -19,8 +19,8 @@ def merge_heads(model: PreTrainedModel, heads: Sequence[int] | None = None) -> P
 
     Averages of weights are good models only where the heads share an ancestor and have not moved far from it, as after
     fine-tuning copies of one model (Wortsman et al. 2022, model soups, arXiv 2203.05482). Of heads that began as
-    different random weights it need not be any good. A weight outside a head's mask counts as the 0 that it is there, so
-    the average is active where any head is. The stock model carries no masks.
+    different random weights it need not be any good. A weight outside a head's mask counts as the 0 that it is there,
+    so the average is active where any head is. The stock model carries no masks.
 
     Args:
         model: of several heads.

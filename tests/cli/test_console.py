@@ -36,7 +36,7 @@ def test_help_lists_every_verb_in_one_line(capsys):
 def test_an_unknown_verb_is_one_line_with_the_known_ones(arguments):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--model", "x"])
-    line = f"error: nt-hf {' '.join(arguments)}: unknown; accepted are train, train-images, prepare, tokenizer, "
+    line = f"error: nt-hf {' '.join(arguments)}: unknown; accepted are train, train-images, finetune, prepare, "
     assert str(ended.value.code).startswith(line) and "\n" not in str(ended.value.code)
 
 

@@ -275,7 +275,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(request, run, tmp_path, kind,
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint='true': accepted is the directory"),
         ({"chat_template_path": "no.jinja"}, "chat_template_path='no.jinja': cannot be read"),
         ({"eval_strategy": "steps"}, "eval_strategy"),
-        ({"fsdp": "true"}, "fsdp=True: accepted is one process, or data parallel ones"),
         ({"model": "nowhere"}, "nowhere: accepted is a checkpoint directory or a hub id"),
         ({"example": {"question": "a"}}, "data=.*: the columns are question; accepted are messages, or prompt and"),
         ({"example": {"text": 3}}, "data=.*: text: holds int64; accepted are"),
@@ -288,6 +287,15 @@ def test_bad_input_is_one_line_and_writes_nothing(stock, run, tmp_path, options,
     with pytest.raises((ValueError, OSError), match=message) as error:
         run(**{"model": stock, **options})
     assert "\n" not in str(error.value).strip() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_sharded_launches_are_refused(monkeypatch, tmp_path, name):
+    args = SFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False)
+    finetune._check_trainer(args)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{name}=.*: accepted is one process, or data parallel ones"):
+        finetune._check_trainer(args)
 
 
 def test_an_output_directory_must_be_given(stock):
