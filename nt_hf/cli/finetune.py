@@ -4,10 +4,11 @@
     nt-hf finetune --model runs/tuned --data answers.jsonl --train trail --output_dir runs/one
 
 A stock model gets several heads first. Every option of TRL's SFTConfig is accepted, too, for example --learning_rate,
---num_train_epochs, --per_device_train_batch_size, --gradient_accumulation_steps, --max_length, --packing,
---eval_strategy, --save_steps, --resume_from_checkpoint, --chat_template_path, --model_init_kwargs; --config FILE reads
-options from YAML. Other defaults than TRL's: gradient_checkpointing is off, because the heads run one after another and
-so keep the activations of one only; bf16 is on where there is a GPU that has it; and --output_dir must be given.
+--num_train_epochs, --max_steps, --per_device_train_batch_size, --gradient_accumulation_steps, --max_length, --packing,
+--eval_strategy, --save_strategy, --resume_from_checkpoint, --chat_template_path, --model_init_kwargs, --use_cpu;
+--config FILE reads options from YAML. Other defaults than TRL's: gradient_checkpointing is off, because the heads run
+one after another and so keep the activations of one only; bf16 is on where there is a GPU that has it; and --output_dir
+must be given.
 """
 
 import sys
