@@ -25,8 +25,8 @@ from .checks import (
 )
 from .data.config import DataConfig
 from .data.image_config import ImageConfig
-from .models.auto import class_of_family
-from .models.configuration_neurotrails import MultiHeadConfig
+from .models.auto import class_of_family, config_of_checkpoint, family_of
+from .models.configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfig
 from .models.modeling_neurotrails_images import MultiHeadForImageClassification
 from .sparsity.config import SparsityConfig
 from .yaml_values import DuplicateKeyError, known_name, parse_yaml, read_yaml, typed_value
@@ -57,6 +57,8 @@ class TrainConfig:
         matmul_precision: precision of products of fp32 matrices (``torch.set_float32_matmul_precision``): "high" and
             "medium" may round the inputs and are faster on some GPUs and CPUs.
         gradient_checkpointing: recompute activations in the backward pass.
+        head_noise: with ``model.init_from`` a stock model, whose heads begin as copies: standard deviation of noise
+            that is added to the matrices of every head but the first, as a share of each matrix's own.
         compile: compile the decoder blocks by ``torch.compile``; needs a C++ compiler on a CPU, where it gains nothing.
         peak_tflops: the hardware's dense matrix peak for one process, to report MFU; ``None``: looked up by the
             device's name, no MFU when unknown.
@@ -92,6 +94,7 @@ class TrainConfig:
     precision: str = setting("auto", choice(["auto", "fp32", "bf16"]))
     matmul_precision: str = setting("highest", choice(["highest", "high", "medium"]))
     gradient_checkpointing: bool = setting(False, SWITCH)
+    head_noise: float = setting(0.0, number("[0, inf)"))
     compile: bool = setting(False, SWITCH)
     peak_tflops: float | None = setting(None, optional(number("(0, inf)")))
     log_steps: int = setting(10, integer(1))
@@ -135,7 +138,8 @@ class RunConfig:
 
     Attributes:
         model: ``base``, the family of stock models (``"llama"`` where it is left out), and arguments of the family's
-            multi-head configuration.
+            multi-head configuration. Or ``init_from``, a stock or multi-head checkpoint whose weights the run starts
+            from, a directory or hub id; of a stock one, with arguments of the heads.
         data: of text or, where the family is of image classifiers, of images.
     """
 
@@ -161,6 +165,8 @@ class RunConfig:
             ValueError: a field lies outside its range.
         """
         fields = copy.deepcopy(self.model)  # the configuration completes rope_parameters in place
+        if "init_from" in fields:
+            return self._initial_config(fields, derived)
         family = class_of_family(fields.pop("base", DEFAULT_BASE)).config_class
         hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
         if hidden and heads and hidden % heads == 0:
@@ -170,6 +176,20 @@ class RunConfig:
         if isinstance(self.data, DataConfig):
             derived = {"max_position_embeddings": self.data.sequence_length, **derived}
         return family(**fields, **derived)
+
+    def _initial_config(self, fields: dict[str, Any], derived: Mapping[str, Any]) -> MultiHeadConfig:
+        """The configuration of the checkpoint that the run starts from."""
+        fields.pop("base", None)
+        path = fields.pop("init_from")
+        try:
+            config = config_of_checkpoint(path, **fields)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
+        for name, value in derived.items():
+            setattr(config, name, value)
+        if isinstance(self.data, DataConfig) and (most := getattr(config, "max_position_embeddings", None)):
+            check("data.sequence_length", self.data.sequence_length, integer(1, most))
+        return config
 
 
 SECTIONS = {"model": MultiHeadConfig, "data": DataConfig, "sparsity": SparsityConfig, "train": TrainConfig}
@@ -244,9 +264,22 @@ def load_run_config(
 
 
 def _base(layers: Sequence[tuple[str, Mapping, Mapping]], overrides: Mapping[str, str]) -> str:
-    """The family of stock models that a configuration names last."""
-    named = [content["model"]["base"] for _, content, _ in layers if "base" in content.get("model", {})]
-    base = overrides.get("model.base", named[-1] if named else DEFAULT_BASE)
+    """The family of stock models that a configuration names last, or that of the checkpoint it starts from."""
+
+    def last(key: str) -> Any:
+        named = [content["model"][key] for _, content, _ in layers if key in content.get("model", {})]
+        return overrides.get(f"model.{key}", named[-1] if named else None)
+
+    base, source = last("base"), last("init_from")
+    if source is not None:
+        check("model.init_from", source, TEXT)
+        try:
+            family = family_of(source).removeprefix(MODEL_TYPE_PREFIX)
+        except ValueError as error:
+            raise ValueError(f"model.init_from={error}") from error
+        check("model.base", base, Rule(lambda base: base in (None, family), f"{family}, the family of {source}"))
+        base = family
+    base = DEFAULT_BASE if base is None else base
     check("model.base", base, TEXT)
     try:
         class_of_family(base)
@@ -359,6 +392,6 @@ def _fields(section: type, base: str) -> dict[str, Any]:
     stock = family.stock_class.__mro__
     defining = [family, *stock[: stock.index(PreTrainedConfig)]]
     own = {name for parent in defining for name in vars(parent).get("__annotations__", {})} & types.keys()
-    keys = {"base": str} | {name: types[name] for name in sorted(own)}
+    keys = {"base": str, "init_from": str} | {name: types[name] for name in sorted(own)}
     keys |= {alias: types[name] for alias, name in family.attribute_map.items() if name in types}
     return {name: kind for name, kind in keys.items() if name not in DERIVED_MODEL_KEYS}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import Rule, check, choice, integer, number, optional
 from ..evaluation.classification import (
@@ -60,13 +60,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     severities = parse_severities(args.severities)
     published = published_names(args.cifar_c) if args.cifar_c else []
     other = read_result(args.against) if args.against else None
-    scale = read_normalisation(args.model)
     model = load_image_model(args.model)
+    scale = read_normalisation(args.model)
     sources = {
-        name: open_images(source, scale, args, args.held_out if name == "calibration" else 0.0)
+        name: open_images(
+            source, scale, args, args.held_out if name == "calibration" else 0.0,
+            None if name == "ood" else class_names(model.config),
+        )
         for name in ("data", "calibration", "ood")
-        if (source := getattr(args, name))
-    }
+        if (source := getattr(args, name)) is not None
+    }  # fmt: skip
     data = sources["data"]
     logits, labels, fingerprint = predict_known(model, data, scale)
     if other and other["fingerprint"] != fingerprint:
@@ -154,24 +157,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--label_field", default="label", help="column of parquet files")
     parser.add_argument("--image_size", type=int, help="side that images are scaled to; default: as they are")
     parser.add_argument("--center_crop", type=float, default=1.0, help="share of the shorter side that is taken")
+    parser.add_argument("--on_bad_image", default="error", help="'skip' leaves out images that cannot be read")
     return parser.parse_args(argv)
 
 
-def open_images(source: str, scale: Normalisation, args: argparse.Namespace, held_out: float = 0.0) -> Iterable[Batch]:
+def class_names(config: PreTrainedConfig) -> list[str] | None:
+    """The names of a checkpoint's classes; ``None`` where it has none but those that Transformers makes up."""
+    names = [config.id2label[label] for label in sorted(config.id2label)]
+    return None if names == [f"LABEL_{label}" for label in range(len(names))] else names
+
+
+def open_images(
+    source: str, scale: Normalisation, args: argparse.Namespace, held_out: float = 0.0,
+    classes: Sequence[str] | None = None,
+) -> Iterable[Batch]:  # fmt: skip
     """Batches of a source as the model takes them; every ``iter()`` begins anew.
 
     With a share ``held_out`` the source is of training images, and those that are held out of training are read.
+    ``classes`` are the names of the model's: where the source has names, too, its labels are numbered by them.
     """
     from ..data.image_config import ImageConfig
-    from ..data.image_sets import open_images, open_training_images
+    from ..data.image_sets import Classes, open_images, open_training_images
     from ..data.images import ImageBatches
 
-    options = {name: getattr(args, name) for name in ("image_field", "label_field", "image_size", "center_crop")}
+    names = ("image_field", "label_field", "image_size", "center_crop", "on_bad_image")
+    options = {name: getattr(args, name) for name in names}
     config = ImageConfig(
         train=source, validation_share=held_out, split_seed=args.split_seed,
         normalize=[list(scale.mean), list(scale.std)], **options,
     )  # fmt: skip
-    images = open_training_images(config)[1] if held_out else open_images(source, config)
+    known = classes and Classes(list(classes), f"--model {args.model}")
+    images = open_training_images(config, known)[1] if held_out else open_images(source, config, classes=known)
     return ImageBatches(images, batch_size=args.batch_size, training=False)
 
 

@@ -43,7 +43,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {name} is not installed: pip install 'nt_hf[{EXTRAS[name]}]'")
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         dead_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-        if os.environ.get("NT_HF_TRACEBACK") or (isinstance(error, RuntimeError) and not dead_worker):
+        # The latter says that a family cannot have heads.
+        is_input = not isinstance(error, RuntimeError) or dead_worker or isinstance(error, NotImplementedError)
+        if os.environ.get("NT_HF_TRACEBACK") or not is_input:
             raise
         reason = "; out of memory perhaps: fewer data.num_workers need less" if dead_worker else ""
         sys.exit(f"error: {' '.join(str(error).split())}{reason}")

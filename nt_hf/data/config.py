@@ -8,7 +8,7 @@ SOURCE = Rule(
     lambda value: (
         TEXT.valid(value) or (isinstance(value, list | tuple) and bool(value) and all(map(TEXT.valid, value)))
     ),
-    "a text source or a list of them",
+    "a source of data or a list of them",
 )
 
 

@@ -6,6 +6,7 @@ on disk as memory-mapped tables, so that any image can be had by its number with
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,19 @@ KEEP_BYTES = 2 << 30  # a set that is no larger is decoded once
 
 class BadImageError(DataError):
     """One image that cannot be used; ``on_bad_image="skip"`` leaves it out."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes that labels are to be numbered by.
+
+    Attributes:
+        names: in their order.
+        owner: who has them, for messages.
+    """
+
+    names: list[str]
+    owner: str
 
 
 @dataclass(eq=False)
@@ -108,17 +122,21 @@ class ImageSet:
         return path if isinstance(path, str) else f"{self.source}, image {record + 1}"
 
 
-def open_images(source: str | Sequence[str], config: ImageConfig, like: ImageSet | None = None) -> ImageSet:
+def open_images(
+    source: str | Sequence[str], config: ImageConfig, like: ImageSet | None = None, classes: Classes | None = None
+) -> ImageSet:
     """The images of a source.
 
     Args:
         source: see [`ImageConfig`].
         config: how to read them.
         like: the training images, whose classes and size these must have.
+        classes: those that the labels are of; by default those of ``like``, or the source's own. Where the source names
+            its classes, labels are numbered by these names, otherwise they are the numbers of ``classes``.
 
     Raises:
-        DataError: the source cannot be found or read, holds no images, or does not fit to ``like``; a label is none
-            of a class.
+        DataError: the source cannot be found or read, holds no images, or does not fit to ``like`` and ``classes``; a
+            label is none of a class.
         ValueError: ``source`` is neither a string nor a list of strings.
     """
     check("source", source, SOURCE)
@@ -132,9 +150,10 @@ def open_images(source: str | Sequence[str], config: ImageConfig, like: ImageSet
         records, labels, names = _table(entries, config)
     if not len(labels):
         raise DataError(f"{name}: holds no images")
-    labels, classes = _numbered(name, labels, names, like)
+    classes = classes or (like and Classes(like.classes, like.source))
+    labels, class_names = _numbered(name, labels, names, classes)
     chosen, side = np.arange(len(labels)), config.image_size
-    images = ImageSet(name, records, labels, classes, config, chosen, (side or 0, side or 0))
+    images = ImageSet(name, records, labels, class_names, config, chosen, (side or 0, side or 0))
     if side is None:
         images.size = like.size if like else _first_size(images)
     if config.crop_padding >= min(images.size):
@@ -142,13 +161,17 @@ def open_images(source: str | Sequence[str], config: ImageConfig, like: ImageSet
     return images
 
 
-def open_training_images(config: ImageConfig) -> tuple[ImageSet, ImageSet]:
+def open_training_images(config: ImageConfig, classes: Classes | None = None) -> tuple[ImageSet, ImageSet]:
     """The images for training and for validation.
+
+    Args:
+        config: what to read, and how.
+        classes: see [`open_images`].
 
     Raises:
         DataError: see [`open_images`]; or ``validation_share`` leaves one of them without images.
     """
-    train = open_images(config.train, config)
+    train = open_images(config.train, config, classes=classes)
     if not config.validation_share:
         return train, open_images(config.validation, config, like=train)
     held_out = round(config.validation_share * len(train))
@@ -207,6 +230,7 @@ def _table(entries: list[str], config: ImageConfig) -> Found:
         import datasets
         import pyarrow
 
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is raised, too
         table = datasets.load_dataset("parquet", data_files=files, split="train")
     except ModuleNotFoundError as error:
         raise DataError(f"{name}: {error.name} is not installed: pip install 'nt_hf[images]'") from error
@@ -224,20 +248,26 @@ def _table(entries: list[str], config: ImageConfig) -> Found:
 
 
 def _numbered(
-    source: str, labels: np.ndarray, names: list[str] | None, like: ImageSet | None
+    source: str, labels: np.ndarray, names: list[str] | None, classes: Classes | None
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels as numbers of the classes of ``like``, if it is given, else of the source's own, and these classes."""
+    """Labels as numbers of ``classes``, if they are given, else of the source's own, and the names of these classes."""
     largest = int(labels.max())
-    classes = names or (like.classes if like else [str(label) for label in range(largest + 1)])
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    own = names or (classes.names if classes else [str(label) for label in range(largest + 1)])
+    outside = np.flatnonzero((labels < 0) | (labels >= len(own)))
     if len(outside):
         first = outside[0]
-        raise DataError(f"{source}, image {first + 1}: label={labels[first]}: accepted is 0 to {len(classes) - 1}")
-    if not like or classes == like.classes:
-        return labels, classes
-    if unknown := sorted(set(classes) - set(like.classes)):
-        raise DataError(f"{source}: class {unknown[0]!r} is none of those of {like.source}")
-    return np.array([like.classes.index(name) for name in classes])[labels], like.classes
+        raise DataError(f"{source}, image {first + 1}: label={labels[first]}: accepted is 0 to {len(own) - 1}")
+    if not classes or own == classes.names:
+        return labels, own
+    if unknown := sorted(set(own) - set(classes.names)):
+        raise DataError(
+            f"{source}: class {unknown[0]!r} is none of those of {classes.owner}; accepted are {_some(classes.names)}"
+        )
+    return np.array([classes.names.index(name) for name in own])[labels], classes.names
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _first_size(images: ImageSet) -> tuple[int, int]:

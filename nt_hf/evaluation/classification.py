@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..models.ensemble import uncertainty
+from ..models.modeling_neurotrails_images import MultiHeadForImageClassification
 from ..models.trails import load_complete
 from .diversity import Calibration, Pairs, bin_sums, calibration
-from .perplexity import one_line_errors, ready
+from .perplexity import class_of_checkpoint, one_line_errors, ready
 
 # Temperatures are looked for between exp(-LOG_RANGE) and exp(LOG_RANGE), to a relative 2e-9.
 LOG_RANGE, HALVINGS = 5.0, 32
@@ -47,9 +48,8 @@ def load_image_model(path: str | Path) -> PreTrainedModel:
         ValueError: ``path`` is no such directory, it is damaged or incomplete, or a weight is not finite.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: has no config.json; accepted is a checkpoint directory of an image classifier")
     with one_line_errors(path):
+        class_of_checkpoint(path, MultiHeadForImageClassification, "image classifier")  # and the Auto class knows it
         model = load_complete(AutoModelForImageClassification, path)
     return ready(model, path)
 

@@ -35,7 +35,7 @@ def load_config(path: str | Path) -> MultiHeadConfig:
     """
     path = Path(path)
     with one_line_errors(path):
-        kind, is_stock = _class_of(path)
+        kind, is_stock = class_of_checkpoint(path, MultiHeadForCausalLM, "decoder")
         if is_stock:
             return kind.config_class.from_stock_config(AutoConfig.from_pretrained(path), num_ensemble_heads=1)
         return kind.config_class.from_pretrained(path)
@@ -52,7 +52,7 @@ def load_for_evaluation(path: str | Path) -> MultiHeadForCausalLM:
     """
     path = Path(path)
     with one_line_errors(path):
-        kind, is_stock = _class_of(path)
+        kind, is_stock = class_of_checkpoint(path, MultiHeadForCausalLM, "decoder")
         if is_stock:
             model = kind.from_stock(path, num_ensemble_heads=1, dtype="auto")
         else:
@@ -84,20 +84,29 @@ def one_line_errors(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _class_of(path: Path) -> tuple[type[MultiHeadForCausalLM], bool]:
-    """The class of a checkpoint's multi-head model, and whether the checkpoint is of a stock model."""
-    accepted = "accepted is a checkpoint directory of a multi-head model or a stock decoder"
+def class_of_checkpoint(path: Path, kind: type[PreTrainedModel], word: str) -> tuple[type[PreTrainedModel], bool]:
+    """The class of a checkpoint's multi-head model, and whether the checkpoint is of a stock model.
+
+    Args:
+        path: of a checkpoint directory.
+        kind: of models that are accepted.
+        word: for it.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of another kind.
+    """
+    accepted = f"accepted is a checkpoint directory of a multi-head model or a stock {word}"
     if not (path / "config.json").is_file():
         problem = "has no config.json" if path.is_dir() else "is no directory"
         raise ValueError(f"{path}: {problem}; {accepted}")
     model_type = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     try:
-        kind = class_of_family(model_type)
-        if not issubclass(kind, MultiHeadForCausalLM):
-            raise ValueError(f"{kind.stock_class.__name__} is no decoder")
+        found = class_of_family(model_type)
+        if not issubclass(found, kind):
+            raise ValueError(f"{found.stock_class.__name__} is no {word}")
     except ValueError as error:
         raise ValueError(f"{path}: has model_type={model_type!r}; {accepted} ({error})") from error
-    return kind, model_type != kind.config_class.model_type
+    return found, model_type != found.config_class.model_type
 
 
 def strided_windows(ids: Sequence[int], length: int, stride: int) -> Iterator[tuple[Sequence[int], int]]:

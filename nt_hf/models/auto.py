@@ -72,6 +72,40 @@ def class_of_family(family: str) -> type[PreTrainedModel]:
     return register(CONFIG_MAPPING[stock])
 
 
+def family_of(path: str | os.PathLike) -> str:
+    """The ``model_type`` of a checkpoint, stock or multi-head, a directory or hub id.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    try:
+        return str(PreTrainedConfig.get_config_dict(path)[0].get("model_type"))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: accepted is a checkpoint directory or a hub id ({reason})") from error
+
+
+def config_of_checkpoint(path: str | os.PathLike, **fields) -> MultiHeadConfig:
+    """The multi-head configuration of a checkpoint, stock or multi-head.
+
+    Args:
+        path: a directory or hub id.
+        fields: those of ``MultiHeadConfig`` for a stock checkpoint; any others must be as the checkpoint has them.
+
+    Raises:
+        ValueError: a field is not as the checkpoint has it, or its family cannot have heads.
+    """
+    kind = class_of_family(family_of(path)).config_class
+    config = AutoConfig.from_pretrained(path)
+    is_stock = not isinstance(config, MultiHeadConfig)
+    of_heads = {name: fields[name] for name in fields if is_stock and name in MultiHeadConfig.__annotations__}
+    for name in fields.keys() - of_heads.keys():
+        value = getattr(config, name, None)
+        if fields[name] != value:
+            raise ValueError(f"{name}={fields[name]!r}: accepted is {value!r}, as in {path}")
+    return kind.from_stock_config(config, **of_heads) if is_stock else config
+
+
 def class_named(name: str) -> type | None:
     """The multi-head class of a name, such as ``"NeuroTrailsQwen3Config"``; ``None`` if there is no such family."""
     stock_name = name.removeprefix(PREFIX)

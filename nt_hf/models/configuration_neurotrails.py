@@ -25,6 +25,7 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "patch_size",
 )
 # How another model's file was stored: trails and multi-head models are made with plain weights.
 _OF_A_QUANTISER = {"quantization_config"}
@@ -130,7 +131,7 @@ class MultiHeadConfig:
         """Number of blocks of one trail; of a network of stages, such as a ResNet, those of all stages."""
         depths = getattr(self, "depths", None)
         if depths is None and not hasattr(self, "num_hidden_layers"):
-            raise ValueError(
+            raise NotImplementedError(
                 f"{self.stock_class.__name__} (model_type={self.stock_class.model_type!r}) says not how deep it is: "
                 "accepted are configurations with num_hidden_layers or depths"
             )

@@ -6,7 +6,6 @@ runs on stand-ins: once up to the blocks, and once more after each head's last b
 network. What comes after the blocks and has weights or statistics, such as a batch norm, exists once a head.
 """
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 
 from .configuration_neurotrails import PREFIX, make_config_class
 from .ensemble import Uncertainty, combine_logits, uncertainty
 from .forward_arguments import checked_forward
+from .image_parts import Returns, find_parts
 from .losses import HeadByHead
 from .masks import attach_masks, maskable_modules
 from .multi_head import MultiHeadMixin, select_heads, trainable
@@ -32,7 +32,7 @@ from .multi_head_pretrained import (
     make_model_class,
     reset_parameters,
 )
-from .stock_forward import BlockCalls, StandIn, plain_forward, recording_blocks
+from .stock_forward import BlockCalls, StandIn
 from .trails import TrailsMixin
 from .wide_resnet import WideResNetConfig, WideResNetForImageClassification, WideResNetModel
 
@@ -71,154 +71,6 @@ class NeuroTrailsImageClassifierOutput(ImageClassifierOutput):
     uncertainty: Uncertainty | None = None
 
 
-class _Returns(StandIn):
-    """Stands for a module and returns what it was given, whatever it is called with."""
-
-    def __init__(self, value: Any, module: nn.Module | None = None):
-        super().__init__(module, {"_value": value})
-
-    def __call__(self, *args, **kwargs):
-        return self._value
-
-
-class _Noted(StandIn):
-    """Stands for a part of a base model and notes when it is called; after the blocks it is idle."""
-
-    def __init__(self, module: nn.Module, name: str, calls: BlockCalls, called: list[tuple[str, bool]]):
-        super().__init__(module, {"_name": name, "_calls": calls, "_called": called})
-
-    def __call__(self, *args, **kwargs):
-        late = bool(self._calls.arguments)
-        self._called.append((self._name, late))
-        return args[0] if late else self._original(*args, **kwargs)
-
-
-class _Encoder(StandIn):
-    """Stands for an encoder of stages: records its input and hands it on."""
-
-    def __init__(self, calls: BlockCalls):
-        super().__init__(None, {"_calls": calls})
-
-    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> BaseModelOutput:
-        self._calls.add(0, hidden_states, (), {})
-        return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-@dataclass(frozen=True)
-class ImageParts:
-    """Where a stock image classifier keeps what a multi-head model takes apart.
-
-    Attributes:
-        base: name of its base model.
-        classifier: name of its classifier.
-        stack: in the base model, name of the list of blocks, or of the encoder that has ``stages``.
-        before: names of the base model's children that run before the blocks.
-        after: names of the base model's children that run after the blocks and have weights or buffers, each by itself:
-            a head calls it the same.
-        has_stages: whether ``stack`` is an encoder of stages.
-        options: of the base model's ``__init__``.
-    """
-
-    base: str
-    classifier: str
-    stack: str
-    before: tuple[str, ...]
-    after: Mapping[str, str]
-    has_stages: bool
-    options: Mapping[str, bool]
-
-    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks of a stock base model, in order.
-
-        Between stages some families have modules that halve the image; such a module is one with the block that
-        follows.
-        """
-        child = getattr(model, self.stack)
-        if not self.has_stages:
-            return list(child)
-        blocks = []
-        for stage in child.stages:
-            before = [module for name, part in stage.named_children() if name != "layers" for module in part.children()]
-            for layer in stage.layers:
-                blocks.append(nn.Sequential(*before, layer) if before else layer)
-                before = []
-        return blocks
-
-    def run(
-        self, model: nn.Module, blocks: Sequence[nn.Module], replaced: Mapping[str, Any], pixel_values: torch.Tensor
-    ) -> tuple[BlockCalls, Any]:
-        """Runs a base model's stock forward pass on stand-ins for its blocks: what they are called with, its output.
-
-        Args:
-            model: of a class made by ``model_class``, or a stock model with these attributes.
-            blocks: of one trail; none if the pass is to run without them.
-            replaced: other parts of the model for this pass.
-            pixel_values: ``[batch, channels, height, width]``, or whatever the replaced parts take in its place.
-        """
-        calls = BlockCalls(model.stock_class.__name__)
-        stack = _Encoder(calls) if self.has_stages else recording_blocks(blocks, calls)
-        return calls, model.stock_forward(StandIn(model, {**replaced, self.stack: stack}), pixel_values)
-
-
-def find_parts(stock_class: type[PreTrainedModel], config: PreTrainedConfig) -> ImageParts:
-    """Looks at a stock classifier, whether it can have heads, on the meta device: no weight is allocated.
-
-    Raises:
-        NotImplementedError: it cannot; the message names the class and what stands in the way.
-    """
-    name = stock_class.__name__
-    with torch.device("meta"):
-        shell = stock_class(copy.deepcopy(config)).eval()
-    children = dict(shell.named_children())
-    bases = [key for key, child in children.items() if isinstance(child, PreTrainedModel)]
-    others = [key for key in children if key not in bases]
-    if len(bases) != 1 or len(others) != 1:
-        raise NotImplementedError(
-            f"{name} cannot have heads: accepted are a base model and one classifier, this has {', '.join(children)}"
-        )
-    base = children[bases[0]]
-    depths = getattr(config, "depths", None)
-    depth = config.num_hidden_layers if depths is None else sum(depths)
-    parts = dict(base.named_children())
-    stacks = [key for key, x in parts.items() if isinstance(x, nn.ModuleList) and len(x) == depth]
-    stages = [key for key, x in parts.items() if hasattr(x, "stages") and all(hasattr(s, "layers") for s in x.stages)]
-    if len(stacks) + len(stages) != 1:
-        raise NotImplementedError(
-            f"{name} cannot have heads: accepted are models of one stack of {depth} blocks, or stages"
-        )
-    stack = (stacks + stages)[0]
-    options = {"add_pooling_layer": False} if getattr(base, "pooler", base) is None else {}
-    called: list[tuple[str, bool]] = []
-    calls = BlockCalls(name)
-
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = torch.zeros(1, config.num_channels, height, width, device="meta")
-    try:
-        recorder = _Encoder(calls) if stages else recording_blocks(getattr(base, stack), calls)
-        noted = {key: _Noted(child, key, calls, called) for key, child in parts.items() if key != stack}
-        plain_forward(type(base))(StandIn(base, {**noted, stack: recorder}), pixels)
-        if len(calls.arguments) != (1 if stages else depth):
-            raise NotImplementedError(f"{len(calls.arguments)} of {depth} blocks are called")
-        if twice := {key for key, late in called if (key, not late) in called}:
-            raise NotImplementedError(f"{', '.join(sorted(twice))}: used before and after the blocks")
-    except Exception as error:  # of any kind: it does something else than the pass that is looked for
-        raise NotImplementedError(
-            f"{name} cannot have heads: accepted are blocks that are called one after another, on nothing but the "
-            f"output of the one before ({' '.join(str(error).split())})"
-        ) from error
-    has_state = {key for key, child in parts.items() if [*child.parameters(), *child.buffers()]}
-    return ImageParts(
-        base=bases[0],
-        classifier=others[0],
-        stack=stack,
-        before=tuple(dict.fromkeys(key for key, late in called if not late)),
-        after={key: key for key, late in called if late and key in has_state},
-        has_stages=bool(stages),
-        options=options,
-    )
-
-
 class MultiHeadImageModel(MultiHeadBase):
     """Backbone and heads, without classifiers; goes before a stock base model."""
 
@@ -238,7 +90,7 @@ class MultiHeadImageModel(MultiHeadBase):
             batches = batches if own_batches else batches * len(heads)
         every, states = [], []
         for index, batch in enumerate(batches):
-            replaced = self.own_parts(heads[index]) | {name: _Returns(batch) for name in self._parts.after}
+            replaced = self.own_parts(heads[index]) | {name: Returns(batch) for name in self._parts.after}
             calls, _ = self._parts.run(self, self.trail_blocks(heads[index]), replaced, batch)
             every.append(calls)
             states.append(self.run_blocks(calls, self.layers, 0, calls.first_input))
@@ -259,7 +111,7 @@ class MultiHeadImageModel(MultiHeadBase):
         hidden = self.run_blocks(calls, self.heads[head].layers, self.config.num_backbone_layers, states)
         own = self.own_parts(head)
         names = self._parts.before
-        skipped = {name: _Returns(hidden, own[name] if name in own else getattr(self, name)) for name in names}
+        skipped = {name: Returns(hidden, own[name] if name in own else getattr(self, name)) for name in names}
         return self._parts.run(self, [], own | skipped, hidden)[1]
 
     @checked_forward

@@ -55,6 +55,7 @@ class TrailsMixin:
             share_embedding=share_embedding,
             masked_modules=list(masked_modules),
         )
+        config._name_or_path = stock.config._name_or_path
         with init.no_init_weights():
             model = cls(config)
         model.tie_weights()

@@ -20,10 +20,12 @@ from ..checks import (
 from ..models.masks import parse_structure
 from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
 from .densities import DISTRIBUTIONS
+from .pruning import PRUNERS
 from .saliency import SALIENCY
 from .schedules import SCHEDULES
 
 # Looked up when a configuration is made, because users add methods of their own.
+INITIAL_MASKS = ("random", *SALIENCY, *PRUNERS)
 REGISTRIES = {"distribution": DISTRIBUTIONS, "drop": DROP, "grow": GROW}
 
 
@@ -36,13 +38,16 @@ class SparsityConfig:
         density_start: density of the first masks, from which it falls to ``density`` over the update window; 1 prunes
             a dense model gradually. ``None``: ``density`` all along.
         density_schedule: curve between the two: "constant", "linear", "cosine" or "cubic".
-        distribution: how active weights are divided among the tensors: "uniform", "er", "erk" or "flops".
+        distribution: how active weights are divided among the tensors: "uniform", "er", "erk", "flops" or, for a
+            trained model, "owl".
         densities: fixed densities by glob of weight names, such as ``{"lm_heads.*": 0.8}``, the last fitting glob
             decides; the other tensors share what ``density`` leaves.
         exclude: globs of weights that stay dense and carry no mask.
         structure: "unstructured", "constant_fan_in" or "N:M" such as "2:4".
-        initial_masks: "random", "snip" or "grasp" (both need the loss of a batch, see [`draw_masks`]), or the path of
-            a checkpoint whose masks are taken.
+        initial_masks: of a new model "random", "snip" or "grasp" (both need the loss of a batch, see [`draw_masks`]);
+            of a trained one "magnitude", "wanda" or "sparsegpt" (both need some batches); or the path of a checkpoint
+            whose masks are taken.
+        calibration_rows: rows of training data that "wanda", "sparsegpt" and "owl" look at.
         drop: which weights an update keeps: "magnitude", "soft_magnitude", "set", "taylor", "mest" or
             "global_magnitude".
         drop_exponent: exponent of soft magnitude when updates begin, above 0.
@@ -77,11 +82,12 @@ class SparsityConfig:
     initial_masks: str = setting(
         "random",
         Rule(
-            lambda value: isinstance(value, str) and (value in ("random", *SALIENCY) or Path(value).exists()),
-            f"random, {', '.join(SALIENCY)}, the path of a checkpoint",
-            ("random", *SALIENCY),
+            lambda value: isinstance(value, str) and (value in INITIAL_MASKS or Path(value).exists()),
+            f"{', '.join(INITIAL_MASKS)}, the path of a checkpoint",
+            INITIAL_MASKS,
         ),
     )
+    calibration_rows: int = setting(128, integer(1))
     drop: str = "soft_magnitude"
     drop_exponent: float = setting(3.0, number("(0, inf)"))
     drop_exponent_end: float | None = setting(None, optional(number("(0, inf)")))
@@ -107,6 +113,8 @@ class SparsityConfig:
         check("density_start", self.density_start, start)
         if self.density_start is not None:
             check("initial_masks", self.initial_masks, choice(["random"], when="with density_start"))
+            uniform = Rule(lambda name: name != "owl", "another one with density_start")
+            check("distribution", self.distribution, uniform)
         if self.structure != "unstructured":
             check("redistribute", self.redistribute, choice(["none"], when=f"with structure={self.structure}"))
         end = f"a share of the run above update_start ({self.update_start}), up to 1"
@@ -116,6 +124,11 @@ class SparsityConfig:
     def is_sparse(self) -> bool:
         """Whether it asks for masks at all."""
         return self.density < 1 or bool(self.densities)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the first masks need batches of data."""
+        return (self.initial_masks in PRUNERS and self.initial_masks != "magnitude") or self.distribution == "owl"
 
     @property
     def needs_momentum(self) -> bool:

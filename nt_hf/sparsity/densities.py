@@ -37,8 +37,13 @@ def flops(shape: Sequence[int], uses: int) -> Fraction | float:
     return Fraction(1, uses) if uses else math.inf
 
 
+def owl(shape: Sequence[int], uses: int) -> int:
+    """As `uniform`; the first masks of a trained model move density to blocks with outliers (see ``owl_densities``)."""
+    return math.prod(shape)
+
+
 Distribution = Callable[[Sequence[int], int], int | float | Fraction]
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "er": er, "erk": erk, "flops": flops}
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "er": er, "erk": erk, "flops": flops, "owl": owl}
 
 
 def active_counts(
@@ -56,7 +61,7 @@ def active_counts(
     Args:
         shapes: the shape of each tensor by name, output dimension first, as torch stores weights.
         density: share of active weights among all, in (0, 1].
-        distribution: a name in `DISTRIBUTIONS`: "uniform", "er", "erk" or "flops".
+        distribution: a name in `DISTRIBUTIONS`: "uniform", "er", "erk", "flops" or "owl".
         fixed: densities in (0, 1] of tensors that are not to follow the distribution; the rest takes what remains.
         uses: for "flops", how often a forward pass multiplies by each weight of a tensor; 1 where it is not given.
 

@@ -1,4 +1,4 @@
-"""The masks that a run begins with: random ones, those that a batch finds salient, or a checkpoint's."""
+"""The masks that a run begins with: random ones, those that data ask for, or a checkpoint's."""
 
 import logging
 import re
@@ -27,8 +27,9 @@ from ..models.masks import (
     set_mask,
     unpack_mask,
 )
-from .config import SparsityConfig
-from .densities import active_counts, structured_counts
+from .config import INITIAL_MASKS, SparsityConfig
+from .densities import active_counts, allocate, structured_counts
+from .pruning import PRUNERS, Batches, owl_densities, prune
 from .saliency import SALIENCY, Loss
 from .update import best_scores, random_mask
 
@@ -73,10 +74,7 @@ def _counts(
             )
         active = active if density == config.density else max(active, round(density * length))
         return {name: count * active for name, count in groups.items()}
-    fixed = {}
-    for pattern, value in config.densities.items():
-        value = max(value, density) if density > config.density else value
-        fixed |= dict.fromkeys(_fitting("densities", pattern, shapes), value)
+    fixed = _own_densities(config, shapes, density)
     convolutions = [name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS)]
     if config.distribution == "flops" and uses is None:
         if convolutions:
@@ -105,8 +103,10 @@ def _fitting(field: str, pattern: str, names: Iterable[str]) -> list[str]:
     )
 
 
-def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = None) -> None:
-    """Gives a fresh model its first masks, at the densities of ``config``, and zeros what they exclude.
+def draw_masks(
+    model: nn.Module, config: SparsityConfig, loss: Loss | None = None, batches: Batches | None = None
+) -> None:
+    """Gives a model its first masks, at the densities of ``config``, and zeros what they exclude.
 
     A model that already carries masks, such as one whose config lists ``masked_modules``, keeps the choice of masked
     weights; any other gets masks on every linear, embedding and convolution weight. ``config.exclude`` is taken off
@@ -119,10 +119,14 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
         config: what is sparse and how sparse.
         loss: returns the scalar loss of one batch, such as ``lambda: model(**batch).loss``, the same on all processes.
             Saliency (``config.initial_masks`` "snip", "grasp") and the "flops" distribution of convolutions need it.
+        batches: keyword arguments of the model, such as ``[{"input_ids": ids, "use_cache": False}, ...]``, the same on
+            all processes. Masks by "wanda" and "sparsegpt" and the distribution "owl" are made from what flows through
+            the model. "sparsegpt" gives the weights that stay new values.
 
     Raises:
         ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the
-            structure cannot have the density, a loss is needed, or the checkpoint's masks do not fit.
+            structure cannot have the density, a loss or batches are needed, or the checkpoint's masks do not fit.
+        NotImplementedError: the model's blocks cannot be run one after another, see [`block_by_block`].
     """
     if not config.is_sparse and not masked_modules(model):
         return
@@ -145,13 +149,14 @@ def draw_masks(model: nn.Module, config: SparsityConfig, loss: Loss | None = Non
     # The batch is to leave no trace, in the statistics of batch norms for example.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if loss is not None else []
     try:
-        masks = _first_masks(modules, config, loss)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        masks = _first_masks(model, modules, config, loss, batches)
     except BaseException:
         for name in modules.keys() - before.keys():
             del modules[name].weight_mask
         raise
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
     for name in before.keys() - modules.keys():
         del before[name].weight_mask
     if declared is not None:
@@ -181,17 +186,30 @@ def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str
 
 
 def _first_masks(
-    modules: Mapping[str, nn.Module], config: SparsityConfig, loss: Loss | None
-) -> dict[str, torch.Tensor]:
+    model: nn.Module, modules: Mapping[str, nn.Module], config: SparsityConfig, loss: Loss | None,
+    batches: Batches | None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The bool masks of all masked modules."""
-    if config.initial_masks not in ("random", *SALIENCY):
+    if config.initial_masks not in INITIAL_MASKS:
         return _masks_of_checkpoint(Path(config.initial_masks), modules, config.structure)
     if loss is None and config.initial_masks in SALIENCY:
         raise ValueError(f"initial_masks={config.initial_masks!r}: accepted is draw_masks(model, config, loss=...)")
+    if not batches and config.needs_calibration:
+        asks = "distribution='owl'" if config.distribution == "owl" else f"initial_masks={config.initial_masks!r}"
+        raise ValueError(f"{asks}: accepted is draw_masks(model, config, batches=...)")
     uses = weight_uses(modules, loss) if loss is not None and config.distribution == "flops" else None
     start = config.density if config.density_start is None else config.density_start
     counts = _counts(modules, config, start, uses)
+    if config.distribution == "owl" and config.structure == "unstructured":
+        counts = _outlier_counts(model, modules, config, batches)
+    if config.initial_masks in PRUNERS:
+        return prune(model, modules, counts, config.initial_masks, config.structure, batches)
     if config.initial_masks == "random":
+        if trained := getattr(getattr(model, "config", None), "_name_or_path", ""):
+            logger.warning(
+                "random masks over the trained weights of %s: expect to lose what it has learned; "
+                "initial_masks=sparsegpt, wanda or magnitude, or density_start=1, keep more of it", trained,
+            )  # fmt: skip
         return {
             name: random_mask(
                 module.weight.shape,
@@ -223,6 +241,30 @@ def _first_masks(
     if empty:
         logger.warning("%s leaves no active weight in %s", config.initial_masks, ", ".join(empty))
     return masks
+
+
+def _outlier_counts(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: SparsityConfig, batches: Batches
+) -> dict[str, int]:
+    """Active weights of each tensor by OWL, exact in total; tensors with a density of their own keep it."""
+    shapes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+    own = _own_densities(config, shapes, config.density)
+    counts = active_counts(shapes, config.density, "uniform", own)
+    free = {name: module for name, module in modules.items() if name not in own}
+    size = sum(module.weight.numel() for module in free.values())
+    budget = sum(counts[name] for name in free)
+    densities = owl_densities(model, free, budget / size, batches)
+    shares = {name: densities[name] * module.weight.numel() for name, module in free.items()}
+    return counts | allocate(budget, shares, {name: module.weight.numel() for name, module in free.items()})
+
+
+def _own_densities(config: SparsityConfig, names: Iterable[str], density: float) -> dict[str, float]:
+    """The densities that ``config.densities`` fixes, at a density on the way to the last."""
+    fixed: dict[str, float] = {}
+    for pattern, value in config.densities.items():
+        value = max(value, density) if density > config.density else value
+        fixed |= dict.fromkeys(_fitting("densities", pattern, names), value)
+    return fixed
 
 
 def _masks_of_checkpoint(path: Path, modules: Mapping[str, nn.Module], structure: str) -> dict[str, torch.Tensor]:

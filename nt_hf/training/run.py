@@ -17,14 +17,13 @@ from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
 
 from ..config import RunConfig, load_run_config
 from ..files import write_atomic
-from ..models.auto import register
-from ..sparsity.first_masks import draw_masks
 from ..sparsity.measures import TopologyUpdate
 from ..sparsity.sharding import full_tensor, require_equal_replicas
 from ..sparsity.sparsifier import Sparsifier
 from .batches import Batch, grouped
 from .checkpoint import Progress, TrainingState, cannot_continue, load_model, load_training_state, save_checkpoint
 from .device import HostCopy, peak_memory
+from .initial_model import first_masks, initial_model
 from .launch import end_training, lock_run, main_process_only, start_processes
 from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
@@ -154,8 +153,8 @@ class TrainingRun:
         if checkpoint:
             self.model = load_model(checkpoint, task)
         else:
-            self.model = register(shape)(shape).to(self.device)
-            draw_masks(self.model, config.sparsity, loss=lambda: task.saliency_loss(self.model))
+            self.model = initial_model(config, shape, task).to(self.device)
+            first_masks(self.model, config, task)
         place_model(self.model, train, self.accelerator, self.sharding)
         optimizer = make_optimizer(self.model, train)
         sparsifier = Sparsifier(self.model, optimizer, config.sparsity, total_steps=train.max_steps)

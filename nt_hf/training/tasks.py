@@ -28,6 +28,8 @@ from ..plan.images import image_flops
 from ..sparsity.sharding import is_sharded
 from .batches import Batch, Batches, count_targets, limited, synchronized, to_device, until
 
+CALIBRATION_ROWS = 8  # of a forward pass, which looks at one block of the model
+
 
 class Task(Protocol):
     """What a model is trained for, on this process.
@@ -66,6 +68,9 @@ class Task(Protocol):
 
     def saliency_loss(self, model: nn.Module) -> torch.Tensor:
         """The loss on some training data, the same on every process, for first masks that saliency chooses."""
+
+    def calibration_batches(self, rows: int, device: torch.device) -> list[Batch]:
+        """Inputs of the model from the training data, the same on every process, for first masks of a trained model."""
 
     def count_targets(self, group: Sequence[Batch]) -> list[int]:
         """Number of targets of some batches: one number, or one for each head that has batches of its own."""
@@ -172,11 +177,19 @@ tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=Tr
     def validation_batches(self) -> Iterable[Batch]:
         return self._batches(self._config.data.validation, num_workers=0, epochs=1)
 
+    def _rows_of_training(self, rows: int) -> Batch:
+        alone = {"rank": 0, "world_size": 1, "num_workers": 0, "seed": self._config.train.seed}
+        return next(iter(self._batches(self._config.data.train, batch_size=rows, **alone)))
+
+    def calibration_batches(self, rows: int, device: torch.device) -> list[Batch]:
+        batch = self._rows_of_training(rows)
+        del batch["labels"]
+        parts = zip(*(value.to(device).split(CALIBRATION_ROWS) for value in batch.values()))
+        return [dict(zip(batch, part), use_cache=False) for part in parts]
+
     def saliency_loss(self, model: nn.Module) -> torch.Tensor:
         train = self._config.train
-        rows = train.micro_batch_size or min(train.batch_size, 32)
-        alone = {"rank": 0, "world_size": 1, "num_workers": 0, "seed": train.seed}
-        batch = next(iter(self._batches(self._config.data.train, batch_size=rows, **alone)))
+        batch = self._rows_of_training(train.micro_batch_size or min(train.batch_size, 32))
         return model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).loss
 
     def count_targets(self, group: Sequence[Batch]) -> list[int]:
@@ -269,6 +282,10 @@ processor = AutoImageProcessor.from_pretrained("THIS DIRECTORY")"""
 
     def validation_batches(self) -> Iterable[Batch]:
         return ImageBatches(self._validation, batch_size=self._rows, training=False, **self._ranks)
+
+    def calibration_batches(self, rows: int, device: torch.device) -> list[Batch]:
+        batch = next(iter(ImageBatches(self._train, batch_size=rows, seed=self._config.train.seed)))
+        return [{"pixel_values": part.to(device)} for part in batch["pixel_values"].split(CALIBRATION_ROWS)]
 
     def saliency_loss(self, model: nn.Module) -> torch.Tensor:
         train = self._config.train

@@ -443,7 +443,7 @@ def test_factory_refuses(source, directory):
         token_batches([source, f"prepared:{directory}"], Characters(), **options)
     with pytest.raises(DataError, match=r"^prepared:x: prepared tokens; accepted is a source of text$"):
         find_files("prepared:x")
-    with pytest.raises(ValueError, match=r"^source=\[\]: accepted is a text source"):
+    with pytest.raises(ValueError, match=r"^source=\[\]: accepted is a source of data"):
         token_batches([], Characters(), **options)
     shuffled_ = token_batches([f"prepared:{directory}"], Characters(), shuffle_block=5, packing="pack", **options)
     assert shuffled_.shuffle and not token_batches(f"prepared:{directory}", Characters(), **options).shuffle

@@ -2,12 +2,16 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from image_families import tiny_model
+from PIL import Image as pillow
+from transformers import LlamaConfig, PreTrainedConfig, ResNetConfig, ResNetForImageClassification
 
 from nt_hf.cli import images as program
 from nt_hf.data.image_config import ImageConfig
@@ -148,7 +152,8 @@ class Heads(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(0.1 * torch.randn(3, 5, 3 * 8 * 8, generator=generator))
-        self.config = SimpleNamespace(num_ensemble_heads=3, ensemble_mode="probs", num_labels=5)
+        names = {label: f"LABEL_{label}" for label in range(5)}
+        self.config = SimpleNamespace(num_ensemble_heads=3, ensemble_mode="probs", num_labels=5, id2label=names)
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def forward(self, pixel_values, output_head_logits):
@@ -319,3 +324,45 @@ def test_a_stock_classifier_counts_as_one_head(run, monkeypatch):
         c.load_image_model(run.folder / "model")
     with pytest.raises(ValueError, match=r"has no config\.json; accepted is a checkpoint directory"):
         c.load_image_model(run.folder)
+    LlamaConfig().save_pretrained(run.folder / "text")
+    with pytest.raises(
+        ValueError, match=r"model_type='llama'; accepted is .* \(LlamaForCausalLM is no image classifier"
+    ):
+        c.load_image_model(run.folder / "text")
+
+
+def test_a_family_that_nobody_has_asked_for_yet_is_loaded(tmp_path):
+    code = """
+import sys, torch
+from nt_hf.evaluation.classification import load_image_model
+print(type(load_image_model(sys.argv[1])).__name__)
+"""
+    tiny_model("deit").save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "NeuroTrailsDeiTForImageClassification", done.stderr
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.5])
+def test_labels_go_by_the_names_of_the_checkpoints_classes(tmp_path, held_out):
+    for name, count in (("dog", 3), ("cat", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pillow.new("RGB", (4, 4)).save(tmp_path / name / f"{number}.png")
+    args = program.parse(["--model", "somewhere", "--output", "x.json"])
+
+    def labels(source, names):
+        config = PreTrainedConfig(id2label=dict(enumerate(names)), num_labels=len(names))
+        batches = program.open_images(
+            source, Normalisation(MEAN, STD), args, held_out, program.class_names(config)
+        )  # fmt: skip
+        return sorted(label for batch in batches for label in batch["labels"].tolist())
+
+    folder = str(tmp_path)
+    cat, dog = (labels(folder, names).count(1) for names in (["dog", "cat", "eel"], ["cat", "dog", "eel"]))
+    assert cat + dog == len(labels(folder, ["cat", "dog"])) == (2 if held_out else 4) and dog > cat
+    made_up = ["LABEL_0", "LABEL_1"]
+    assert labels(folder, made_up) == labels(folder, ["cat", "dog"]), "no names to go by"
+    with pytest.raises(ValueError, match=r"class 'dog' is none of those of --model somewhere; accepted are cat, fox$"):
+        labels(folder, ["cat", "fox"])
+    with pytest.raises(ValueError, match=r"class '0' is none of those of .*; accepted are 0x, 1x, .*, 9x and 2 more$"):
+        labels("digits", [f"{number}x" for number in range(12)])

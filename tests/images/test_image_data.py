@@ -447,7 +447,7 @@ def test_errors_of_sources_are_one_line(tmp_path):
         ("mixup", -1, "a number from 0"),
         ("label_smoothing", 1, "a number in"),
         ("on_bad_image", "ignore", "error, skip"),
-        ("train", [], "a text source or a list"),
+        ("train", [], "a source of data or a list"),
     ],
 )
 def test_settings_have_accepted_values(key, value, accepted):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from nt_hf import NeuroTrailsForImageClassification, check_masks
-from nt_hf.cli import plan, train_images
+from nt_hf.cli import plan, program, train_images
 from nt_hf.config import TrainConfig, load_run_config
 from nt_hf.data.image_config import ImageConfig
 from nt_hf.data.image_sets import open_training_images
@@ -326,6 +326,18 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(config, tmp_path, overr
 def test_patches_must_fit_the_images(vit, tmp_path):
     with pytest.raises(ValueError, match=r"^model\.patch_size=16: accepted is a divisor of the images' sides \(8, 8\)"):
         train(vit, tmp_path / "run", "--model.patch_size", 16)
+    with pytest.raises(ValueError, match=r"^patch_size=0: accepted is a whole number from 1"):
+        train(vit, tmp_path / "run", "--model.patch_size", 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_family_that_cannot_have_heads_is_one_line(tmp_path):
+    sizes = "depths: [2, 2], num_heads: [2, 2], embed_dim: 8, window_size: 2, patch_size: 2"
+    (tmp_path / "swin.yaml").write_text(f"model: {{base: swin, {sizes}}}\ndata: {{train: digits}}\n")
+    (tmp_path / "siglip.yaml").write_text("model: {base: siglip}\n")
+    for name, message in (("swin", "SwinForImageClassification cannot have heads"), ("siglip", "SiglipConfig")):
+        with pytest.raises(SystemExit, match=f"^error: {message}.* accepted are"):
+            program.run(lambda name=name: train(tmp_path / f"{name}.yaml", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

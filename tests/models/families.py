@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,12 +55,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def known_fields(family: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Of wanted values of a configuration's fields those that a stock family has; of two names for one, its own."""
+    default = AutoConfig.for_model(family)
+    aliases = {name for name, own in default.attribute_map.items() if own in wanted}
+    known = {*default.to_dict(), *default.attribute_map, *vars(default), "num_labels"} - {"sub_configs"} - aliases
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def refuse_large(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that the sizes meant to make a tiny one do not."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in kind(config).parameters())
+    if weights > MOST_WEIGHTS:
+        family = config.stock_class.model_type
+        raise ValueError(f"{family}: {weights:,} weights, SIZES do not make it tiny")
+
+
 def tiny_config(family: str, **fields) -> PreTrainedConfig:
     """A small configuration of a stock family; ``fields`` replace some of its."""
-    default = AutoConfig.for_model(family)
-    known = {*default.to_dict(), *default.attribute_map, *vars(default)} - {"sub_configs"}
-    wanted = {**SIZES, **SETTINGS.get(family, {}), **fields}
-    return AutoConfig.for_model(family, **{name: value for name, value in wanted.items() if name in known})
+    return AutoConfig.for_model(family, **known_fields(family, {**SIZES, **SETTINGS.get(family, {}), **fields}))
 
 
 def tiny_model(family: str, seed: int = 1, stock_fields: dict | None = None, **fields) -> PreTrainedModel:
@@ -68,10 +83,7 @@ def tiny_model(family: str, seed: int = 1, stock_fields: dict | None = None, **f
     kind = causal_lm_class(stock)
     fields = {"num_ensemble_heads": HEADS, "blocks_in_head": BLOCKS_IN_HEAD, **fields}
     config = kind.config_class.from_stock_config(stock, **fields)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in kind(config).parameters())
-    if weights > MOST_WEIGHTS:
-        raise ValueError(f"{family}: {weights:,} weights, SIZES do not make it tiny")
+    refuse_large(kind, config)
     model = kind(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -169,10 +181,14 @@ def _generates_alike(model: PreTrainedModel) -> tuple[bool, bool, bool, bool]:
     )
 
 
+def families_of(names: Iterable[str]) -> list[str]:
+    """Those of some ``model_type`` that Transformers has configurations of, each class of models once."""
+    return sorted({CONFIG_MAPPING[x]: x for x in sorted(names, reverse=True) if x in CONFIG_MAPPING}.values())
+
+
 def all_families() -> list[str]:
-    """The ``model_type`` of every decoder that Transformers knows, each class of models once."""
-    names = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, reverse=True)
-    return sorted({CONFIG_MAPPING[name]: name for name in names if name in CONFIG_MAPPING}.values())
+    """The ``model_type`` of every decoder that Transformers knows."""
+    return families_of(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def outcome(family: str) -> Parity | str:

@@ -15,7 +15,7 @@ from nt_hf.sparsity.config import SparsityConfig
         ({"density": True}, r"density=True"),
         ({"density": "0.5"}, r"density='0\.5'"),
         ({"density": nan}, r"density=nan"),
-        ({"distribution": "erg"}, r"distribution='erg': accepted is uniform, er, erk, flops \(did you mean"),
+        ({"distribution": "erg"}, r"distribution='erg': accepted is uniform, er, erk, flops, owl \(did you mean"),
         ({"densities": {"a": 0.0}}, r"densities=\{'a': 0\.0\}: accepted is a mapping from globs"),
         ({"densities": ["a"]}, r"densities=\['a'\]"),
         ({"exclude": "embed.*"}, r"exclude='embed\.\*': accepted is a list of globs"),

@@ -5,11 +5,18 @@ from fractions import Fraction
 from math import floor, inf, prod
 
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
 
+import nt_hf.models.wide_resnet  # noqa: F401 (which Transformers lacks)
+from nt_hf.models.masks import attach_masks, masked_modules
 from nt_hf.sparsity import densities
+from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.densities import active_counts, allocate, falling_counts, redistribute, structured_counts
+from nt_hf.sparsity.first_masks import target_counts
 
 SHAPES = {"embed": (50, 16), "up": (48, 16), "down": (16, 48), "conv": (8, 4, 3, 3), "tiny": (2, 2), "row": (1, 7)}
 
@@ -291,3 +298,47 @@ def test_redistribution_by_hand():
     # 30 of 90 grow, as 1 : 4: 6 and 24; with room for 10 only the others take 14 more.
     assert redistribute({"a": 30, "b": 30}, {"a": 99, "b": 99}, 90, {"a": 0.5, "b": 2.0}) == {"a": 36, "b": 54}
     assert redistribute({"a": 30, "b": 30}, {"a": 99, "b": 10}, 90, {"a": 0.5, "b": 2.0}) == {"a": 50, "b": 40}
+
+
+# ------------------------------------------------------------------------------------------- RigL's distribution
+
+NETWORKS = {
+    "ResNet-50": lambda: AutoConfig.for_model("resnet", num_labels=1000),
+    "WRN-28-10": lambda: AutoConfig.for_model("wide_resnet", num_labels=100),
+    "ViT-S": lambda: AutoConfig.for_model(
+        "vit", hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000
+    ),
+}
+
+
+def rigl_densities(shapes, density):
+    """Erdős–Rényi-Kernel densities as Evci et al. 2020 (section 3, point 1) define them.
+
+    In proportion to (n_in + n_out + height + width) / (n_in * n_out * height * width), of a linear layer to
+    (n_in + n_out) / (n_in * n_out). What would exceed 1 is made dense, and the factor is solved for the others again.
+    """
+    raw = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
+    dense = set()
+    while True:
+        budget = density * sum(map(prod, shapes.values())) - sum(prod(shapes[name]) for name in dense)
+        factor = budget / sum(raw[name] * prod(shapes[name]) for name in shapes if name not in dense)
+        exceeding = {name for name in shapes if name not in dense and factor * raw[name] > 1}
+        if not exceeding:
+            return {name: 1.0 if name in dense else factor * raw[name] for name in shapes}
+        dense |= exceeding
+
+
+@pytest.mark.parametrize("density", [0.2, 0.1])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_erk_is_that_of_rigl(network, density):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(NETWORKS[network]())
+    modules = [x for x in model.modules() if isinstance(x, (nn.Linear, nn.Conv2d))]
+    attach_masks(model, ["*"])
+    counts = target_counts(model, SparsityConfig(density=density, distribution="erk"))
+    shapes = {name: tuple(module.weight.shape) for name, module in masked_modules(model).items()}
+    assert len(shapes) == len(modules)
+    expected = rigl_densities(shapes, density)
+    assert len(set(expected.values())) > 3
+    off = {name: abs(counts[name] - expected[name] * prod(shape)) for name, shape in shapes.items()}
+    assert max(off.values()) < 1, max(off, key=off.get)

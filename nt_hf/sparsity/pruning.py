@@ -1,0 +1,337 @@
+"""First masks of a trained model: which weights it can do without, seen from what flows through it.
+
+Blocks are pruned one after another, each on the output of the pruned ones before it, so that memory holds the model,
+the hidden states of the calibration batches, and what is known of the inputs of one block.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..models.masks import groups_of, is_transposed, parse_structure
+from .block_replay import block_by_block
+
+logger = logging.getLogger(__name__)
+
+Batches = Sequence[Mapping[str, Any]]
+
+COLUMNS = 128  # that SparseGPT prunes between two updates of the columns behind them
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it, as in the paper
+OUTLIER = 5.0  # times the mean of a block's scores make an outlier: OWL's M
+SPREAD = 0.08  # how far OWL moves a block's density from the mean, each way: its lambda
+
+
+@dataclass
+class Inputs:
+    """What is known of the inputs of a layer: second moments ``[in]``, or all products ``[in, in]``, summed."""
+
+    sums: torch.Tensor
+    count: int = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        rows = rows.float()
+        self.sums += rows.square().sum(0) if self.sums.dim() == 1 else rows.T @ rows
+        self.count += len(rows)
+
+
+def input_rows(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """What a layer multiplies its weights by, ``[n, in]``: the input's rows, or a convolution's patches."""
+    if not isinstance(module, nn.Conv2d):
+        return value.flatten(0, -2)
+    patches = F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def weight_rows(module: nn.Module, tensor: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor of the weight's shape (the weight itself) as ``[out, in]``, in the order of [`input_rows`]; a view."""
+    tensor = module.weight.detach() if tensor is None else tensor
+    return tensor.T if is_transposed(module) else tensor.flatten(1)
+
+
+def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module], setting: str) -> None:
+    """Raises unless the inputs of all modules can be looked at block by block.
+
+    Raises:
+        ValueError: a module lies outside the blocks, or is neither linear nor a plain convolution.
+    """
+    within = {module for block in blocks for module in block.modules()}
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if module not in within:
+            raise ValueError(f"{setting}: {name} lies outside the blocks; accepted is to exclude it")
+        plain = isinstance(module, nn.Linear) or is_transposed(module)
+        if not plain and not (isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"):
+            raise ValueError(f"{setting}: {name} is of {kind}; accepted are linear layers and convolutions")
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a multi-head model, or the longest list of modules of any other."""
+    if hasattr(model, "blocks"):
+        return model.blocks()
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__}: accepted are models with a list of blocks, or with heads")
+    return max(lists, key=len)
+
+
+class _Watch:
+    """Looks at the inputs of some layers while it is entered; layers that take one tensor share what is known."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], products: bool):
+        self._modules, self._products = modules, products
+        self.inputs: dict[str, Inputs] = {}
+        self._first_of: dict[str, str] = {}  # the layer with the same inputs that is looked at
+        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def __enter__(self) -> "_Watch":
+        self._hooks = [
+            module.register_forward_pre_hook(lambda module, args, name=name: self._look(name, module, args[0]))
+            for name, module in self._modules.items()
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def next_batch(self) -> None:
+        self._seen.clear()
+
+    def _look(self, name: str, module: nn.Module, value: torch.Tensor) -> None:
+        patches = isinstance(module, nn.Conv2d)
+        if name not in self.inputs:
+            _, first = self._seen.setdefault(id(value), (value, name))
+            self._first_of[name] = name if patches else first
+            if self._first_of[name] == name:
+                shape = weight_rows(module).shape[1:] * (2 if self._products else 1)
+                self.inputs[name] = Inputs(torch.zeros(shape, device=value.device))
+            else:
+                self.inputs[name] = self.inputs[first]
+        if self._first_of[name] == name:
+            self.inputs[name].add(input_rows(module, value))
+
+
+@torch.no_grad()
+def look_at(run: Callable[[], Iterable[None]], modules: Mapping[str, nn.Module], products: bool) -> dict[str, Inputs]:
+    """What is known of the inputs of ``modules`` after ``run``, whose iterator runs one batch after another.
+
+    Raises:
+        ValueError: a layer did not run, or its inputs are not finite.
+    """
+    with _Watch(modules, products) as watch:
+        for _ in run():
+            watch.next_batch()
+    for name in modules:
+        if name not in watch.inputs:
+            raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
+        if not watch.inputs[name].sums.isfinite().all():
+            raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
+    return watch.inputs
+
+
+# -------------------------------------------------------------------------------------------------------- methods
+
+
+def magnitude(module: nn.Module, kept: int, structure: str, inputs: Inputs | None) -> torch.Tensor:
+    """The mask of the largest weights of a tensor, or of each group of a structure."""
+    return largest(module.weight.detach().abs().float(), kept, structure, is_transposed(module))
+
+
+def wanda(module: nn.Module, kept: int, structure: str, inputs: Inputs) -> torch.Tensor:
+    """The mask of the largest ``|w| * norm of its input`` of each output unit (Wanda, Sun et al. 2024).
+
+    Args:
+        module: the layer.
+        kept: weights to keep; what is left over of an equal share for all units goes to those with the largest scores.
+        structure: within its groups scores compete, see [`groups_of`].
+        inputs: second moments.
+
+    Returns:
+        A bool mask of the weight's shape.
+    """
+    scores = torch.empty_like(module.weight, dtype=torch.float32)
+    weight_rows(module, scores).copy_(weight_rows(module).abs() * inputs.sums.sqrt())
+    if structure != "unstructured":
+        return largest(scores, kept, structure, is_transposed(module))
+    rows = weight_rows(module, scores)
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    each, left_over = divmod(kept, len(rows))
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    of_rows = weight_rows(module, mask)
+    of_rows.scatter_(1, order[:, :each], True)
+    if left_over:
+        following = order[:, each]
+        winners = rows.gather(1, following[:, None])[:, 0].argsort(descending=True, stable=True)[:left_over]
+        of_rows[winners, following[winners]] = True
+    return mask
+
+
+def sparsegpt(module: nn.Module, kept: int, structure: str, inputs: Inputs) -> torch.Tensor:
+    """A mask and new weights for which the layer's outputs change least (SparseGPT, Frantar & Alistarh 2023).
+
+    Columns are pruned from left to right; the error of each is made up for by the columns to its right, as the inverse
+    Hessian of the squared error of the outputs says. The weights within the mask get their new values in place.
+
+    Args:
+        module: the layer.
+        kept: weights to keep.
+        structure: "unstructured" weights compete within 128 columns, those of a structure within its groups.
+        inputs: products.
+
+    Returns:
+        A bool mask of the weight's shape.
+    """
+    weights = weight_rows(module).float().clone()
+    hessian = inputs.sums / inputs.count
+    unused = hessian.diagonal() == 0
+    hessian.diagonal()[unused] = 1
+    weights[:, unused] = 0
+    hessian = hessian + torch.eye(len(hessian), device=hessian.device) * DAMPING * hessian.diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    mask = torch.zeros_like(weights, dtype=torch.bool)
+    for start in range(0, weights.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, weights.shape[1])
+        errors = torch.zeros_like(weights[:, start:stop])
+        choose = _chooser(module, weights, factor, mask, kept, structure, start, stop)
+        for column in range(start, stop):
+            choose(column)
+            values, pivot = weights[:, column], factor[column, column]
+            error = values.where(~mask[:, column], 0) / pivot
+            weights[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        weights[:, stop:] -= errors @ factor[start:stop, stop:]
+    weights *= mask
+    weight_rows(module).copy_(weights.view(weight_rows(module).shape))
+    full = torch.zeros_like(module.weight, dtype=torch.bool)
+    weight_rows(module, full).copy_(mask)
+    return full
+
+
+def _chooser(
+    module: nn.Module, weights: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, kept: int, structure: str,
+    start: int, stop: int,
+) -> Callable[[int], None]:  # fmt: skip
+    """A function that sets the mask of a column, and of those that are chosen with it, before the column is pruned."""
+    rows, columns = weights.shape
+    sizes = parse_structure(structure)
+
+    def scores(first: int, last: int) -> torch.Tensor:
+        return (weights[:, first:last] / factor.diagonal()[first:last]).square()
+
+    def share(total: int, column: int) -> int:
+        """Of the weights kept, those before a column."""
+        return round(total * column / columns)
+
+    def choose(column: int) -> None:
+        if sizes:
+            length = sizes[1]
+            if column % length == 0:
+                count = kept * length // (rows * columns)
+                best = scores(column, column + length).topk(count, dim=1).indices
+                mask[:, column : column + length].scatter_(1, best, True)
+        elif column == start:
+            part = scores(start, stop)
+            if structure == "constant_fan_in":
+                each = share(kept // rows, stop) - share(kept // rows, start)
+                mask[:, start:stop].scatter_(1, part.topk(each, dim=1).indices, True)
+            else:
+                best = part.flatten().topk(share(kept, stop) - share(kept, start)).indices
+                mask[:, start:stop] = (
+                    torch.zeros_like(part, dtype=torch.bool).flatten().index_fill_(0, best, True).view_as(part)
+                )
+
+    return choose
+
+
+def largest(scores: torch.Tensor, kept: int, structure: str, transposed: bool) -> torch.Tensor:
+    """The mask of the ``kept`` largest scores of a tensor, or of as many in each group of a structure."""
+    scores = scores.contiguous()
+    groups = groups_of(scores, structure, transposed)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    count = kept * groups.shape[-1] // scores.numel()
+    groups_of(mask, structure, transposed).scatter_(-1, groups.topk(count, dim=-1).indices, True)
+    return mask
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A way to choose the first masks of a trained model.
+
+    Attributes:
+        mask: gives a layer's mask, from the layer, the number of weights to keep, the structure and its inputs.
+        inputs: ``None`` where it needs none, else whether all products or the second moments alone.
+    """
+
+    mask: Callable[[nn.Module, int, str, Inputs | None], torch.Tensor]
+    products: bool | None = None
+
+
+PRUNERS = {"magnitude": Pruner(magnitude), "wanda": Pruner(wanda, False), "sparsegpt": Pruner(sparsegpt, True)}
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module, modules: Mapping[str, nn.Module], counts: Mapping[str, int], method: str, structure: str,
+    batches: Batches,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The masks of a trained model; of "sparsegpt" the weights get new values, too.
+
+    Args:
+        model: with the modules.
+        modules: layers by weight name.
+        counts: weights that each keeps.
+        method: a name of ``PRUNERS``.
+        structure: of the masks.
+        batches: keyword arguments of the model, to calibrate on.
+
+    Raises:
+        ValueError: see [`check_prunable`] and [`look_at`].
+        NotImplementedError: see [`block_by_block`].
+    """
+    pruner = PRUNERS[method]
+    if pruner.products is None:
+        return {name: pruner.mask(module, counts[name], structure, None) for name, module in modules.items()}
+    blocks = blocks_of(model)
+    check_prunable(modules, blocks, f"initial_masks={method}")
+    masks: dict[str, torch.Tensor] = {}
+    for block, run in block_by_block(model, blocks, batches):
+        within = set(block.modules())
+        here = {name: module for name, module in modules.items() if module in within}
+        inputs = look_at(run, here, pruner.products)
+        for name, module in here.items():
+            masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
+            module.weight.data.mul_(masks[name])
+    return masks
+
+
+@torch.no_grad()
+def owl_densities(
+    model: nn.Module, modules: Mapping[str, nn.Module], density: float, batches: Batches
+) -> dict[str, float]:
+    """Densities by weight name, higher in blocks where more scores of [`wanda`] are outliers (OWL, Yin et al. 2024).
+
+    All layers of a block have one density, within 0.08 of ``density``; the mean over blocks is ``density``.
+    """
+    blocks = blocks_of(model)
+    check_prunable(modules, blocks, "distribution=owl")
+    shares: dict[nn.Module, float] = {}
+    for block, run in block_by_block(model, blocks, batches):
+        within = set(block.modules())
+        here = {name: module for name, module in modules.items() if module in within}
+        inputs = look_at(run, here, products=False)
+        scores = [weight_rows(module).abs() * inputs[name].sums.sqrt() for name, module in here.items()]
+        if scores:
+            mean = sum(float(score.sum()) for score in scores) / sum(score.numel() for score in scores)
+            outliers = sum(int((score > OUTLIER * mean).sum()) for score in scores)
+            shares[block] = outliers / sum(score.numel() for score in scores)
+    least, most = min(shares.values()), max(shares.values())
+    moved = {block: 2 * SPREAD * (share - least) / ((most - least) or 1) for block, share in shares.items()}
+    mean = sum(moved.values()) / len(moved)
+    of_block = {module: density + moved[block] - mean for block in shares for module in block.modules()}
+    return {name: min(1.0, max(density / 2, of_block[module])) for name, module in modules.items()}
