@@ -15,13 +15,13 @@ ACCEPTED = "prompt (a text) or messages (a list), max_tokens from 1, temperature
 
 def complete(model, tokenizer, path: str, request: dict) -> dict:
     """A choice as clients read it, and beside its ``logprobs`` measures of uncertainty, one value for each token."""
-    (source, kind), most, heat = PROMPTS[path], request.get("max_tokens", 64), request.get("temperature", 1)
-    right = {source: type(request.get(source)) is kind, "max_tokens": type(most) is int and most > 0}
+    (field, kind), most, heat = PROMPTS[path], request.get("max_tokens", 64), request.get("temperature", 1)
+    right = {field: type(request.get(field)) is kind and request[field], "max_tokens": type(most) is int and most > 0}
     right["temperature"] = type(heat) in (int, float) and (heat == 0 or 0.01 <= heat <= 2)
-    if wrong := [name for name in (source, *request) if not right.get(name, name in ("logprobs", "model"))]:
+    if wrong := [name for name in (field, *request) if not right.get(name, name in ("logprobs", "model"))]:
         raise ValueError(f"{wrong[0]}={request.get(wrong[0])!r}: accepted are {ACCEPTED}")
     encode, more = (tokenizer, {}) if kind is str else (tokenizer.apply_chat_template, {"add_generation_prompt": True})
-    inputs = encode(request[source], return_tensors="pt", **more)
+    inputs = encode(request[field], return_tensors="pt", **more)
     options = {"do_sample": heat > 0, "temperature": float(heat or 1), "max_new_tokens": most, "output_logits": True}
     output = model.generate(**inputs, **options, output_uncertainty=True, return_dict_in_generate=True)
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()

@@ -156,6 +156,9 @@ def test_serve(served, checkpoint):
     "path, request_, named",
     [
         ("completions", {"prompt": 3}, "prompt=3"),
+        ("completions", {"prompt": ""}, "prompt=''"),
+        ("completions", {"prompt": ["a", "b"]}, "prompt=['a', 'b']"),
+        ("completions", [], "list"),
         ("completions", {"messages": []}, "prompt=None"),
         ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens=0"),
         ("completions", {"prompt": "a", "max_tokens": True}, "max_tokens=True"),

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import smollm
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from nt_hf import NeuroTrailsForCausalLM
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was")
+TEXT = (
+    "The water of the sea is salt because rivers carry minerals into it, and because the sun takes the water away but "
+    "leaves the salt. Lakes that no river leaves are often salt for the same reason."
+)
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -55,6 +59,34 @@ def test_a_trail_is_a_stock_model_for_everybody(many, trail):
     assert AutoTokenizer.from_pretrained(trail).apply_chat_template(CHAT, tokenize=False)
     texts = [greedy(many, PROMPTS[1], active_heads=[head]) for head in range(3)]
     assert greedy(stock, PROMPTS[1]) == texts[1] and len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("kind", ["torchao 8", "bitsandbytes 8", "bitsandbytes 4"])
+def test_a_quantised_model_has_the_trails_quantised(many, trail, kind, tmp_path):
+    """What a quantiser costs a head is what it costs the stock model of that trail."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    make = {
+        "torchao 8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+        "bitsandbytes 8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "bitsandbytes 4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    }[kind]
+    many.save_pretrained(tmp_path)
+    quantised = NeuroTrailsForCausalLM.from_pretrained(tmp_path, quantization_config=make())
+    stock = AutoModelForCausalLM.from_pretrained(trail, quantization_config=make())
+    inputs = smollm.tokenizer()(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        plain, one, other = (m(**inputs, **options).logits.log_softmax(-1) for m, options in (
+            (many, {"active_heads": [1]}), (quantised, {"active_heads": [1]}), (stock, {}),
+        ))  # fmt: skip
+    lost = (plain.exp() * (plain - one)).sum(-1).mean().item()
+    print(f"{kind}: {lost:.4f} nats a token lost by quantisation")
+    assert lost > 1e-6  # or nothing was quantised
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    assert greedy(quantised, PROMPTS[1], active_heads=[1]) == greedy(stock, PROMPTS[1])
+    assert greedy(quantised, PROMPTS[1])
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
