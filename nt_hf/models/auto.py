@@ -31,7 +31,9 @@ DECODERS = (
 IMAGE_CLASSIFIERS = ("resnet", "vit", "convnext", "wide_resnet")
 FAMILIES = DECODERS + IMAGE_CLASSIFIERS
 # Of ``from_pretrained``, and also needed to read the configuration.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB_OPTIONS = (
+    "cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
 
 
 def register(config: PreTrainedConfig | type[PreTrainedConfig]) -> type[PreTrainedModel]:

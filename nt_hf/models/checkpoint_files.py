@@ -8,7 +8,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from .masks import check_masks, check_state_dict
-from .multi_head import renumber_head
+from .multi_head import check_not_quantised, renumber_head
 from .sparse_checkpoint import SparseWeight, compress_state_dict, read_tensors
 
 logger = logging.get_logger(__name__)
@@ -105,11 +105,12 @@ class CheckpointFilesMixin:
 
         Raises:
             ValueError: with ``sparse=True``, the model has no masks, a weight outside its mask is not 0, or weights are
-                offloaded; nothing is written.
+                offloaded or quantised; nothing is written.
         """
         if state_dict is None and (own := self._untied_copies()):
             state_dict = self.state_dict() | own
         if sparse:
+            check_not_quantised(self, "save_pretrained(sparse=True)")
             tensors = dict(self.state_dict() if state_dict is None else state_dict)
             # First, as only an owner has a mask: later the owner's weight shares memory with nothing any more.
             state_dict = compress_state_dict(remove_tied_weights_from_state_dict(tensors, self))

@@ -27,6 +27,8 @@ SIZES = (
     "num_key_value_heads",
     "patch_size",
 )
+# How another model's file was stored: trails and multi-head models are made with plain weights.
+_OF_A_QUANTISER = {"quantization_config"}
 
 
 class MultiHeadConfig:
@@ -196,7 +198,8 @@ class MultiHeadConfig:
             stock: of the class that this one adds to.
             fields: those of this class.
         """
-        config = cls(**{key: value for key, value in stock.to_dict().items() if key != "model_type"}, **fields)
+        drop = {"model_type", *_OF_A_QUANTISER}
+        config = cls(**{key: value for key, value in stock.to_dict().items() if key not in drop}, **fields)
         config.architectures = None
         config._attn_implementation = stock._attn_implementation
         return config
@@ -205,6 +208,7 @@ class MultiHeadConfig:
         """The stock configuration of one trail."""
         drop = {
             *MultiHeadConfig.__annotations__,
+            *_OF_A_QUANTISER,
             "model_type",
             "architectures",
             "auto_map",

@@ -13,6 +13,8 @@ from .transformers_versions import CACHE
 
 # What Transformers hands through a forward pass, and token types, which some tokenizers return for every model.
 _HANDED_THROUGH = {*TransformersKwargs.__annotations__, "token_type_ids"}
+# What ``generate`` needs for ``stop_strings`` and leaves among the arguments of each step.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 def checked_forward(forward: Callable) -> Callable:
@@ -26,6 +28,8 @@ def checked_forward(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def checked(self, *args, **kwargs):
+        for name in _OF_GENERATE:
+            kwargs.pop(name, None)
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(
                 f"{type(self).__name__}.forward got an unknown argument {', '.join(unknown)}; accepted are "

@@ -134,6 +134,26 @@ def trainable(*modules: nn.Module) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
+def check_not_quantised(model: nn.Module, purpose: str) -> None:
+    """Refuses a model whose weights a quantiser has replaced: nobody else can copy or compress them.
+
+    Args:
+        model: any model.
+        purpose: what the weights are needed for; the message begins with it.
+
+    Raises:
+        ValueError: a weight is a quantiser's own kind of tensor, or no floating-point number of 16 bits or more.
+    """
+    for name, weight in model.named_parameters():
+        data = weight.data
+        foreign = type(data).__module__.partition(".")[0] != "torch"  # a DTensor is torch's
+        if foreign or not data.is_floating_point() or data.element_size() == 1:
+            raise ValueError(
+                f"{purpose}: {name} is quantised; accepted is a model that was loaded without quantization_config "
+                "(quantise what comes out)"
+            )
+
+
 def select_heads(config: PreTrainedConfig, choice: Sequence[int] | None, name: str = "active_heads") -> list[int]:
     """The chosen heads, in order; raises ``ValueError``, by the argument's ``name``, for an impossible choice."""
     if choice is None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .multi_head import select_heads
+from .multi_head import check_not_quantised, select_heads
 
 
 class TrailsMixin:
@@ -38,7 +38,7 @@ class TrailsMixin:
 
         Raises:
             TypeError: ``stock`` is a model of another class, or there are ``kwargs`` for one that is loaded already.
-            ValueError: a checkpoint lacks weights.
+            ValueError: a checkpoint lacks weights, or they are quantised.
         """
         if isinstance(stock, (str, os.PathLike)):
             stock = load_complete(cls.stock_class, stock, **kwargs)
@@ -46,6 +46,7 @@ class TrailsMixin:
             raise TypeError(f"from_stock got {', '.join(kwargs)} with a model: accepted are these with a path")
         if type(stock) is not cls.stock_class:
             raise TypeError(f"from_stock({type(stock).__name__}): accepted is a {cls.stock_class.__name__}")
+        check_not_quantised(stock, "from_stock")
         config = cls.config_class.from_stock_config(
             stock.config,
             num_ensemble_heads=num_ensemble_heads,
@@ -75,7 +76,7 @@ class TrailsMixin:
         """
         if not stocks:
             raise ValueError("stocks=[]: accepted are one or more")
-        own = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+        own = {"architectures", "dtype", "transformers_version", "_name_or_path", "quantization_config"}
         configs = [{key: x for key, x in stock.config.to_dict().items() if key not in own} for stock in stocks]
         for index, config in enumerate(configs):
             if changed := sorted(key for key in config if config[key] != configs[0].get(key)):
@@ -88,8 +89,13 @@ class TrailsMixin:
         return model
 
     def extract_trail(self, head: int) -> PreTrainedModel:
-        """The stock model of one trail, its weights copied."""
+        """The stock model of one trail, its weights copied.
+
+        Raises:
+            ValueError: there is no such head, or the weights are quantised.
+        """
         (head,) = select_heads(self.config, [head])
+        check_not_quantised(self, "extract_trail")
         with init.no_init_weights():
             stock = self.stock_class(self.config.to_stock_config())
         stock.tie_weights()

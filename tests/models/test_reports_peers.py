@@ -5,37 +5,53 @@ import copy
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from conftest import token_ids
-from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
+from conftest import token_ids, trained
+from test_remote_code import WITHOUT_PACKAGE, run_without_package  # noqa: F401, a fixture
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
 
-from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsForCausalLM, NeuroTrailsLlamaForCausalLM
 from nt_hf.models.lm_heads import LMHead
 
 for package in ("datasets", "torchao", "optimum.quanto", "bitsandbytes", "trl"):
     pytest.importorskip(package, reason="installed by make test-peers")
 
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
 from peft import LoraConfig
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 IDS = token_ids()[5000 : 5000 + 3 * 40].view(3, 40).clone()
 TEXTS = ["The best way to learn is to try.", "You can find it in the house.", "It was a dark night."] * 4
 QUANTISERS = {
-    "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao 8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao 4": lambda: TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerAxis(0))),
     "quanto": lambda: QuantoConfig(weights="int8"),
     "bitsandbytes 8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes 4": lambda: BitsAndBytesConfig(load_in_4bit=True),
 }
 
 
-def same(model, reference, four_bits=False):
+LOADS_QUANTISED = """
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
+answers_ = {}
+configs = {"torchao": TorchAoConfig(Int8WeightOnlyConfig()), "bnb": BitsAndBytesConfig(load_in_8bit=True)}
+for name, config in configs.items():
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, quantization_config=config)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    answers_[name] = model(**prompts, output_head_logits=True).head_logits.detach()
+save_file(answers_, answers)
+"""
+
+
+def same(model, reference, name="torchao 8"):
     """The loss is nearly that of the model before it was quantised, in both modes, and generation runs."""
-    tolerance = 0.1 if four_bits else 0.01
+    tolerance = 0.1 if name.endswith("4") else 0.01
     expected = reference(IDS, labels=IDS).head_losses
     for mode in (True, False):
         torch.testing.assert_close(model.train(mode)(IDS, labels=IDS).head_losses, expected, atol=tolerance, rtol=0)
-    if not four_bits:  # bitsandbytes' product of a single row wants widths that these small models have not
+    if name != "bitsandbytes 4":  # whose product of a single row wants widths that these small models have not
         assert model.generate(IDS, max_new_tokens=2).shape == (3, 42)
 
 
@@ -50,24 +66,78 @@ def test_a_quantised_checkpoint_spares_all_lm_heads_and_takes_labels(model, name
     assert all(type(head) is LMHead and type(head.weight.data) is torch.Tensor for head in quantised.lm_heads)
     inner = quantised.model.layers[0].mlp.up_proj
     assert (type(inner), type(inner.weight.data)) != (torch.nn.Linear, torch.Tensor)
-    same(quantised, model, four_bits=name.endswith("4"))
+    same(quantised, model, name)
 
 
-def test_all_lm_heads_quantised_in_place(model):
+def dense(layer):
+    """The weight ``[out, in]`` that a quantised layer multiplies with."""
+    if type(layer).__name__ == "Linear4bit":
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer(torch.eye(layer.in_features)).T
+
+
+def close(quantised, reference):
+    """Every trail predicts nearly as before: nats of the KL divergence, the mean over the tokens."""
+    before, after = (logits.log_softmax(-1) for logits in (reference, quantised))
+    assert ((before.exp() * (before - after)).sum(-1).mean((1, 2)) < 0.01).all()
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("model", ["neurotrails", "tied", "full_ensemble"], indirect=True)
+def test_every_heads_blocks_are_quantised_alike_and_keep_their_zeros(model, name, tmp_path):
+    model.save_pretrained(tmp_path)
+    quantised = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTISERS[name]())
+    linear = [key for key, part in model.named_modules() if type(part) is torch.nn.Linear]
+    layers = [quantised.get_submodule(key) for key in linear]
+    assert len({(type(layer), type(layer.weight)) for layer in layers}) == 1 and len(linear) >= 42
+    assert type(layers[0].weight) is not torch.nn.Parameter
+    assert all((dense(layer)[model.get_submodule(key).weight == 0] == 0).all() for key, layer in zip(linear, layers))
+    close(quantised(IDS, output_head_logits=True).head_logits, model(IDS, output_head_logits=True).head_logits)
+
+
+def test_a_checkpoint_without_the_package_is_quantised(run_without_package, prompts, tmp_path):  # noqa: F811
+    trained("neurotrails").save_pretrained(tmp_path / "model")
+    answers = run_without_package(WITHOUT_PACKAGE + LOADS_QUANTISED, tmp_path / "model")
+    expected = trained("neurotrails")(**prompts, output_head_logits=True).head_logits
+    for name in ("torchao", "bnb"):
+        close(answers[name], expected)
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_what_needs_plain_weights_is_one_line(model, name, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    model.extract_trail(0).save_pretrained(tmp_path / "trail")
+    config = {"quantization_config": QUANTISERS[name]()}
+    quantised = NeuroTrailsForCausalLM.from_pretrained(tmp_path / "model", **config)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "trail", **config)
+    attempts = {
+        "extract_trail": lambda: quantised.extract_trail(0),
+        "from_stock": lambda: NeuroTrailsForCausalLM.from_stock(stock),
+        "sparse=True": lambda: quantised.save_pretrained(tmp_path / "sparse", sparse=True),
+    }
+    for purpose, attempt in attempts.items():
+        with pytest.raises(ValueError, match="is quantised; accepted is a model that was loaded without") as error:
+            attempt()
+        assert purpose in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_all_heads_and_lm_heads_quantised_in_place(model, bits):
     reference = copy.deepcopy(model)
-    quantize_(model, Int8WeightOnlyConfig())
-    assert len({type(head.weight.data) for head in model.lm_heads}) == 1
+    quantize_(model, Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerAxis(0)))
+    layers = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    assert len({type(layer.weight.data) for layer in layers}) == 1 and len(layers) == 52
     assert type(model.lm_heads[0].weight.data) is not torch.Tensor
-    same(model, reference)
+    same(model, reference, f"torchao {bits}")
     with pytest.raises(NotImplementedError, match="adapted or quantised LM heads"):
         _ = model.lm_heads.weight
 
 
-def test_a_torchao_checkpoint_is_loaded_again(model, tmp_path):
+@pytest.mark.parametrize("name", [name for name in QUANTISERS if name != "quanto"])  # which cannot be saved
+def test_a_quantised_checkpoint_is_loaded_again(model, name, tmp_path):
     model.save_pretrained(tmp_path / "plain")
-    first = NeuroTrailsLlamaForCausalLM.from_pretrained(
-        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-    )
+    first = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=QUANTISERS[name]())
     first.save_pretrained(tmp_path / "quantised")
     again = NeuroTrailsLlamaForCausalLM.from_pretrained(tmp_path / "quantised")
     assert torch.equal(again(IDS).logits, first(IDS).logits)
