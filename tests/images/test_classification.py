@@ -331,6 +331,7 @@ def test_a_stock_classifier_counts_as_one_head(run, monkeypatch):
         c.load_image_model(run.folder / "text")
 
 
+@pytest.mark.slow
 def test_a_family_that_nobody_has_asked_for_yet_is_loaded(tmp_path):
     code = """
 import sys, torch

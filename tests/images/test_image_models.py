@@ -113,6 +113,7 @@ torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_its_code(tmp_path):
     model, batch = tiny_model("wide_resnet", **MASKED), images()
     model.save_pretrained(tmp_path / "model")

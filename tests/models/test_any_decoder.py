@@ -237,7 +237,8 @@ def test_packed_sequences_are_apart(family):
         assert torch.allclose(packed, apart, atol=2e-5), options.keys()
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in SOME)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SOME)
 def test_compiled_whole(family):
     model, ids = tiny_model(family), tokens()
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from conftest import token_ids, trained
+from conftest import slow, token_ids, trained
 from safetensors.torch import load_file
 from test_modeling import EVERY_VARIANT, reference_losses, usual_order
 from torch import nn
@@ -276,7 +276,9 @@ def test_the_pipeline_of_features_runs(model, tmp_path):
 @pytest.mark.parametrize(
     ("model", "way"),
     [
-        *(("neurotrails", way) for way in ("sdpa", "eager", "compiled")),
+        ("neurotrails", "sdpa"),
+        ("neurotrails", "eager"),
+        slow("neurotrails", "compiled"),
         ("full_ensemble", "sdpa"),
         ("only_lm_heads", "sdpa"),
     ],

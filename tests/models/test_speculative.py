@@ -186,6 +186,7 @@ def test_equal_distributions_accept_everything():
     assert accepted.all() and torch.equal(tokens, token)
 
 
+@pytest.mark.slow
 def test_sampled_sequences_follow_the_ensembles_distribution(model):
     """Frequencies of the first three tokens, in batches whose rows hold each other up."""
     options = {"do_sample": True, "top_k": 3, "temperature": 1.3}

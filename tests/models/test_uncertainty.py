@@ -338,6 +338,7 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_example_runs_without_the_package(checkpoint, model, tmp_path):
     program = "import sys, runpy; sys.modules['nt_hf'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "NO_COLOR"))}

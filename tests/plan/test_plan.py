@@ -193,6 +193,7 @@ def test_the_documents_table_is_todays():
     assert [line for line in lines if re.match(r"\| (350m|1b) \|", line)] == table()
 
 
+@pytest.mark.slow
 def test_the_planner_is_a_program():
     command = [sys.executable, "-m", "nt_hf.plan", "--config", "recipes/configs/7b.yaml", "--gpu", "v100"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -99,7 +99,7 @@ def test_impossible_densities(density, fixed, message):
 
 
 def test_unknown_distribution():
-    with pytest.raises(ValueError, match=r"distribution='erd': accepted is uniform, er, erk, flops, owl \(did you mean er"):
+    with pytest.raises(ValueError, match=r"^distribution='erd': accepted is uniform, .* \(did you mean er"):
         active_counts(SHAPES, 0.5, "erd")
 
 
