@@ -31,6 +31,7 @@ def run_python(code, **environment):
     )
 
 
+@pytest.mark.slow
 def test_hub_data_set_is_streamed(tokenizer, tmp_path):
     pytest.importorskip("datasets")
     documents = texts(40)

@@ -12,7 +12,7 @@ from test_architecture import MODEL
 from nt_hf import NeuroTrailsLlamaForCausalLM
 
 # For those who have the package, and for other kinds of models.
-NOT_CARRIED = {"auto", "image_parts", "modeling_neurotrails_images", "wide_resnet"}
+NOT_CARRIED = {"auto", "image_parts", "merging", "modeling_neurotrails_images", "wide_resnet"}
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["nt_hf"] = None  # an editable installation would be found even from elsewhere

@@ -298,6 +298,7 @@ def test_threads_that_share_a_model_do_not_mix(model, prompts):
         assert_equal(ours.uncertainty, theirs.uncertainty)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_recorded(model, prompts):
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SIZES, VARIANTS, token_ids, trained
+from conftest import SIZES, VARIANTS, slow, token_ids, trained
 from processes import run_on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,13 +85,10 @@ def update_under(processes: int, name: str) -> dict:
             "report": sparsifier.report(), "ever": sparsifier.ever_active()}  # fmt: skip
 
 
-FAST = {"2:4"}  # of four processes; with two of two processes, below, and the slow ones all kinds of counts
-
-
 @pytest.mark.parametrize(
     ("name", "processes"),
     [
-        *(pytest.param(name, 4, marks=() if name in FAST else pytest.mark.slow) for name in CONFIGS),
+        *(slow(name, 4) for name in CONFIGS),
         ("neurotrails", 2),
         ("taylor", 2),
     ],

@@ -286,7 +286,7 @@ def test_the_program_needs_neither_datasets_nor_lm_eval_and_warns_of_no_fork(con
         (("--sparsity.structure", "4:2"), "accepted: unstructured, constant_fan_in, or N:M with 1 <= N <= M"),
         (("--sparsity.structure", "2:4", "--sparsity.density", 0.6), "accepted with structure=2:4 is density=0.5"),
         (("--sparsity.structure", "3:6"), "needs input dimensions divisible by 6; one is 32"),
-        (("--sparsity.initial_masks", "no/such"), "accepted is random, snip, .*, the path of a checkpoint"),
+        (("--sparsity.initial_masks", "no/such"), "wanda, sparsegpt, the path of a checkpoint"),
         (("--data.train", "no/such/*.jsonl"), "no/such"),
         (("--data.validation", "no/such/*.jsonl"), "no/such"),
         (("--data.tokenizer", "no/such"), "no/such"),
