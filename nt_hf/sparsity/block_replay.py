@@ -98,7 +98,7 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, 
         hooks.append(block.register_forward_pre_hook(lambda _, a, k, n=number: before(n, a, k), with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _, a, output, n=number: after(n, output)))
     try:
-        model(**inputs)
+        getattr(model, "base_model", model)(**inputs)  # what follows the blocks is not needed
     finally:
         for hook in hooks:
             hook.remove()
