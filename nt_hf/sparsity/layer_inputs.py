@@ -45,7 +45,7 @@ class _Watch:
     def __init__(self, modules: Mapping[str, nn.Module], products: bool):
         self._modules, self._products = modules, products
         self.inputs: dict[str, Inputs] = {}
-        self.first_of: dict[str, str] = {}  # the layer with the same inputs that is looked at
+        self._first_of: dict[str, str] = {}  # the layer with the same inputs that is looked at
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
 
     def __enter__(self) -> "_Watch":
@@ -66,13 +66,13 @@ class _Watch:
         patches = isinstance(module, nn.Conv2d)
         if name not in self.inputs:
             _, first = self._seen.setdefault(id(value), (value, name))
-            self.first_of[name] = name if patches else first
-            if self.first_of[name] == name:
+            self._first_of[name] = name if patches else first
+            if self._first_of[name] == name:
                 shape = weight_rows(module).shape[1:] * (2 if self._products else 1)
                 self.inputs[name] = Inputs(torch.zeros(shape, device=value.device))
             else:
                 self.inputs[name] = self.inputs[first]
-        if self.first_of[name] == name:
+        if self._first_of[name] == name:
             self.inputs[name].add(input_rows(module, value))
 
 
@@ -86,30 +86,9 @@ def look_at(run: Run, modules: Mapping[str, nn.Module], products: bool) -> dict[
     with _Watch(modules, products) as watch:
         for _ in run():
             watch.next_batch()
-    _require_all(modules, watch)
-    for name in modules:
-        if not watch.inputs[name].sums.isfinite().all():
-            raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
-    return watch.inputs
-
-
-@torch.no_grad()
-def in_turn(run: Run, modules: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
-    """The layers in the order in which a batch reaches them; those that take one tensor are together.
-
-    Raises:
-        ValueError: a layer did not run.
-    """
-    with _Watch(modules, products=False) as watch:
-        next(iter(run()))
-    _require_all(modules, watch)
-    groups: dict[str, dict[str, nn.Module]] = {}
-    for name, first in watch.first_of.items():
-        groups.setdefault(first, {})[name] = modules[name]
-    return list(groups.values())
-
-
-def _require_all(modules: Mapping[str, nn.Module], watch: _Watch) -> None:
     for name in modules:
         if name not in watch.inputs:
             raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
+        if not watch.inputs[name].sums.isfinite().all():
+            raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
+    return watch.inputs

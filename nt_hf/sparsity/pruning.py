@@ -1,7 +1,9 @@
 """First masks of a trained model: which weights it can do without, seen from what flows through it.
 
-Blocks are pruned one after another, and so are the layers within a block, each on the output of the pruned ones before
-it. Memory holds the model, the hidden states of the calibration batches, and what is known of some inputs.
+Blocks are pruned one after another, each on the output of the pruned ones before it. Memory holds the model, the hidden
+states of the calibration batches, and what is known of the inputs of one block. (To prune the layers within a block in
+turn, too, takes two and a half times as long, and gained nothing on SmolLM2-135M: 1.963 instead of 1.971 times the dense
+perplexity.)
 """
 
 import logging
@@ -15,7 +17,7 @@ from torch import nn
 from ..models.masks import groups_of, is_transposed, parse_structure
 from ..models.multi_head import MultiHeadMixin
 from .block_replay import block_by_block
-from .layer_inputs import Inputs, in_turn, look_at, weight_rows
+from .layer_inputs import Inputs, look_at, weight_rows
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +224,10 @@ def prune(
     for block, run in block_by_block(model, blocks, batches):
         within = set(block.modules())
         here = {name: module for name, module in modules.items() if module in within}
-        for layers in in_turn(run, here):
-            inputs = look_at(run, layers, pruner.products)
-            for name, module in layers.items():
-                masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
-                module.weight.mul_(masks[name])
+        inputs = look_at(run, here, pruner.products)
+        for name, module in here.items():
+            masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
+            module.weight.mul_(masks[name])
     return masks
 
 

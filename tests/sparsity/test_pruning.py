@@ -15,7 +15,7 @@ from nt_hf.sparsity import pruning
 from nt_hf.sparsity.block_replay import block_by_block
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks
-from nt_hf.sparsity.layer_inputs import Inputs, in_turn, input_rows, look_at, weight_rows
+from nt_hf.sparsity.layer_inputs import Inputs, input_rows, look_at, weight_rows
 from nt_hf.sparsity.pruning import owl_densities, prune, sparsegpt, wanda
 
 SIZES = {"vocab_size": 60, "num_hidden_layers": 3, "pad_token_id": 0}
@@ -256,9 +256,6 @@ def test_layers_that_take_one_tensor_share_what_is_known_of_it():
     inputs = look_at(run, modules, products=True)
     assert inputs["self_attn.q_proj"] is inputs["self_attn.v_proj"] is not inputs["self_attn.o_proj"]
     assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
-    assert [sorted(name.partition(".")[2] for name in layers) for layers in in_turn(run, modules)] == [
-        ["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
-    ]  # fmt: skip
     assert inputs["mlp.down_proj"].count == inputs["self_attn.q_proj"].count == 3 * 2 * 12
 
 

@@ -1,0 +1,49 @@
+"""What first masks leave of a trained model: SmolLM2-135M on C4. ``pytest -s -m slow`` prints the figures."""
+
+import itertools
+import math
+
+import pytest
+import smollm
+import torch
+
+from nt_hf import SparsityConfig, draw_masks
+from nt_hf.data.sources import read_texts
+
+ROWS, LENGTH, CALIBRATION = 40, 256, 64
+EXCLUDE = ["model.embed_tokens.*", "lm_head.*"]
+
+
+def rows(source: str, count: int) -> torch.Tensor:
+    """The first tokens of a source, documents one after another, ``[count, LENGTH]``."""
+    tokenizer = smollm.tokenizer()
+    ids = (tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in read_texts(source))
+    return torch.tensor(list(itertools.islice(itertools.chain.from_iterable(ids), count * LENGTH))).view(count, LENGTH)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module) -> float:
+    losses = [
+        float(model(part, labels=part, use_cache=False).loss) for part in rows("sample:validation", ROWS).split(8)
+    ]
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.fixture(scope="module")
+def dense() -> float:
+    return perplexity(smollm.stock_model().eval())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "density", "most"),
+    [("magnitude", 0.5, 20), ("wanda", 0.5, 2.3), ("sparsegpt", 0.5, 2.1), ("sparsegpt", 0.7, 1.25)],
+)
+def test_perplexity_after_pruning_at_once(dense, method, density, most):
+    model = smollm.stock_model().eval()
+    batches = [{"input_ids": part, "use_cache": False} for part in rows("sample:train", CALIBRATION).split(8)]
+    config = SparsityConfig(density=density, distribution="uniform", initial_masks=method, exclude=EXCLUDE)
+    draw_masks(model, config, batches=batches)
+    ratio = perplexity(model) / dense
+    print(f"{method} at {density}: {ratio:.3f} of the dense perplexity {dense:.2f}")
+    assert ratio < most
