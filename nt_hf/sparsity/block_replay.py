@@ -28,30 +28,30 @@ class _Batch:
     Attributes:
         calls: the arguments of each block, in the order in which they ran, with `_Output` for those of earlier ones.
         last_use: of each block's output, the last block that takes it.
-        outputs: of blocks that have run again.
+        outputs: of blocks that have run again, as they have become; originals: as they were.
     """
 
     calls: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
     last_use: dict[int, int] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    originals: dict[int, Any] = field(default_factory=dict)
 
-    def call(self, block: nn.Module, number: int) -> Any:
-        args, kwargs = _replaced(self.calls[number], _Output, self._value)
+    def call(self, block: nn.Module, number: int, outputs: Mapping[int, Any]) -> Any:
+        """The output of a block after some outputs of earlier ones."""
+
+        def value(output: _Output) -> Any:
+            found = outputs[output.block]
+            return found if output.index is None else found[output.index]
+
+        args, kwargs = _replaced(self.calls[number], _Output, value)
         return block(*args, **kwargs)
 
-    def finish(self, block: nn.Module, number: int) -> None:
-        """Calls a block and keeps its output as long as it is needed."""
-        self.outputs[number] = self.call(block, number)
+    def finish(self, number: int) -> None:
+        """Forgets what no block behind this one needs."""
         del self.calls[number]
-        for earlier, last in self.last_use.items():
-            if last == number:
-                del self.outputs[earlier]
-        if number not in self.last_use:
-            del self.outputs[number]
-
-    def _value(self, output: _Output) -> Any:
-        value = self.outputs[output.block]
-        return value if output.index is None else value[output.index]
+        for block in [block for block in self.outputs if self.last_use.get(block, number) <= number]:
+            del self.outputs[block]
+            self.originals.pop(block, None)
 
 
 def _replaced(value: Any, kind: type | tuple[type, ...], replacement: Callable[[Any], Any]) -> Any:
@@ -105,10 +105,39 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, 
     return batch
 
 
+@dataclass(frozen=True)
+class BlockRun:
+    """A block, and what runs it on one batch after another, as often as it is asked for.
+
+    Attributes:
+        block: to look at, and then to change.
+        number: of the block in the model.
+    """
+
+    block: nn.Module
+    number: int
+    batches: Sequence[_Batch]
+
+    def changed(self) -> Iterator[None]:
+        """Runs the block on what the changed blocks before it make of the batches."""
+        for batch in self.batches:
+            batch.call(self.block, self.number, batch.outputs)
+            yield
+
+    def original(self) -> Iterator[None]:
+        """Runs the block, which must not have changed yet, on what the model as it was makes of the batches.
+
+        Either all blocks are run so, each once, or none.
+        """
+        for batch in self.batches:
+            batch.originals[self.number] = batch.call(self.block, self.number, batch.originals)
+            yield
+
+
 @torch.no_grad()
 def block_by_block(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[nn.Module, Callable[[], Iterator[None]]]]:
+) -> Iterator[BlockRun]:
     """Goes through the blocks in the order in which they run.
 
     Args:
@@ -117,8 +146,7 @@ def block_by_block(
         batches: keyword arguments of the model; the hidden states of all are kept.
 
     Yields:
-        A block, and a function whose iterator runs it, as often as it is asked for, on one batch after another. What is
-        done to the block until the next is asked for, the blocks behind it see.
+        Every block. What is done to it until the next is asked for, the blocks behind it see.
 
     Raises:
         NotImplementedError: a block is called twice, or something happens to the hidden states between two blocks.
@@ -128,15 +156,9 @@ def block_by_block(
     try:
         records = [_record(model, blocks, inputs) for inputs in batches]
         for number in list(records[0].calls):
-            block = blocks[number]
-
-            def run(block: nn.Module = block, number: int = number) -> Iterator[None]:
-                for record in records:
-                    record.call(block, number)
-                    yield
-
-            yield block, run
+            yield BlockRun(blocks[number], number, records)
             for record in records:
-                record.finish(block, number)
+                record.outputs[number] = record.call(blocks[number], number, record.outputs)
+                record.finish(number)
     finally:
         model.train(training)

@@ -1,6 +1,6 @@
-"""What flows into the layers of a block: their inputs' second moments, or all products of them."""
+"""What flows into the layers of a block: their inputs' second moments, or products of them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,21 +8,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.masks import is_transposed
-
-Run = Callable[[], Iterable[None]]
+from .block_replay import BlockRun
 
 
 @dataclass
 class Inputs:
-    """What is known of the inputs of a layer: second moments ``[in]``, or all products ``[in, in]``, summed."""
+    """What is known of the inputs of a layer.
+
+    Attributes:
+        sums: their second moments ``[in]``, or all products ``[in, in]``, summed over ``count`` rows.
+        crossed: products ``[in, in]`` of what they were in the model before it was changed, and what they are.
+    """
 
     sums: torch.Tensor
+    crossed: torch.Tensor | None = None
     count: int = 0
 
-    def add(self, rows: torch.Tensor) -> None:
+    def add(self, rows: torch.Tensor, originals: torch.Tensor | None) -> None:
         rows = rows.float()
         self.sums += rows.square().sum(0) if self.sums.dim() == 1 else rows.T @ rows
         self.count += len(rows)
+        if originals is not None:
+            products = originals.float().T @ rows
+            self.crossed = products if self.crossed is None else self.crossed + products
 
 
 def input_rows(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
@@ -47,6 +55,7 @@ class _Watch:
         self.inputs: dict[str, Inputs] = {}
         self._first_of: dict[str, str] = {}  # the layer with the same inputs that is looked at
         self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._originals: dict[str, torch.Tensor] | None = None  # rows of a batch that is to come in its changed form
 
     def __enter__(self) -> "_Watch":
         self._hooks = [
@@ -59,35 +68,53 @@ class _Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def next_batch(self) -> None:
+    def next_batch(self, is_original: bool = False) -> None:
+        """Says what the next pass is of; one of an original batch is followed by one of the same batch, changed."""
         self._seen.clear()
+        self._is_original = is_original
+        if is_original:
+            self._originals = {}
 
     def _look(self, name: str, module: nn.Module, value: torch.Tensor) -> None:
-        patches = isinstance(module, nn.Conv2d)
-        if name not in self.inputs:
+        if name not in self._first_of:
             _, first = self._seen.setdefault(id(value), (value, name))
-            self._first_of[name] = name if patches else first
-            if self._first_of[name] == name:
-                shape = weight_rows(module).shape[1:] * (2 if self._products else 1)
-                self.inputs[name] = Inputs(torch.zeros(shape, device=value.device))
-            else:
-                self.inputs[name] = self.inputs[first]
-        if self._first_of[name] == name:
-            self.inputs[name].add(input_rows(module, value))
+            self._first_of[name] = name if isinstance(module, nn.Conv2d) else first
+        if self._first_of[name] != name:
+            self.inputs[name] = self.inputs.get(self._first_of[name])
+            return
+        rows = input_rows(module, value)
+        if self._is_original:
+            self._originals[name] = rows
+            return
+        if name not in self.inputs:
+            shape = weight_rows(module).shape[1:] * (2 if self._products else 1)
+            self.inputs[name] = Inputs(torch.zeros(shape, device=value.device))
+        self.inputs[name].add(rows, self._originals and self._originals[name])
 
 
 @torch.no_grad()
-def look_at(run: Run, modules: Mapping[str, nn.Module], products: bool) -> dict[str, Inputs]:
-    """What is known of the inputs of ``modules`` after ``run``, whose iterator runs one batch after another.
+def look_at(
+    run: BlockRun, modules: Mapping[str, nn.Module], *, products: bool, originals: bool = False
+) -> dict[str, Inputs]:
+    """What is known of the inputs of ``modules`` of a block.
+
+    Args:
+        run: runs the block.
+        modules: layers by name.
+        products: look at all products, not at the second moments alone.
+        originals: also run the block on what the model as it was makes of the batches, for ``Inputs.crossed``.
 
     Raises:
         ValueError: a layer did not run, or its inputs are not finite.
     """
     with _Watch(modules, products) as watch:
-        for _ in run():
-            watch.next_batch()
+        passes = [run.original(), run.changed()] if originals else [run.changed()]
+        for _ in run.batches:
+            for is_original, one in zip((True, False) if originals else (False,), passes):
+                watch.next_batch(is_original)
+                next(one)
     for name in modules:
-        if name not in watch.inputs:
+        if watch.inputs.get(name) is None:
             raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
         if not watch.inputs[name].sums.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite on the calibration batches")

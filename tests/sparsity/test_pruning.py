@@ -65,7 +65,7 @@ def layer_and_inputs(kind: str = "linear", rows: int = 200) -> tuple[nn.Module, 
 def known(rows: torch.Tensor, products: bool) -> Inputs:
     inputs = Inputs(torch.zeros((24, 24) if products else 24))
     for part in rows.split(64):
-        inputs.add(part)
+        inputs.add(part, None)
     return inputs
 
 
@@ -84,9 +84,10 @@ def test_blocks_run_again_as_they_ran_in_the_model(name):
     for hook in hooks:
         hook.remove()
     found: dict[nn.Module, list[torch.Tensor]] = {block: [] for block in blocks}
-    for block, run in block_by_block(model, blocks, batches):
+    for run in block_by_block(model, blocks, batches):
+        block = run.block
         hook = block.register_forward_hook(lambda block, _, out: found[block].append(out))
-        assert len(list(run())) == len(batches)
+        assert len(list(run.changed())) == len(batches)
         hook.remove()
     first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
     for block in blocks:
@@ -100,9 +101,10 @@ def test_a_block_sees_the_output_of_the_changed_ones_before_it(name):
     model, batches = MODELS[name](), batches_for(MODELS[name]())
     blocks = pruning.blocks_of(model)
     seen = []
-    for block, run in block_by_block(model, blocks, batches):
+    for run in block_by_block(model, blocks, batches):
+        block = run.block
         hook = block.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        list(run())
+        list(run.changed())
         hook.remove()
         with torch.no_grad():
             for weight in block.parameters():
@@ -251,8 +253,8 @@ def test_blocks_with_outliers_stay_denser_by_owl():
 
 def test_layers_that_take_one_tensor_share_what_is_known_of_it():
     model, batches = llama(), batches_for(llama())
-    block, run = next(_passes := block_by_block(model, pruning.blocks_of(model), batches))
-    modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    run = next(_passes := block_by_block(model, pruning.blocks_of(model), batches))
+    modules = {name: module for name, module in run.block.named_modules() if isinstance(module, nn.Linear)}
     inputs = look_at(run, modules, products=True)
     assert inputs["self_attn.q_proj"] is inputs["self_attn.v_proj"] is not inputs["self_attn.o_proj"]
     assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
