@@ -16,7 +16,7 @@ from nt_hf.sparsity.block_replay import block_by_block
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.layer_inputs import Inputs, input_rows, look_at, weight_rows
-from nt_hf.sparsity.pruning import owl_densities, prune, sparsegpt, wanda
+from nt_hf.sparsity.pruning import drift, owl_densities, prune, sparsegpt, wanda
 
 SIZES = {"vocab_size": 60, "num_hidden_layers": 3, "pad_token_id": 0}
 
@@ -175,6 +175,40 @@ def test_sparsegpt_makes_up_for_what_it_prunes_as_the_definition_says(monkeypatc
     rows_mask = weight_rows(layer, mask)
     expected = eliminated(before, hessian, rows_mask)
     torch.testing.assert_close(weight_rows(layer).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_earlier_blocks_changed_is_made_up_for_by_least_squares(monkeypatch):
+    monkeypatch.setattr(pruning, "DAMPING", 1e-9)
+    layer, original = layer_and_inputs(rows=300)
+    changed = original @ (torch.eye(24) + 0.1 * torch.randn(24, 24)) + 0.1 * torch.randn(300, 24)
+    inputs = Inputs(torch.zeros(24, 24))
+    for part, before in zip(changed.split(64), original.split(64)):
+        inputs.add(part, before)
+    weights = layer.weight.detach()
+    best = torch.linalg.lstsq(changed.double(), (original @ weights.T).double()).solution.T
+    torch.testing.assert_close((weights + drift(weights, inputs)).double(), best, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "three heads"])
+def test_the_original_inputs_are_those_of_the_model_as_it_was(name):
+    model, batches = MODELS[name](), batches_for(MODELS[name]())
+    unchanged, gaps = MODELS[name](), []
+    expected = {}
+    for run in block_by_block(unchanged, pruning.blocks_of(unchanged), batches):
+        layers = {n: m for n, m in run.block.named_modules() if isinstance(m, nn.Linear)}
+        expected[run.number] = {n: i.sums.diagonal() for n, i in look_at(run, layers, products=True).items()}
+    for run in block_by_block(model, pruning.blocks_of(model), batches):
+        layers = {n: m for n, m in run.block.named_modules() if isinstance(m, nn.Linear)}
+        watched = look_at(run, layers, products=True, originals=True)
+        for n, inputs in watched.items():
+            if not gaps:  # nothing has changed before the first block
+                torch.testing.assert_close(inputs.crossed, inputs.sums)
+            bound = (expected[run.number][n] * inputs.sums.diagonal()).sqrt()  # Cauchy and Schwarz
+            assert (inputs.crossed.diagonal() <= bound * (1 + 1e-4) + 1e-6).all(), n
+        gaps.append(run.number)
+        with torch.no_grad():
+            for weight in run.block.parameters():
+                weight.mul_(0.9)
 
 
 def test_each_method_changes_the_outputs_less_than_the_simpler_one():
