@@ -1,6 +1,6 @@
 """What flows into the layers of a block: their inputs' second moments, or products of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,74 +48,94 @@ def weight_rows(module: nn.Module, tensor: torch.Tensor | None = None) -> torch.
 
 
 class _Watch:
-    """Looks at the inputs of some layers while it is entered; layers that take one tensor share what is known."""
+    """Calls ``look(name, module, input)`` whenever some layers run, while it is entered."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], products: bool):
-        self._modules, self._products = modules, products
-        self.inputs: dict[str, Inputs] = {}
-        self._first_of: dict[str, str] = {}  # the layer with the same inputs that is looked at
-        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
-        self._originals: dict[str, torch.Tensor] | None = None  # rows of a batch that is to come in its changed form
+    def __init__(self, modules: Mapping[str, nn.Module], look: Callable[[str, nn.Module, torch.Tensor], None]):
+        self._modules, self._look = modules, look
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> None:
         self._hooks = [
             module.register_forward_pre_hook(lambda module, args, name=name: self._look(name, module, args[0]))
             for name, module in self._modules.items()
         ]
-        return self
 
     def __exit__(self, *_) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def next_batch(self, is_original: bool = False) -> None:
-        """Says what the next pass is of; one of an original batch is followed by one of the same batch, changed."""
-        self._seen.clear()
-        self._is_original = is_original
-        if is_original:
-            self._originals = {}
 
-    def _look(self, name: str, module: nn.Module, value: torch.Tensor) -> None:
-        if name not in self._first_of:
-            _, first = self._seen.setdefault(id(value), (value, name))
-            self._first_of[name] = name if isinstance(module, nn.Conv2d) else first
-        if self._first_of[name] != name:
-            self.inputs[name] = self.inputs.get(self._first_of[name])
-            return
-        rows = input_rows(module, value)
-        if self._is_original:
-            self._originals[name] = rows
-            return
-        if name not in self.inputs:
-            shape = weight_rows(module).shape[1:] * (2 if self._products else 1)
-            self.inputs[name] = Inputs(torch.zeros(shape, device=value.device))
-        self.inputs[name].add(rows, self._originals and self._originals[name])
+def in_turn(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """The layers of a block in the order in which a batch reaches them; those that take one tensor are together.
+
+    Raises:
+        ValueError: a layer did not run.
+    """
+    groups: dict[int, tuple[torch.Tensor, dict[str, nn.Module]]] = {}  # with the tensor, which keeps its id alive
+
+    def look(name: str, module: nn.Module, value: torch.Tensor) -> None:
+        groups.setdefault(id(value), (value, {}))[1][name] = module
+
+    with _Watch(modules, look):
+        next(run.changed())
+    reached = [layers for _, layers in groups.values()]
+    for name in modules:
+        if not any(name in layers for layers in reached):
+            raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
+    return reached
+
+
+@torch.no_grad()
+def original_inputs(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dict[str, torch.Tensor]]:
+    """For every batch, the layers' inputs in the model as it was, by name; the block must not have changed yet."""
+    found: list[dict[str, torch.Tensor]] = [{}]
+
+    def look(name: str, module: nn.Module, value: torch.Tensor) -> None:
+        found[-1][name] = value
+
+    with _Watch(modules, look):
+        for _ in run.original():
+            found.append({})
+    return found[:-1]
 
 
 @torch.no_grad()
 def look_at(
-    run: BlockRun, modules: Mapping[str, nn.Module], *, products: bool, originals: bool = False
+    run: BlockRun,
+    modules: Mapping[str, nn.Module],
+    *,
+    products: bool,
+    originals: Sequence[Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, Inputs]:
-    """What is known of the inputs of ``modules`` of a block.
+    """What is known of the inputs of some layers of a block.
 
     Args:
         run: runs the block.
-        modules: layers by name.
+        modules: layers by name; of those that take one tensor the first is looked at for all.
         products: look at all products, not at the second moments alone.
-        originals: also run the block on what the model as it was makes of the batches, for ``Inputs.crossed``.
+        originals: of every batch, see [`original_inputs`], for ``Inputs.crossed``.
 
     Raises:
         ValueError: a layer did not run, or its inputs are not finite.
     """
-    with _Watch(modules, products) as watch:
-        passes = [run.original(), run.changed()] if originals else [run.changed()]
-        for _ in run.batches:
-            for is_original, one in zip((True, False) if originals else (False,), passes):
-                watch.next_batch(is_original)
-                next(one)
-    for name in modules:
-        if watch.inputs.get(name) is None:
-            raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
-        if not watch.inputs[name].sums.isfinite().all():
+    inputs: dict[str, Inputs] = {}
+    for layers in in_turn(run, modules):
+        shared: Inputs | None = None
+        for name, module in layers.items():
+            if shared is None or isinstance(module, nn.Conv2d):  # whose patches are its own
+                shape = weight_rows(module).shape[1:] * (2 if products else 1)
+                shared = Inputs(torch.zeros(shape, device=module.weight.device))
+            inputs[name] = shared
+    batch = 0
+
+    def look(name: str, module: nn.Module, value: torch.Tensor) -> None:
+        before = originals and input_rows(module, originals[batch][name])
+        inputs[name].add(input_rows(module, value), before)
+
+    firsts = {id(known): name for name, known in reversed(inputs.items())}
+    with _Watch({name: modules[name] for name in firsts.values()}, look):
+        for batch, _ in enumerate(run.changed(), 1):  # noqa: B007, look sees it
+            pass
+    for name, known in inputs.items():
+        if not known.sums.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite on the calibration batches")
-    return watch.inputs
+    return inputs

@@ -1,8 +1,8 @@
 """First masks of a trained model: which weights it can do without, seen from what flows through it.
 
-Blocks are pruned one after another, each on the output of the pruned ones before it. Memory holds the model, the hidden
-states of the calibration batches (of SparseGPT also those of the model as it was), and what is known of the inputs of
-one block.
+Blocks are pruned one after another, each on the output of the pruned ones before it; by SparseGPT, the layers within a
+block, too, which make up for a part of what was changed before them. Memory holds the model, the hidden states of the
+calibration batches, and what is known of the inputs of one block: for SparseGPT the inputs themselves.
 """
 
 import logging
@@ -16,7 +16,7 @@ from torch import nn
 from ..models.masks import groups_of, is_transposed, parse_structure
 from ..models.multi_head import MultiHeadMixin
 from .block_replay import block_by_block
-from .layer_inputs import Inputs, look_at, weight_rows
+from .layer_inputs import Inputs, in_turn, look_at, original_inputs, weight_rows
 
 logger = logging.getLogger(__name__)
 
@@ -238,10 +238,12 @@ def prune(
     for run in block_by_block(model, blocks, batches):
         within = set(run.block.modules())
         here = {name: module for name, module in modules.items() if module in within}
-        inputs = look_at(run, here, products=pruner.products, originals=pruner.products)
-        for name, module in here.items():
-            masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
-            module.weight.mul_(masks[name])
+        originals = original_inputs(run, here) if pruner.products else None
+        for layers in in_turn(run, here) if pruner.products else [here]:
+            inputs = look_at(run, layers, products=pruner.products, originals=originals)
+            for name, module in layers.items():
+                masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
+                module.weight.mul_(masks[name])
     return masks
 
 

@@ -15,7 +15,7 @@ from nt_hf.sparsity import pruning
 from nt_hf.sparsity.block_replay import block_by_block
 from nt_hf.sparsity.config import SparsityConfig
 from nt_hf.sparsity.first_masks import draw_masks
-from nt_hf.sparsity.layer_inputs import Inputs, input_rows, look_at, weight_rows
+from nt_hf.sparsity.layer_inputs import Inputs, in_turn, input_rows, look_at, original_inputs, weight_rows
 from nt_hf.sparsity.pruning import drift, owl_densities, prune, sparsegpt, wanda
 
 SIZES = {"vocab_size": 60, "num_hidden_layers": 3, "pad_token_id": 0}
@@ -199,7 +199,7 @@ def test_the_original_inputs_are_those_of_the_model_as_it_was(name):
         expected[run.number] = {n: i.sums.diagonal() for n, i in look_at(run, layers, products=True).items()}
     for run in block_by_block(model, pruning.blocks_of(model), batches):
         layers = {n: m for n, m in run.block.named_modules() if isinstance(m, nn.Linear)}
-        watched = look_at(run, layers, products=True, originals=True)
+        watched = look_at(run, layers, products=True, originals=original_inputs(run, layers))
         for n, inputs in watched.items():
             if not gaps:  # nothing has changed before the first block
                 torch.testing.assert_close(inputs.crossed, inputs.sums)
@@ -292,6 +292,9 @@ def test_layers_that_take_one_tensor_share_what_is_known_of_it():
     inputs = look_at(run, modules, products=True)
     assert inputs["self_attn.q_proj"] is inputs["self_attn.v_proj"] is not inputs["self_attn.o_proj"]
     assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
+    assert [sorted(name.partition(".")[2] for name in layers) for layers in in_turn(run, modules)] == [
+        ["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
+    ]  # fmt: skip
     assert inputs["mlp.down_proj"].count == inputs["self_attn.q_proj"].count == 3 * 2 * 12
 
 
