@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..sparsity.config import SparsityConfig
@@ -31,9 +31,7 @@ def image_flops(config: MultiHeadConfig, order_per_head: bool = False) -> Forwar
 
     With ``order_per_head`` each head has an image of its own, and the backbone runs for each.
     """
-    model = build(config).eval()
-    passes = config.num_ensemble_heads if order_per_head else 1
-    return count_forward(model, 1, passes, pixel_values=torch.zeros(1, 3, *_sides(config), device="meta"))
+    return _forward(build(config), order_per_head)
 
 
 def count_images(config: MultiHeadConfig, sparsity: SparsityConfig, order_per_head: bool = False) -> ImageCosts:
@@ -42,7 +40,7 @@ def count_images(config: MultiHeadConfig, sparsity: SparsityConfig, order_per_he
     masked, targets = mask(model, sparsity)
     active = {id(module.weight): targets[name] for name, module in masked.items()}
     weights = (WeightCount(w.numel(), active.get(id(w), w.numel())) for w in model.parameters())
-    forward = image_flops(config, order_per_head)
+    forward = _forward(model, order_per_head)
     return ImageCosts(
         weights=sum(weights, WeightCount()),
         training=3 * forward.total,
@@ -50,6 +48,8 @@ def count_images(config: MultiHeadConfig, sparsity: SparsityConfig, order_per_he
     )
 
 
-def _sides(config: PreTrainedConfig) -> tuple[int, int]:
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _forward(model: PreTrainedModel, order_per_head: bool) -> ForwardFlops:
+    config = model.config
+    sides = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
+    passes = config.num_ensemble_heads if order_per_head else 1
+    return count_forward(model.eval(), 1, passes, pixel_values=torch.zeros(1, 3, *sides, device="meta"))

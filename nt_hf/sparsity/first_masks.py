@@ -119,9 +119,10 @@ def draw_masks(
         config: what is sparse and how sparse.
         loss: returns the scalar loss of one batch, such as ``lambda: model(**batch).loss``, the same on all processes.
             Saliency (``config.initial_masks`` "snip", "grasp") and the "flops" distribution of convolutions need it.
-        batches: keyword arguments of the model, such as ``[{"input_ids": ids, "use_cache": False}, ...]``, the same on
-            all processes. Masks by "wanda" and "sparsegpt" and the distribution "owl" are made from what flows through
-            the model. "sparsegpt" gives the weights that stay new values.
+        batches: keyword arguments of its base model, without labels, the same on all processes, such as
+            ``[{"input_ids": ids, "use_cache": False}, ...]``. Masks by "wanda" and "sparsegpt" and the distribution "owl"
+            are made from what flows through the model. "sparsegpt" gives the weights that stay new values. If these
+            batches fail on the way (they are not finite, for example), the weights of earlier blocks are pruned already.
 
     Raises:
         ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the
@@ -200,12 +201,12 @@ def _first_masks(
     uses = weight_uses(modules, loss) if loss is not None and config.distribution == "flops" else None
     start = config.density if config.density_start is None else config.density_start
     counts = _counts(modules, config, start, uses)
-    if config.distribution == "owl" and config.structure == "unstructured":
+    if config.distribution == "owl" and parse_structure(config.structure) is None:  # N:M leaves no choice
         counts = _outlier_counts(model, modules, config, batches)
     if config.initial_masks in PRUNERS:
         return prune(model, modules, counts, config.initial_masks, config.structure, batches)
     if config.initial_masks == "random":
-        if trained := getattr(getattr(model, "config", None), "_name_or_path", ""):
+        if start < 1 and (trained := getattr(getattr(model, "config", None), "_name_or_path", "")):
             logger.warning(
                 "random masks over the trained weights of %s: expect to lose what it has learned; "
                 "initial_masks=sparsegpt, wanda or magnitude, or density_start=1, keep more of it", trained,
@@ -251,11 +252,20 @@ def _outlier_counts(
     own = _own_densities(config, shapes, config.density)
     counts = active_counts(shapes, config.density, "uniform", own)
     free = {name: module for name, module in modules.items() if name not in own}
+    if not free:
+        return counts
     size = sum(module.weight.numel() for module in free.values())
     budget = sum(counts[name] for name in free)
     densities = owl_densities(model, free, budget / size, batches)
     shares = {name: densities[name] * module.weight.numel() for name, module in free.items()}
-    return counts | allocate(budget, shares, {name: module.weight.numel() for name, module in free.items()})
+    counts |= allocate(budget, shares, {name: module.weight.numel() for name, module in free.items()})
+    if config.structure == "unstructured":
+        return counts
+    groups = {
+        name: group_count(module.weight.shape, config.structure, is_transposed(module))
+        for name, module in modules.items()
+    }
+    return structured_counts(counts, shapes, groups)
 
 
 def _own_densities(config: SparsityConfig, names: Iterable[str], density: float) -> dict[str, float]:

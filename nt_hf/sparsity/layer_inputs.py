@@ -64,6 +64,7 @@ class _Watch:
             hook.remove()
 
 
+@torch.no_grad()
 def in_turn(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
     """The layers of a block in the order in which a batch reaches them; those that take one tensor are together.
 
@@ -101,7 +102,7 @@ def original_inputs(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dic
 @torch.no_grad()
 def look_at(
     run: BlockRun,
-    modules: Mapping[str, nn.Module],
+    groups: Sequence[Mapping[str, nn.Module]],
     *,
     products: bool,
     originals: Sequence[Mapping[str, torch.Tensor]] | None = None,
@@ -110,15 +111,16 @@ def look_at(
 
     Args:
         run: runs the block.
-        modules: layers by name; of those that take one tensor the first is looked at for all.
+        groups: of layers by name, see [`in_turn`]; of those that take one tensor the first is looked at for all.
         products: look at all products, not at the second moments alone.
         originals: of every batch, see [`original_inputs`], for ``Inputs.crossed``.
 
     Raises:
-        ValueError: a layer did not run, or its inputs are not finite.
+        ValueError: the inputs of a layer are not finite.
     """
     inputs: dict[str, Inputs] = {}
-    for layers in in_turn(run, modules):
+    modules = {name: module for layers in groups for name, module in layers.items()}
+    for layers in groups:
         shared: Inputs | None = None
         for name, module in layers.items():
             if shared is None or isinstance(module, nn.Conv2d):  # whose patches are its own

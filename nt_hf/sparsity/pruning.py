@@ -5,7 +5,6 @@ block, too, which make up for a part of what was changed before them. Memory hol
 calibration batches, and what is known of the inputs of one block: for SparseGPT the inputs themselves.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +17,25 @@ from ..models.multi_head import MultiHeadMixin
 from .block_replay import block_by_block
 from .layer_inputs import Inputs, in_turn, look_at, original_inputs, weight_rows
 
-logger = logging.getLogger(__name__)
-
 Batches = Sequence[Mapping[str, Any]]
 
 COLUMNS = 128  # that SparseGPT prunes between two updates of the columns behind them
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it, as in the paper
-DRIFT = 0.5  # share of what earlier blocks have changed that a layer makes up for; 1 overfits the batches
+DRIFT = 0.5  # share of what was changed before it that a layer makes up for; 0.8 ruined SmolLM2-135M
 OUTLIER = 5.0  # times the mean of a block's scores make an outlier: OWL's M
-SPREAD = 0.08  # how far OWL moves a block's density from the mean, each way: its lambda
+SPREAD = 0.08  # half of what OWL's densest and sparsest block differ by: its lambda
 
 
-def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module], setting: str) -> None:
+def check_prunable(
+    modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module], setting: str, structure: str = "unstructured"
+) -> None:
     """Raises unless the inputs of all modules can be looked at block by block.
 
     Raises:
-        ValueError: a module lies outside the blocks, or is neither linear nor a plain convolution.
+        ValueError: a module lies outside the blocks, or is neither linear nor a plain convolution; or a convolution is
+            to be N:M by SparseGPT, which goes through its patches, where the inputs of a group are no neighbours.
     """
+    needs_linear = setting == "initial_masks=sparsegpt" and parse_structure(structure) is not None
     within = {module for block in blocks for module in block.modules()}
     for name, module in modules.items():
         kind = type(module).__name__
@@ -43,6 +44,8 @@ def check_prunable(modules: Mapping[str, nn.Module], blocks: Sequence[nn.Module]
         plain = isinstance(module, nn.Linear) or is_transposed(module)
         if not plain and not (isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"):
             raise ValueError(f"{setting}: {name} is of {kind}; accepted are linear layers and convolutions")
+        if needs_linear and isinstance(module, nn.Conv2d):
+            raise ValueError(f"{setting}: {name} is of {kind}; accepted with structure={structure} are linear layers")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -200,7 +203,7 @@ class Pruner:
 
     Attributes:
         mask: gives a layer's mask, from the layer, the number of weights to keep, the structure and its inputs.
-        inputs: ``None`` where it needs none, else whether all products or the second moments alone.
+        products: ``None`` where it needs no inputs, else whether all products or the second moments alone.
     """
 
     mask: Callable[[nn.Module, int, str, Inputs | None], torch.Tensor]
@@ -233,17 +236,17 @@ def prune(
     if pruner.products is None:
         return {name: pruner.mask(module, counts[name], structure, None) for name, module in modules.items()}
     blocks = blocks_of(model)
-    check_prunable(modules, blocks, f"initial_masks={method}")
+    check_prunable(modules, blocks, f"initial_masks={method}", structure)
     masks: dict[str, torch.Tensor] = {}
     for run in block_by_block(model, blocks, batches):
         within = set(run.block.modules())
         here = {name: module for name, module in modules.items() if module in within}
         originals = original_inputs(run, here) if pruner.products else None
-        for layers in in_turn(run, here) if pruner.products else [here]:
-            inputs = look_at(run, layers, products=pruner.products, originals=originals)
-            for name, module in layers.items():
-                masks[name] = pruner.mask(module, counts[name], structure, inputs[name])
-                module.weight.mul_(masks[name])
+        groups = in_turn(run, here)
+        for together in [[group] for group in groups] if pruner.products else [groups]:
+            for name, known in look_at(run, together, products=pruner.products, originals=originals).items():
+                masks[name] = pruner.mask(here[name], counts[name], structure, known)
+                here[name].weight.mul_(masks[name])
     return masks
 
 
@@ -253,7 +256,7 @@ def owl_densities(
 ) -> dict[str, float]:
     """Densities by weight name, higher in blocks where more scores of [`wanda`] are outliers (OWL, Yin et al. 2024).
 
-    All layers of a block have one density, within 0.08 of ``density``; the mean over blocks is ``density``.
+    All layers of a block have one density. Those of the blocks span 0.16, and their mean is ``density``.
     """
     blocks = blocks_of(model)
     check_prunable(modules, blocks, "distribution=owl")
@@ -261,7 +264,7 @@ def owl_densities(
     for run in block_by_block(model, blocks, batches):
         within = set(run.block.modules())
         here = {name: module for name, module in modules.items() if module in within}
-        inputs = look_at(run, here, products=False)
+        inputs = look_at(run, in_turn(run, here), products=False)
         scores = [weight_rows(module).abs() * inputs[name].sums.sqrt() for name, module in here.items()]
         if scores:
             mean = sum(float(score.sum()) for score in scores) / sum(score.numel() for score in scores)

@@ -1,5 +1,6 @@
 """First masks of trained models: block by block, by Wanda, by SparseGPT, at OWL's densities."""
 
+import copy
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from nt_hf.models.auto import NeuroTrailsForCausalLM
 from nt_hf.models.masks import attach_masks, check_structure, get_mask, is_transposed, maskable_modules, masked_modules
 from nt_hf.models.wide_resnet import WideResNetConfig, WideResNetForImageClassification
 from nt_hf.sparsity import pruning
@@ -196,10 +198,11 @@ def test_the_original_inputs_are_those_of_the_model_as_it_was(name):
     expected = {}
     for run in block_by_block(unchanged, pruning.blocks_of(unchanged), batches):
         layers = {n: m for n, m in run.block.named_modules() if isinstance(m, nn.Linear)}
-        expected[run.number] = {n: i.sums.diagonal() for n, i in look_at(run, layers, products=True).items()}
+        watched = look_at(run, in_turn(run, layers), products=True)
+        expected[run.number] = {n: inputs.sums.diagonal() for n, inputs in watched.items()}
     for run in block_by_block(model, pruning.blocks_of(model), batches):
         layers = {n: m for n, m in run.block.named_modules() if isinstance(m, nn.Linear)}
-        watched = look_at(run, layers, products=True, originals=original_inputs(run, layers))
+        watched = look_at(run, in_turn(run, layers), products=True, originals=original_inputs(run, layers))
         for n, inputs in watched.items():
             if not gaps:  # nothing has changed before the first block
                 torch.testing.assert_close(inputs.crossed, inputs.sums)
@@ -289,7 +292,7 @@ def test_layers_that_take_one_tensor_share_what_is_known_of_it():
     model, batches = llama(), batches_for(llama())
     run = next(_passes := block_by_block(model, pruning.blocks_of(model), batches))
     modules = {name: module for name, module in run.block.named_modules() if isinstance(module, nn.Linear)}
-    inputs = look_at(run, modules, products=True)
+    inputs = look_at(run, in_turn(run, modules), products=True)
     assert inputs["self_attn.q_proj"] is inputs["self_attn.v_proj"] is not inputs["self_attn.o_proj"]
     assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
     assert [sorted(name.partition(".")[2] for name in layers) for layers in in_turn(run, modules)] == [
@@ -334,5 +337,38 @@ def test_random_masks_over_trained_weights_warn_and_name_better_ones(tmp_path, c
     with caplog.at_level(logging.WARNING, "nt_hf"):
         draw_masks(model, config)
         assert "trained weights" not in caplog.text
-        draw_masks(LlamaForCausalLM.from_pretrained(tmp_path), config)
-    assert "random masks over the trained weights" in caplog.text and "sparsegpt, wanda or magnitude" in caplog.text
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+        gradual = SparsityConfig(density=0.5, density_start=1.0, exclude=config.exclude)
+        draw_masks(copy.deepcopy(loaded), gradual)  # of which the first masks are full
+        assert "trained weights" not in caplog.text
+        draw_masks(copy.deepcopy(loaded), config)
+        assert caplog.text.count("random masks over the trained weights") == 1
+        trails = NeuroTrailsForCausalLM.from_stock(loaded, num_ensemble_heads=2, blocks_in_head=1)
+        draw_masks(trails, SparsityConfig(density=0.5, exclude=["model.embed_tokens.*", "lm_heads.*"]))
+    assert caplog.text.count("random masks over the trained weights") == 2
+    assert "sparsegpt, wanda or magnitude" in caplog.text
+
+
+@pytest.mark.parametrize("structure", ["constant_fan_in", "2:4"])
+def test_owl_and_structures(structure):
+    model = llama()
+    exclude = ["model.embed_tokens.*", "lm_head.*"]
+    fields = {"distribution": "owl", "initial_masks": "wanda", "structure": structure, "exclude": exclude}
+    draw_masks(model, SparsityConfig(density=0.5, **fields), batches=batches_for(model))
+    masks = [(get_mask(module), is_transposed(module)) for module in masked_modules(model).values()]
+    for mask, transposed in masks:
+        check_structure(mask, structure, transposed)
+    active = sum(int(mask.sum()) for mask, _ in masks) / sum(mask.numel() for mask, _ in masks)
+    assert abs(active - 0.5) < 0.01
+
+
+def test_convolutions_cannot_be_n_m_by_sparsegpt():
+    model = wide_resnet()
+    within = {module for block in pruning.blocks_of(model) for module in block.modules()}
+    exclude = [name for name, module in maskable_modules(model).items() if module not in within]
+    config = SparsityConfig(density=0.5, structure="2:4", initial_masks="sparsegpt", exclude=exclude)
+    with pytest.raises(
+        ValueError, match=r"^initial_masks=sparsegpt: .* with structure=2:4 are linear layers$"
+    ):
+        draw_masks(model, config, batches=batches_for(model))
+    assert not masked_modules(model)
