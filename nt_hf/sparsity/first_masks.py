@@ -120,9 +120,9 @@ def draw_masks(
         loss: returns the scalar loss of one batch, such as ``lambda: model(**batch).loss``, the same on all processes.
             Saliency (``config.initial_masks`` "snip", "grasp") and the "flops" distribution of convolutions need it.
         batches: keyword arguments of its base model, without labels, the same on all processes, such as
-            ``[{"input_ids": ids, "use_cache": False}, ...]``. Masks by "wanda" and "sparsegpt" and the distribution "owl"
-            are made from what flows through the model. "sparsegpt" gives the weights that stay new values. If these
-            batches fail on the way (they are not finite, for example), the weights of earlier blocks are pruned already.
+            ``[{"input_ids": ids, "use_cache": False}, ...]``. Masks by "wanda" and "sparsegpt" and the distribution
+            "owl" are made from what flows through the model. "sparsegpt" gives the weights that stay new values. If
+            the batches fail on the way (an input is not finite, for example), earlier blocks are pruned already.
 
     Raises:
         ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the

@@ -367,8 +367,6 @@ def test_convolutions_cannot_be_n_m_by_sparsegpt():
     within = {module for block in pruning.blocks_of(model) for module in block.modules()}
     exclude = [name for name, module in maskable_modules(model).items() if module not in within]
     config = SparsityConfig(density=0.5, structure="2:4", initial_masks="sparsegpt", exclude=exclude)
-    with pytest.raises(
-        ValueError, match=r"^initial_masks=sparsegpt: .* with structure=2:4 are linear layers$"
-    ):
+    with pytest.raises(ValueError, match=r"^initial_masks=sparsegpt: .* with structure=2:4 are linear layers$"):
         draw_masks(model, config, batches=batches_for(model))
     assert not masked_modules(model)
