@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import resource
+import time
 
 import pytest
 import smollm
@@ -29,6 +31,11 @@ def perplexity(model: torch.nn.Module) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def peak_memory() -> float:
+    """Of this process so far, in GB; that of one test alone if no other runs in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 @pytest.fixture(scope="module")
 def dense() -> float:
     return perplexity(smollm.stock_model().eval())
@@ -43,7 +50,10 @@ def test_perplexity_after_pruning_at_once(dense, method, density, most):
     model = smollm.stock_model().eval()
     batches = [{"input_ids": part, "use_cache": False} for part in rows("sample:train", CALIBRATION).split(8)]
     config = SparsityConfig(density=density, distribution="uniform", initial_masks=method, exclude=EXCLUDE)
+    memory, seconds = peak_memory(), time.process_time()
     draw_masks(model, config, batches=batches)
+    memory, seconds = (memory, peak_memory()), time.process_time() - seconds
     ratio = perplexity(model) / dense
-    print(f"{method} at {density}: {ratio:.3f} of the dense perplexity {dense:.2f}")
+    print(f"{method} at {density}: {ratio:.3f} of the dense perplexity {dense:.2f}; {seconds:.0f} s of CPU time")
+    print("peak memory of this process before and after: {:.2f} and {:.2f} GB".format(*memory))
     assert ratio < most
