@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.models.masks import masked_modules, set_mask
+
 import torch
 from common import Figure, ratio, table, take_turns
 from transformers.utils import logging
-
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.models.masks import masked_modules, set_mask
 
 DENSITIES = (0.1, 0.5, 0.9)
 ROUNDS = 5

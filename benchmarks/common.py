@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nt_hf.cli.program import machine, provenance
 from nt_hf.files import write_json
 from nt_hf.text import markdown_table
+
+import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -17,15 +17,15 @@ import statistics
 import sys
 import time
 
-import torch
-from common import DEVICE, Figure, matmul_precision, ratio, table, take_turns
-from transformers import DynamicCache, LlamaForCausalLM
-
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, draw_masks, freeze_topology
 from nt_hf.config import load_run_config
 from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.lm_heads import by_head
+
+import torch
+from common import DEVICE, Figure, matmul_precision, ratio, table, take_turns
+from transformers import DynamicCache, LlamaForCausalLM
 
 PROMPT, TOKENS = 16, 48
 KNOWN, PROMPTS = 8, 3  # rows of text that the model learns, and how many are continued

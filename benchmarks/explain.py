@@ -14,14 +14,14 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli.program import run
 from nt_hf.data.streams import TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.models.masks import get_mask, masked_modules
 from nt_hf.text import markdown_table
+
+import torch
 
 
 def main() -> None:

@@ -12,14 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+from nt_hf.cli.program import check_output, run
+
+import busy
 import checkpoints
 import decoding
 import sparse_inference
+import startup
 import torch
 import training
 from common import DEVICE, bandwidth, conditions, matmul_peak, table, write_figures
-
-from nt_hf.cli.program import check_output, run
 
 SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
@@ -27,6 +29,8 @@ BENCHMARKS = {
     "decoding": lambda args: decoding.measure(),
     "sparse_inference": lambda args: sparse_inference.measure(),
     "checkpoints": lambda args: checkpoints.measure(),
+    "busy": lambda args: busy.measure(),
+    "startup": lambda args: startup.measure(),
 }
 PEAKS = {"fp32 product": torch.float32, "bf16 product": torch.bfloat16}
 # The block of docs/performance.md that --docs writes anew.

@@ -12,10 +12,6 @@ import shutil
 import statistics
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from common import take_turns
-
 from nt_hf import NeuroTrailsForCausalLM, Sparsifier
 from nt_hf.cli.program import run
 from nt_hf.config import load_run_config
@@ -24,6 +20,10 @@ from nt_hf.training.checkpoint import Progress, TrainingState, load_model, load_
 from nt_hf.training.manifest import find_damage
 from nt_hf.training.optimizer import make_optimizer
 from nt_hf.training.tasks import TextTask
+
+import torch
+from accelerate import Accelerator
+from common import take_turns
 
 ROUNDS = 4
 

@@ -15,15 +15,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
-import torch
-from common import DEVICE, Figure, conditions, ratio, seconds, table, take_turns
-from torch import nn
-from transformers.initialization import no_init_weights
-
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_hf.inference import Report, kernels, restore, specialize
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 from nt_hf.text import markdown_table
+
+import torch
+from common import DEVICE, Figure, conditions, ratio, seconds, table, take_turns
+from torch import nn
+from transformers.initialization import no_init_weights
 
 DENSITY = 0.1
 NEW_TOKENS, PROMPT = 16, 128

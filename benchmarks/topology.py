@@ -14,9 +14,6 @@ import itertools
 import statistics
 from collections.abc import Callable
 
-import torch
-from common import DEVICE, bandwidth, conditions, peak_bytes, seconds, take_turns
-
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.config import load_run_config
 from nt_hf.sparsity.criteria import DROP, GROW
@@ -25,6 +22,9 @@ from nt_hf.sparsity.sparsifier import Sparsifier
 from nt_hf.sparsity.update import random_mask, update_mask
 from nt_hf.text import markdown_table
 from nt_hf.training.optimizer import make_optimizer
+
+import torch
+from common import DEVICE, bandwidth, conditions, peak_bytes, seconds, take_turns
 
 DENSITY, DROP_FRACTION = 0.9, 0.3
 BYTES = 4 + 4 + 1 + 1  # of a weight: fp32 weight and gradient, old and new mask

@@ -23,6 +23,16 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf.config import RunConfig, load_run_config
+from nt_hf.models.lm_heads import by_head
+from nt_hf.plan.flops import training_flops_per_token
+from nt_hf.plan.hardware import peak_tflops
+from nt_hf.sparsity.first_masks import draw_masks
+from nt_hf.sparsity.sparsifier import Sparsifier
+from nt_hf.training.device import compile_blocks
+from nt_hf.training.optimizer import make_optimizer
+
 import torch
 from common import (
     DEVICE,
@@ -39,16 +49,6 @@ from common import (
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
-
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.config import RunConfig, load_run_config
-from nt_hf.models.lm_heads import by_head
-from nt_hf.plan.flops import training_flops_per_token
-from nt_hf.plan.hardware import peak_tflops
-from nt_hf.sparsity.first_masks import draw_masks
-from nt_hf.sparsity.sparsifier import Sparsifier
-from nt_hf.training.device import compile_blocks
-from nt_hf.training.optimizer import make_optimizer
 
 LENGTH = 256
 GPU = DEVICE.type == "cuda"

@@ -20,11 +20,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import lm_eval
-import torch
-from lm_eval.models.huggingface import HFLM
-from transformers import LlamaForCausalLM
-
 from nt_hf import NeuroTrailsLlamaForCausalLM
 from nt_hf.cli.program import provenance
 from nt_hf.config import load_run_config
@@ -32,6 +27,11 @@ from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.zero_shot import TrailsLM, choose_scorers, score_task
 from nt_hf.evaluation.zero_shot_tasks import Tasks, quiet
 from nt_hf.text import markdown_table
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import LlamaForCausalLM
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 

@@ -3,11 +3,11 @@
 python examples/custom_criterion.py
 """
 
-import torch
-from torch import nn
-
 from nt_hf import Sparsifier, SparsityConfig, check_masks, draw_masks
 from nt_hf.sparsity.criteria import DROP, Chunk, Drop
+
+import torch
+from torch import nn
 
 
 def noisy_magnitude(chunk: Chunk) -> torch.Tensor:

@@ -6,12 +6,12 @@ python examples/from_stock.py --model path/or/hub-id --steps 50          # a Lla
 
 import argparse
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
-
 from nt_hf import NeuroTrailsForCausalLM, Sparsifier, SparsityConfig, draw_masks
 from nt_hf.data.streams import TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -7,13 +7,13 @@ nt-hf evaluate images --model runs/image-classifier --output runs/image-classifi
 import argparse
 from pathlib import Path
 
-import torch
-
 from nt_hf import NeuroTrailsForImageClassification, NeuroTrailsWideResNetConfig, Sparsifier, SparsityConfig, draw_masks
 from nt_hf.data.image_config import ImageConfig
 from nt_hf.data.image_sets import open_training_images
 from nt_hf.data.images import ImageBatches
 from nt_hf.files import write_json
+
+import torch
 
 
 def main(arguments: list[str] | None = None) -> torch.nn.Module:

@@ -5,11 +5,11 @@ python examples/quickstart.py --steps 200 --output runs/quickstart
 
 import argparse
 
-import torch
-
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig, draw_masks
 from nt_hf.data.streams import TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer
+
+import torch
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,12 +6,12 @@ python examples/rigl_with_trainer.py --steps 100 --output runs/rigl
 import argparse
 from itertools import islice
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-
 from nt_hf import SparsityCallback, SparsityConfig, check_masks, draw_masks
 from nt_hf.data.streams import TokenBatches
 from nt_hf.data.tokenizers import load_tokenizer
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 
 def main(arguments: list[str] | None = None) -> Trainer:

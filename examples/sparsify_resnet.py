@@ -5,10 +5,10 @@ python examples/sparsify_resnet.py --steps 200
 
 import argparse
 
+from nt_hf import Sparsifier, SparsityConfig, check_masks, draw_masks
+
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
-
-from nt_hf import Sparsifier, SparsityConfig, check_masks, draw_masks
 
 CLASSES = 4
 

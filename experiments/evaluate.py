@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from experiments.suite import Paths, Run, Suite
 from nt_hf.config import load_run_config
 from nt_hf.data.image_sets import open_images, open_training_images
 from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, evaluate, load_for_evaluation
+
+from experiments.suite import Paths, Run, Suite
 
 logger = logging.getLogger("nt_hf.experiments")
 

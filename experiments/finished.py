@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.suite import METRICS_FILE, Arm, Suite, main_runs, read_result, tuned
 from nt_hf.training.metrics import read_metrics
+
+from experiments.suite import METRICS_FILE, Arm, Suite, main_runs, read_result, tuned
 
 Result = Mapping[str, Any]
 Read = Callable[[Result], float | None]

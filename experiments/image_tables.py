@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Mapping
 
+from nt_hf.text import markdown_table
+
 from experiments.finished import Finished, Measure, Result, measured, paired_differences, spread
 from experiments.suite import Suite
-from nt_hf.text import markdown_table
 
 VALIDATION = Measure("accuracy (%)", lambda record: 100 * record["accuracy"], 2)
 COMPARED = "differences are"

@@ -25,6 +25,12 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from nt_hf.cli import program
+from nt_hf.cli.program import check_output, machine, provenance
+from nt_hf.files import lock_directory, write_atomic, write_json
+from nt_hf.training.metrics import last_record, read_metrics
+from nt_hf.training.signals import EXIT_PREEMPTED
+
 from experiments.evaluate import check_evaluation, evaluate_checkpoint
 from experiments.suite import (
     METRICS_FILE,
@@ -43,11 +49,6 @@ from experiments.suite import (
     tuning_runs,
 )
 from experiments.suite_report import refreshed, report_text, write_report
-from nt_hf.cli import program
-from nt_hf.cli.program import check_output, machine, provenance
-from nt_hf.files import lock_directory, write_atomic, write_json
-from nt_hf.training.metrics import last_record, read_metrics
-from nt_hf.training.signals import EXIT_PREEMPTED
 
 logger = logging.getLogger("nt_hf.experiments")
 

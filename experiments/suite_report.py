@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nt_hf.text import markdown_table, pyplot
+
 from experiments import image_tables, text_tables
 from experiments.finished import Finished, density, finished
 from experiments.suite import RESULT_FILE, Suite, main_runs, read_result, tuned, tuning_runs
-from nt_hf.text import markdown_table, pyplot
 
 
 def kind(suite: Suite) -> ModuleType:

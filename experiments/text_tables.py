@@ -3,6 +3,9 @@
 import statistics
 from collections.abc import Callable, Mapping
 
+from nt_hf.models.configuration_neurotrails import ENSEMBLE_MODES
+from nt_hf.text import markdown_table, score_text
+
 from experiments.finished import (
     Finished,
     Measure,
@@ -13,8 +16,6 @@ from experiments.finished import (
     spread,
 )
 from experiments.suite import Suite
-from nt_hf.models.configuration_neurotrails import ENSEMBLE_MODES
-from nt_hf.text import markdown_table, score_text
 
 VALIDATION = Measure("perplexity", lambda record: record["perplexity"], 2, log=True)
 COMPARED = "ratios are"

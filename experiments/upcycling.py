@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from nt_hf import NeuroTrailsForCausalLM
 from nt_hf.cli import program
@@ -36,6 +34,8 @@ from nt_hf.files import write_json, write_text
 from nt_hf.models.ensemble import uncertainty
 from nt_hf.models.trails import load_complete
 from nt_hf.text import markdown_table
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results" / "upcycling"

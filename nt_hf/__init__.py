@@ -1,6 +1,7 @@
 """Sparse multi-head LLMs for Hugging Face Transformers."""
 
 import os
+from typing import TYPE_CHECKING
 
 # Waiting OpenMP threads of GNU's library give up spinning early: beside another busy process they would slow each other
 # down several times over. It is read when torch is loaded, so programs import this package first.
@@ -21,17 +22,27 @@ from .models.merging import distillation_loss, merge_heads, with_student
 from .sparsity.config import SparsityConfig
 from .sparsity.first_masks import draw_masks
 from .sparsity.sparsifier import Sparsifier
-from .sparsity.trainer_callback import SparsityCallback
+
+if TYPE_CHECKING:
+    from .sparsity.trainer_callback import SparsityCallback
 
 for _family in FAMILIES:
     class_of_family(_family)
 
 
 def __getattr__(name: str):
+    if name == "SparsityCallback":  # takes Trainer's own imports, PEFT among them: only for those who train by Trainer
+        from .sparsity.trainer_callback import SparsityCallback
+
+        return SparsityCallback
     # NeuroTrailsQwen3ForCausalLM, NeuroTrailsQwen3Config and the like, of any family.
     if (made := class_named(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return made
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

@@ -112,6 +112,16 @@ def test_the_package_knows_no_program_and_programs_use_the_package():
         assert all(level == 0 for level, _ in imports(path)), path
 
 
+def test_programs_import_the_package_before_torch():
+    """Torch reads how its threads wait when it is loaded, and the package says it (nt_hf/__init__.py)."""
+    without_package = {Path("examples") / name for name in ("generate.py", "serve.py", "uncertainty.py")}
+    loading = {"nt_hf", "torch", "transformers", "accelerate"}
+    for path in PROGRAMS:
+        names = (module.split(".")[0] for _, module in imports(path, lambda tree: tree.body))
+        loaded = [name for name in names if name in loading]
+        assert path in without_package or loaded[:1] in ([], ["nt_hf"]), path
+
+
 def test_the_library_logs_and_never_prints():
     for path in (path for path in PACKAGE if room(path) != "cli"):
         calls = [node.func for node in ast.walk(parse(Path("nt_hf") / path)) if isinstance(node, ast.Call)]
