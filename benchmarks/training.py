@@ -21,6 +21,7 @@ import sys
 import types
 import warnings
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
@@ -31,6 +32,7 @@ from nt_hf.plan.hardware import peak_tflops
 from nt_hf.sparsity.first_masks import draw_masks
 from nt_hf.sparsity.sparsifier import Sparsifier
 from nt_hf.training.device import compile_blocks
+from nt_hf.training.launch import fastest_precision
 from nt_hf.training.optimizer import make_optimizer
 
 import torch
@@ -66,6 +68,8 @@ class Side:
 
 
 class NtHf(Side):
+    bf16 = GPU  # autocast
+
     def __init__(self, run: RunConfig, ids: torch.Tensor):
         self.ids, self.interval = ids, run.sparsity.update_interval
         config = run.model_config(max_position_embeddings=LENGTH)
@@ -80,7 +84,7 @@ class NtHf(Side):
         self.sparsifier = Sparsifier(self.model, self.optimizer, sparsity, total_steps=STEPS)
 
     def backward(self) -> None:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         loss.backward()
 
@@ -223,7 +227,7 @@ def build(name: str, run: RunConfig, batch: int, reference: Path | None) -> Side
 
 
 def measure(sizes: list[str], reference: Path | None = None, rounds: int = 3) -> list[Figure]:
-    """Rows 1 to 5 of the table of goals."""
+    """Rows 1 to 5 and 12 of the table of goals."""
     return [figure for size in sizes for figure in of_one_size(size, reference, rounds)]
 
 
@@ -274,6 +278,8 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
             figures += machinery(run, update, masking, median["nt_hf"], batch, shape)
     if GPU:
         figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(nt_hf), at_most=0))
+    else:
+        figures.append(automatic_precision(nt_hf, shape, rounds))
     del sides, nt_hf, baseline
     memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "baseline")}
     if all(memory.values()):
@@ -302,6 +308,30 @@ def machinery(run: RunConfig, update: float, masking: float, step: float, batch:
         )
         for what, seconds in step_seconds.items()
     ]
+
+
+def automatic_precision(side: NtHf, shape: str, rounds: int) -> Figure:
+    """Row 12: whether ``train.precision=auto`` takes the faster precision on this CPU."""
+    medium = "fp32, matmul precision medium"
+    settings = {"fp32": ("highest", False), medium: ("medium", False), "bf16": ("highest", True)}
+
+    def step(products: str, bf16: bool) -> None:
+        side.bf16 = bf16
+        with matmul_precision(products):
+            side.step()
+
+    times = take_turns({name: partial(step, *setting) for name, setting in settings.items()}, rounds)
+    side.bf16 = False
+    median = {name: statistics.median(values) for name, values in times.items()}
+    auto = fastest_precision()
+    others = [name for name in settings if not name.startswith(auto)]
+    return Figure(
+        12,
+        f"step at train.precision auto ({auto}) / fastest other, {shape}",
+        ratio(times, auto, min(others, key=median.__getitem__)),
+        at_most=1.0,
+        note="; ".join(f"{name}: {value:.2f} s" for name, value in median.items()),
+    )
 
 
 def update_and_masking(side: NtHf, rounds: int = 3) -> tuple[float, float]:

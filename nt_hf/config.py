@@ -53,7 +53,8 @@ class TrainConfig:
             ``momentum``, ``nesterov``. ``weight_decay`` of ``"adamw"`` is decoupled and spares norms and biases, that
             of ``"sgd"`` is added to all gradients, as usual for image classifiers; ``"adam"`` has none.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
-        precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU that has it, else fp32.
+        precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU or CPU with bf16 instructions
+            (AVX512-BF16 or AMX), else fp32, and keeps what the run began with.
         matmul_precision: precision of products of fp32 matrices (``torch.set_float32_matmul_precision``): "high" and
             "medium" may round the inputs and are faster on some GPUs and CPUs.
         gradient_checkpointing: recompute activations in the backward pass.

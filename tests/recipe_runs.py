@@ -26,7 +26,7 @@ data: {train: DIRECTORY/train.jsonl, validation: DIRECTORY/validation.jsonl, tok
        sequence_length: 32, validation_tokens: 500}
 sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
 train: {max_steps: 12, batch_size: 4, micro_batch_size: 2, learning_rate: 1.0e-2, warmup_ratio: 0.17,
-        max_grad_norm: 1.0, log_steps: 1, eval_steps: 6, save_steps: 6}
+        max_grad_norm: 1.0, log_steps: 1, eval_steps: 6, save_steps: 6, precision: fp32}
 """
 
 

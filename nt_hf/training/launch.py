@@ -1,6 +1,7 @@
 """The processes of a run: what the launcher asked for, checked against what there is."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import time
@@ -28,6 +29,8 @@ def start_processes(
 ) -> tuple[Accelerator, FullyShardedDataParallelPlugin | None]:
     """The accelerator of this process, and the settings of FSDP2 where several processes are to share the weights.
 
+    Forward passes run in bf16 if ``train.precision`` says so; ``"auto"`` is settled before ([`settle_precision`]).
+
     Raises:
         ValueError: the launcher asked for something that the recipe has not, or started other processes than it was
             asked for; the tracker ``log_with`` is not installed.
@@ -46,7 +49,7 @@ def start_processes(
         # Told so, or each of several processes without a GPU would believe to be alone. Apple GPUs lack the float64
         # that evaluation sums in.
         cpu=device is None or device.type in ("cpu", "mps"),
-        mixed_precision="bf16" if wants_bf16(train) else "no",
+        mixed_precision="bf16" if train.precision == "bf16" else "no",
         log_with=None if log_with == "none" else log_with,
         project_dir=run_dir,
         # Masks are equal on all ranks by construction; broadcasting buffers would hide it if they were not.
@@ -61,13 +64,28 @@ def start_processes(
     return accelerator, sharding if accelerator.num_processes > 1 else None
 
 
-def wants_bf16(train: TrainConfig) -> bool:
-    """Whether forward passes run in bf16, here."""
-    return train.precision == "bf16" or (
-        train.precision == "auto"
-        and torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
+def settle_precision(train: TrainConfig, recorded: str | None) -> TrainConfig:
+    """The settings with a precision in place of ``"auto"``.
+
+    Args:
+        train: settings.
+        recorded: the precision that the run began with; ``None`` for a new run.
+    """
+    if train.precision != "auto":
+        return train
+    if recorded == "auto":  # until run.yaml named the precision that "auto" became, it was bf16 on a GPU only
+        recorded = fastest_precision() if torch.cuda.is_available() else "fp32"
+    return dataclasses.replace(train, precision=recorded or fastest_precision())
+
+
+def fastest_precision() -> str:
+    """``"bf16"`` where the device multiplies it by instructions of its own, else ``"fp32"``."""
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = torch.backends.mkldnn.is_available() and instructions
+    return "bf16" if has_bf16 else "fp32"
 
 
 def main_process_only(action: Callable[[], T], accelerator: Accelerator) -> T:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from ..config import TrainConfig
 from ..sparsity.sharding import shard_model
 from .device import compile_blocks
-from .launch import wants_bf16
 
 
 def place_model(
@@ -31,7 +30,7 @@ def place_model(
         shard_model(
             model,
             init_device_mesh(device.type, (accelerator.num_processes,)),
-            param_dtype=torch.bfloat16 if wants_bf16(train) else None,
+            param_dtype=torch.bfloat16 if train.precision == "bf16" else None,
             reshard_after_forward=bool(sharding.reshard_after_forward),
         )
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from ..config import RunConfig
+from ..config import RunConfig, read_sections
 from .manifest import MANIFEST, find_checkpoints
 
 # Keys of a run that cannot change once it has begun. Those of the model cannot either.
@@ -57,6 +57,19 @@ def find_resume(resume: str, run_dir: Path) -> list[Path]:
             "or move the later ones away"
         )
     return [path]
+
+
+def recorded_precision(resume: str, run_dir: Path) -> str | None:
+    """``train.precision`` of the run that [`find_resume`] would continue, by its run.yaml; ``None`` for a new run."""
+    if resume == "never":
+        return None
+    folders = [run_dir, *find_checkpoints(run_dir)[::-1]] if resume == "auto" else [Path(resume)]
+    for folder in folders:
+        try:
+            return read_sections([folder / "run.yaml"]).get("train", {}).get("precision", "auto")
+        except (ValueError, OSError):  # none there, or damaged: another may be intact
+            continue
+    return None
 
 
 def changed_keys(config: RunConfig, previous: RunConfig, path: Path) -> str:

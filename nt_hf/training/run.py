@@ -24,13 +24,20 @@ from .batches import Batch, grouped
 from .checkpoint import Progress, TrainingState, cannot_continue, load_model, load_training_state, save_checkpoint
 from .device import HostCopy, peak_memory
 from .initial_model import first_masks, initial_model
-from .launch import end_training, lock_run, main_process_only, start_processes
+from .launch import (
+    end_training,
+    fastest_precision,
+    lock_run,
+    main_process_only,
+    settle_precision,
+    start_processes,
+)
 from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
 from .model_setup import place_model, running_statistics, wrap_model
 from .optimizer import learning_rate, make_optimizer
 from .report import model_card, write_report
-from .resume import changed_keys, find_resume, refuse_changes
+from .resume import changed_keys, find_resume, recorded_precision, refuse_changes
 from .run_log import RunLog
 from .signals import EXIT_PREEMPTED, Preemption
 from .tasks import task_of
@@ -54,6 +61,15 @@ def run_training(
         FloatingPointError: a loss or a weight is not finite.
         SystemExit: a signal stopped the run (`EXIT_PREEMPTED`).
     """
+    # Settled before anything runs and kept in run.yaml: a run stays bit for bit the same when it is continued.
+    settled = settle_precision(config.train, recorded_precision(resume, run_dir))
+    if config.train.precision == "auto" and settled.precision != (fastest := fastest_precision()):
+        logger.warning(
+            "train.precision=auto: the run goes on in %s, as it began; a new one would take %s here",
+            settled.precision,
+            fastest,
+        )
+    config = dataclasses.replace(config, train=settled)
     with Preemption() as preemption:
         accelerator, sharding = start_processes(config.train, run_dir, log_with)
         with lock_run(run_dir, accelerator):
@@ -138,6 +154,7 @@ class TrainingRun:
         written = (checkpoint or self.run_dir) / "run.yaml"
         continues = written.is_file() and (checkpoint or resume != "never")
         previous = load_run_config([written]) if continues else config
+        previous.train = settle_precision(previous.train, recorded="auto")
         changes = changed_keys(config, previous, written)
 
         self.task = task = task_of(config, self.accelerator)

@@ -16,7 +16,6 @@ from ..config import TrainConfig
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..plan.hardware import peak_tflops
 from .checkpoint import Progress
-from .launch import wants_bf16
 from .metrics import Metrics
 from .tasks import Task
 
@@ -52,7 +51,7 @@ class RunLog:
         if accelerator.is_main_process:
             self._metrics = Metrics(path, progress.step if continued else None)
         peak = train.peak_tflops
-        if not peak and device.type == "cuda" and wants_bf16(train):
+        if not peak and device.type == "cuda" and train.precision == "bf16":
             peak = peak_tflops(torch.cuda.get_device_name(device))
         self._flops_per_unit = task.flops_per_unit(model) if peak else None
         self._peak_flops = peak * 1e12 * accelerator.num_processes if self._flops_per_unit else None

@@ -27,7 +27,7 @@ model: {base: wide_resnet, num_hidden_layers: 3, embedding_size: 4, width: 1, bl
 data: {crop_padding: 1}
 sparsity: {density: 0.5, update_interval: 3}
 train: {max_steps: 12, batch_size: 32, optimizer: sgd, nesterov: true, learning_rate: 0.05, weight_decay: 5.0e-4,
-        lr_schedule: step, warmup_ratio: 0.0, log_steps: 1, eval_steps: 6, save_steps: 6}
+        precision: fp32, lr_schedule: step, warmup_ratio: 0.0, log_steps: 1, eval_steps: 6, save_steps: 6}
 """
 # Without batch norm, whose statistics are of the rows of one pass.
 VIT = CONFIG.replace(
