@@ -5,6 +5,7 @@ The blocks are then called again one after another. Memory holds the outputs tha
 whatever is done with one block; not the activations within all blocks.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +106,10 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, 
     return batch
 
 
+class Seen(Exception):
+    """Ends a pass through a block early: what runs after what was looked at is not needed."""
+
+
 @dataclass(frozen=True)
 class BlockRun:
     """A block, and what runs it on one batch after another, as often as it is asked for.
@@ -119,9 +124,10 @@ class BlockRun:
     batches: Sequence[_Batch]
 
     def changed(self) -> Iterator[None]:
-        """Runs the block on what the changed blocks before it make of the batches."""
+        """Runs the block on what the changed blocks before it make of the batches; a hook may raise `Seen`."""
         for batch in self.batches:
-            batch.call(self.block, self.number, batch.outputs)
+            with contextlib.suppress(Seen):
+                batch.call(self.block, self.number, batch.outputs)
             yield
 
     def original(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.masks import is_transposed
-from .block_replay import BlockRun
+from .block_replay import BlockRun, Seen
 
 
 @dataclass
@@ -69,7 +69,7 @@ def in_turn(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dict[str, n
     """The layers of a block in the order in which a batch reaches them; those that take one tensor are together.
 
     Raises:
-        ValueError: a layer did not run.
+        ValueError: a layer did not run, or ran twice.
     """
     groups: dict[int, tuple[torch.Tensor, dict[str, nn.Module]]] = {}  # with the tensor, which keeps its id alive
 
@@ -82,6 +82,8 @@ def in_turn(run: BlockRun, modules: Mapping[str, nn.Module]) -> list[dict[str, n
     for name in modules:
         if not any(name in layers for layers in reached):
             raise ValueError(f"{name}: did not run on the calibration batches; accepted is to exclude it")
+        if sum(name in layers for layers in reached) > 1:
+            raise ValueError(f"{name}: runs twice in its block; accepted is to exclude it")
     return reached
 
 
@@ -128,13 +130,16 @@ def look_at(
                 shared = Inputs(torch.zeros(shape, device=module.weight.device))
             inputs[name] = shared
     batch = 0
+    # Of layers that take one tensor, the first.
+    watched = list({id(known): name for name, known in reversed(inputs.items())}.values())[::-1]
 
     def look(name: str, module: nn.Module, value: torch.Tensor) -> None:
         before = originals and input_rows(module, originals[batch][name])
         inputs[name].add(input_rows(module, value), before)
+        if name == watched[-1]:  # groups and layers are in the order in which they run
+            raise Seen
 
-    firsts = {id(known): name for name, known in reversed(inputs.items())}
-    with _Watch({name: modules[name] for name in firsts.values()}, look):
+    with _Watch({name: modules[name] for name in watched}, look):
         for batch, _ in enumerate(run.changed(), 1):  # noqa: B007, look sees it
             pass
     for name, known in inputs.items():

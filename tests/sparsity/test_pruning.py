@@ -370,3 +370,18 @@ def test_convolutions_cannot_be_n_m_by_sparsegpt():
     with pytest.raises(ValueError, match=r"^initial_masks=sparsegpt: .* with structure=2:4 are linear layers$"):
         draw_masks(model, config, batches=batches_for(model))
     assert not masked_modules(model)
+
+
+def test_a_layer_that_runs_twice_in_its_block_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = nn.Sequential(Twice(), Twice())
+    run = next(block_by_block(model, list(model), [{"input": torch.randn(2, 4)}]))
+    with pytest.raises(ValueError, match=r"^a: runs twice in its block; accepted is to exclude it$"):
+        in_turn(run, {"a": run.block.layer})
