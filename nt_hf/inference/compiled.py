@@ -79,9 +79,7 @@ class CompressedRows:
             raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())}: accepted are 0 to {out - 1}")
         target = self.values.new_empty(*chosen.shape, inputs)
         pointers = (tensor.data_ptr() for tensor in (self.rows, self.steps, self.values, chosen))
-        getattr(library(), f"expand_{self.values.element_size()}")(
-            *pointers, chosen.numel(), inputs, target.data_ptr()
-        )
+        getattr(library(), f"expand_{self.values.element_size()}")(*pointers, chosen.numel(), inputs, target.data_ptr())
         return target
 
     def dense(self) -> torch.Tensor:
@@ -106,7 +104,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None``, with a warning, where they cannot be built."""
     try:
         loaded = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         lines = [*(getattr(error, "stderr", None) or str(error)).strip().splitlines(), "the compiler failed"]
         reason = next((line for line in lines if "error" in line.lower()), lines[0])
         logger.warning("no compiled sparse kernels, only PyTorch's: %s", reason)
@@ -126,8 +124,8 @@ def _build() -> Path:
     """Compiles the kernels for this CPU, if the user's cache has none yet; the library's path.
 
     Raises:
-        OSError, subprocess.CalledProcessError: there is no compiler (``CXX``, a command with its options, by default
-            g++), or it fails.
+        OSError, ValueError, subprocess.CalledProcessError: there is no compiler (``CXX``, a command with its options,
+            by default g++), or it fails.
     """
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp"]

@@ -15,8 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import compiled
-from .compiled import CompressedRows
+from .compiled import DTYPES, CompressedRows, library
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,7 +32,7 @@ def usable_kernels(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor, to
     if weight.device.type != "cpu":
         return {}
     builders: dict[str, type] = {}
-    if weight.dtype in compiled.DTYPES and compiled.library() is not None:
+    if weight.dtype in DTYPES and library() is not None:
         builders["compiled"] = _Compiled
     if weight.dtype == torch.float32:
         builders["csr"] = _Csr

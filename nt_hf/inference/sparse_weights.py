@@ -14,8 +14,7 @@ from torch import nn
 from ..models.auto import class_of_family, family_of
 from ..models.masks import is_transposed
 from ..models.sparse_checkpoint import check_parts, expand, sparse_weights_as
-from . import compiled
-from .compiled import CompressedRows
+from .compiled import DTYPES, CompressedRows, library
 
 # Denser weights stay dense: the kernels are not faster there, and in bf16 three bytes an active weight save little.
 MOST_DENSITY = 0.5
@@ -43,7 +42,7 @@ def load_sparse(path: str | os.PathLike, **options) -> nn.Module:
         raise ValueError(f"device_map={device!r}: accepted is 'cpu', or from_pretrained without load_sparse")
     if options.get("quantization_config") is not None:
         raise ValueError("quantization_config: accepted is none, or from_pretrained without load_sparse")
-    if compiled.library() is None:
+    if library() is None:
         raise ValueError("load_sparse: there are no compiled kernels; accepted is a machine with g++, or CXX set")
     cls = class_of_family(family_of(path))
     with sparse_weights_as(_compress):
@@ -60,8 +59,8 @@ def load_sparse(path: str | os.PathLike, **options) -> nn.Module:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in compiled.DTYPES:
-        raise ValueError(f"dtype={dtype}: accepted of sparse weights are {', '.join(map(str, compiled.DTYPES))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: accepted of sparse weights are {', '.join(map(str, DTYPES))}")
 
 
 def _compress(values: torch.Tensor, packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -72,7 +71,7 @@ def _compress(values: torch.Tensor, packed: torch.Tensor, shape: Sequence[int]) 
 
 
 def make_dense(model: nn.Module) -> None:
-    """Gives every [`SparseParameter`] of a model up for its dense weight, one after another; shared ones stay shared."""
+    """Replaces each [`SparseParameter`] of a model by its dense weight; shared ones stay shared."""
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old ones, whose ids must not be given away
     for module in model.modules():
         if isinstance(weight := module._parameters.get("weight"), SparseParameter):
@@ -134,7 +133,7 @@ class SparseParameter(torch.Tensor):
             return function(*args, **kwargs)
         if func in _OF_MEMORY:
             _refuse("a look at its memory")
-        if func is torch.Tensor.data.__set__ and isinstance(args[1], cls):  # how a module's ``to`` replaces a weight
+        if func == torch.Tensor.data.__set__ and isinstance(args[1], cls):  # how a module's ``to`` replaces a weight
             args[0].compressed = args[1].compressed
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -166,8 +165,9 @@ def _check(x: torch.Tensor, weight: SparseParameter) -> None:
         raise RuntimeError("autocast: accepted of sparse weights is none, with load_sparse(path, dtype=...)")
     if x.shape[-1] != weight.compressed.shape[1]:
         raise RuntimeError(f"input {list(x.shape)}: accepted is [..., {weight.compressed.shape[1]}]")
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise RuntimeError(f"input {x.dtype} on {x.device}: accepted is {weight.dtype} on a CPU, as the sparse weight")
+    if x.dtype != weight.compressed.dtype or x.device != weight.device:  # the kernel reads x without a further check
+        dtype = weight.compressed.dtype
+        raise RuntimeError(f"input {x.dtype} on {x.device}: accepted is {dtype} on a CPU, as the sparse weight")
     refuse_gradients(weight, x)
 
 
@@ -194,4 +194,10 @@ def _embedding(ids: torch.Tensor, weight: SparseParameter, padding_idx=None, max
 _PRODUCTS = {nn.functional.linear: _linear, torch.addmm: _addmm, nn.functional.embedding: _embedding}
 # What gives a tensor of the same numbers; nobody writes into it, so it shares them.
 _COPIES = {getattr(torch.ops.aten, name).default for name in ("alias", "detach", "clone", "_to_copy")}
-_OF_MEMORY = {torch.Tensor.untyped_storage, torch.Tensor.data_ptr, torch.Tensor.numpy, torch.Tensor.data.__get__}
+_OF_MEMORY = {
+    torch.Tensor.untyped_storage,
+    torch.Tensor.storage,
+    torch.Tensor.data_ptr,
+    torch.Tensor.numpy,
+    torch.Tensor.data.__get__,
+}

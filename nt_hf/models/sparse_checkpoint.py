@@ -128,7 +128,7 @@ _FORM: ContextVar[Callable[..., torch.Tensor]] = ContextVar("form", default=expa
 
 @contextmanager
 def sparse_weights_as(form: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]) -> Iterator[None]:
-    """Within it, sparse checkpoints load with ``form(values, packed, shape)`` for each sparse weight; dense ones do not.
+    """Within it, checkpoints load with ``form(values, packed, shape)`` for their sparse weights; dense files do not.
 
     Args:
         form: a tensor of that shape and of the values' type, of any class. Its ``ValueError`` gets the weight's name.
@@ -162,7 +162,7 @@ class SparseWeight:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         # The file is opened for each weight: pages that were read stay in memory as long as it is open.
-        values, packed = (safe_open(file, "pt").get_tensor(key) for file, key in self._parts)
+        values, packed = (safe_open(file, "pt").get_slice(key)[...] for file, key in self._parts)
         try:
             return self._form(values, packed, self._shape)[index]
         except ValueError as error:
