@@ -1,6 +1,7 @@
 """What a stock model gains when it is turned into trails and trained on a little: quality, calibration, uncertainty.
 
-    python experiments/upcycling.py --model SmolLM2-135M --data_root data
+    python experiments/data.py --output data --only text    # data/eval/arc_easy_test.jsonl.gz: see docs/evaluate.md
+    python experiments/upcycling.py --data_root data
 
 Three arms: the stock model as it is; the same, trained on alone; and an ensemble of three trails, trained alike, on the
 same tokens. Each is scored on held-out C4 (perplexity, calibration), on telling other text from C4 by its uncertainty
@@ -126,7 +127,8 @@ def score(checkpoint: Path, stock: Path, args: argparse.Namespace) -> dict[str, 
     held_out = args.data_root / "text" / "c4-heldout-330.jsonl.gz"
     documents = list(read_texts([str(held_out)]))
     windows = DocumentWindows(documents, tokenizer, length=LENGTH, batch_size=8, max_tokens=TEST_TOKENS)
-    own, *others = known_and_other(documents).items()
+    foreign = list(read_texts([str(args.data_root / "text" / "human-rights-12-languages.jsonl.gz")]))
+    own, *others = (known_and_other(documents) | {"other languages": foreign}).items()
     unsure = {name: unsure_of(model, tokenizer, texts) for name, texts in (own, *others)}
     return {
         "perplexity": evaluate(model, windows).to_dict(),

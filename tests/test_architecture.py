@@ -32,7 +32,8 @@ FLOORS = {
     **{name: set() for name in UTILITIES},
 }
 # What the rooms at the bottom may import beside the standard library.
-LIBRARIES = {"models": {"torch", "transformers", "safetensors"}, "inference": {"torch", "numpy"}}
+# Transformers needs huggingface_hub, so that checkpoints may carry code that imports it.
+LIBRARIES = {"models": {"torch", "transformers", "safetensors", "huggingface_hub"}, "inference": {"torch", "numpy"}}
 # Absent on some machines that train from local files: imported within functions only, or by a module of their own.
 OPTIONAL = {"datasets", "lm_eval", "matplotlib", "wandb", "trackio", "zstandard", "PIL", "trl", "peft"}
 NEEDS_EXTRA = {

@@ -90,10 +90,12 @@ def config_of_checkpoint(path: str | os.PathLike, **fields) -> MultiHeadConfig:
 
     Args:
         path: a directory or hub id.
-        fields: those of ``MultiHeadConfig`` for a stock checkpoint; any others must be as the checkpoint has them.
+        fields: those of ``MultiHeadConfig`` for a stock checkpoint; shares that dropout drops; any others must be as
+            the checkpoint has them.
 
     Raises:
-        ValueError: a field is not as the checkpoint has it, or its family cannot have heads.
+        ValueError: a field is not as the checkpoint has it, a share is no number from 0 to below 1, or the family
+            cannot have heads.
     """
     kind = class_of_family(family_of(path)).config_class
     config = AutoConfig.from_pretrained(path)
@@ -101,9 +103,18 @@ def config_of_checkpoint(path: str | os.PathLike, **fields) -> MultiHeadConfig:
     of_heads = {name: fields[name] for name in fields if is_stock and name in MultiHeadConfig.__annotations__}
     for name in fields.keys() - of_heads.keys():
         value = getattr(config, name, None)
-        if fields[name] != value:
+        if is_dropout(config, name):
+            if not (isinstance(fields[name], int | float) and 0 <= fields[name] < 1):
+                raise ValueError(f"{name}={fields[name]!r}: accepted is a number from 0 to below 1")
+            setattr(config, name, fields[name])
+        elif fields[name] != value:
             raise ValueError(f"{name}={fields[name]!r}: accepted is {value!r}, as in {path}")
     return kind.from_stock_config(config, **of_heads) if is_stock else config
+
+
+def is_dropout(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a field is a share that dropout drops in training, as ``attention_dropout`` or ``resid_pdrop``."""
+    return "drop" in name and isinstance(getattr(config, name, None), int | float)
 
 
 def class_named(name: str) -> type | None:

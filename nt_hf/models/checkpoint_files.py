@@ -1,5 +1,6 @@
 """Loading and saving of multi-head models: masks are checked, sparse files and single heads are read."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from .masks import check_masks, check_state_dict
+from .model_card import GENERIC, density_of, model_card
 from .multi_head import check_not_quantised, renumber_head
 from .sparse_checkpoint import SparseWeight, check_dense, compress_state_dict, read_tensors
 
@@ -102,6 +104,7 @@ class CheckpointFilesMixin:
         """As in ``PreTrainedModel``; with ``sparse=True`` only the active values of masked weights are stored.
 
         ``from_pretrained`` needs no option to load them, bit for bit. See the sparse_checkpoint module for the format.
+        A directory without a README.md gets one, see the model_card module.
 
         Raises:
             ValueError: with ``sparse=True``, the model has no masks, a weight outside its mask is not 0, or weights are
@@ -110,6 +113,7 @@ class CheckpointFilesMixin:
         check_dense(self, "save_pretrained")
         if state_dict is None and (own := self._untied_copies()):
             state_dict = self.state_dict() | own
+        density = density_of(self.state_dict() if state_dict is None else state_dict)
         if sparse:
             check_not_quantised(self, "save_pretrained(sparse=True)")
             tensors = dict(self.state_dict() if state_dict is None else state_dict)
@@ -127,6 +131,23 @@ class CheckpointFilesMixin:
             base = f"{type(self).__module__.split('.')[-1]}.{type(self.base_model).__name__}"
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": base}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        card = os.path.join(save_directory, "README.md")
+        if is_main_process and os.path.isdir(save_directory) and not os.path.exists(card):
+            self._write_card(card, density)
+
+    def _write_card(self, path: str, density: float | None) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(model_card(self, density))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # push_to_hub has written the repository's own card by now, or, where that has none, one that says nothing.
+        card = os.path.join(working_dir, "README.md")
+        if os.path.exists(card):
+            with open(card, encoding="utf-8") as file:
+                says_nothing = GENERIC in file.read()
+            if says_nothing:
+                self._write_card(card, density_of(self.state_dict()))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _untied_copies(self) -> dict[str, torch.Tensor]:
         """Makes the configuration say whether LM heads and embeddings share weights; copies of what only seems to.

@@ -2,18 +2,20 @@
 
 import hashlib
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..config import RunConfig
+from ..config import RunConfig, TrainConfig
 from ..data.config import DataConfig
-from ..models.auto import family_of, register
+from ..models.auto import family_of, is_dropout, register
 from ..models.configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfig
 from ..models.masks import apply_masks, masked_modules
 from ..models.trails import load_complete
 from ..sparsity.first_masks import draw_masks
+from .optimizer import learning_rate_factor
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def initial_model(config: RunConfig, shape: MultiHeadConfig, task: Task) -> PreT
     if source is None:
         return register(shape)(shape)
     if family_of(source).startswith(MODEL_TYPE_PREFIX):
-        model = task.models.from_pretrained(source, dtype=torch.float32)
+        model = task.models.from_pretrained(source, dtype=torch.float32, **dropout_of(shape))
         logger.info("%s: all weights and %d masks are taken", source, len(masked_modules(model)))
     else:
         model = _from_stock(source, shape, is_text=isinstance(config.data, DataConfig))
@@ -46,7 +48,9 @@ def initial_model(config: RunConfig, shape: MultiHeadConfig, task: Task) -> PreT
 def _from_stock(source: str, shape: MultiHeadConfig, is_text: bool) -> PreTrainedModel:
     """A model whose every trail is the stock checkpoint; a classifier of other classes is new."""
     kind = register(shape)
-    options = {} if is_text else {"id2label": shape.id2label, "label2id": shape.label2id}
+    options = dropout_of(shape)
+    if not is_text:
+        options |= {"id2label": shape.id2label, "label2id": shape.label2id}
     replaces = not is_text and AutoConfig.from_pretrained(source).num_labels != shape.num_labels
     stock = load_complete(kind.stock_class, source, dtype=torch.float32, ignore_mismatched_sizes=replaces, **options)
     model = kind.from_stock(
@@ -62,6 +66,11 @@ def _from_stock(source: str, shape: MultiHeadConfig, is_text: bool) -> PreTraine
         source, kind.stock_class.__name__, shape.num_ensemble_heads, shape.blocks_in_head, new,
     )  # fmt: skip
     return model
+
+
+def dropout_of(shape: MultiHeadConfig) -> dict[str, Any]:
+    """The fields of dropout, which a run may set over those of its checkpoint."""
+    return {name: value for name, value in vars(shape).items() if is_dropout(shape, name)}
 
 
 @torch.no_grad()
@@ -102,9 +111,23 @@ def first_masks(model: PreTrainedModel, config: RunConfig, task: Task) -> None:
         draw_masks(model, sparsity, loss=lambda: task.saliency_loss(model), batches=batches)
     if "init_from" in config.model:
         moves = sparsity.is_sparse and sparsity.update_interval > 0  # the noise of updates differs from head to head
-        if not (moves or config.data.order_per_head):
-            accepted = "a number above 0, data.order_per_head=true, or random masks"
+        if not (moves or config.data.order_per_head or have_own_rates(model, config.train)):
+            accepted = "a number above 0, data.order_per_head=true, random masks, or learning rates that differ"
             require_different_heads(model, f"train.head_noise={config.train.head_noise:g}", accepted)
+
+
+def have_own_rates(model: PreTrainedModel, train: TrainConfig) -> bool:
+    """Whether ``train.learning_rate_factors`` gives the first two heads different rates."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first, second = (
+        [
+            learning_rate_factor(names[id(parameter)], train)
+            for module in model.head_modules(head).values()
+            for parameter in module.parameters(recurse=False)
+        ]
+        for head in (0, min(1, model.config.num_ensemble_heads - 1))
+    )
+    return first != second
 
 
 def require_different_heads(model: PreTrainedModel, setting: str, accepted: str) -> None:

@@ -26,9 +26,8 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
             )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        fitting = [value for glob, value in train.learning_rate_factors.items() if fnmatch.fnmatchcase(name, glob)]
         decays = parameter.dim() >= 2 or train.optimizer == "sgd"
-        key = (train.weight_decay if decays else 0.0, (fitting or [1.0])[-1])
+        key = (train.weight_decay if decays else 0.0, learning_rate_factor(name, train))
         groups.setdefault(key, []).append(parameter)
     options = [
         {"params": parameters, "weight_decay": decay, "learning_rate_factor": factor}
@@ -38,6 +37,12 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimize
         return torch.optim.SGD(options, lr=train.learning_rate, momentum=train.momentum, nesterov=train.nesterov)
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
     return cls(options, lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, fused=True)
+
+
+def learning_rate_factor(name: str, train: TrainConfig) -> float:
+    """What the rate of a parameter is multiplied by: the last of ``learning_rate_factors`` whose glob fits, or 1."""
+    fitting = [value for glob, value in train.learning_rate_factors.items() if fnmatch.fnmatchcase(name, glob)]
+    return (fitting or [1.0])[-1]
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

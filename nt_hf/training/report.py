@@ -1,14 +1,15 @@
 """Tables, plots and model cards from what a run wrote."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult
+from transformers import PreTrainedModel
 
 from ..config import RunConfig
-from ..models.configuration_neurotrails import MultiHeadConfig
+from ..models.model_card import model_card
 from ..text import markdown_table, pyplot
 from .metrics import last_record, read_metrics
 from .tasks import Task
@@ -125,33 +126,31 @@ def _legend_below(axis: Any, lines: Sequence[Any]) -> None:
     axis.legend(lines, names, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
 
 
-def model_card(model: MultiHeadConfig, config: RunConfig, task: Task, step: int, records: Sequence[Record]) -> str:
-    """The README of a checkpoint: what it is, how to load it, what was measured."""
-    front = yaml.safe_dump(
-        {"library_name": "transformers", "pipeline_tag": task.pipeline, "tags": ["neurotrails", "sparse"]}
-    )
-    sparsity = "No weight carries a mask."
-    if model.masked_modules:
-        sparsity = (
-            f"Density of the masked weights: {config.sparsity.density}. The masks lie in `model.safetensors`\n"
-            "beside the weights (`weight_mask`, one bit per weight); weights outside them are exact zeros and are\n"
-            "computed like any other."
-        )
-    return f"""---
-{front}---
-# NeuroTrails model
+def training_card(model: PreTrainedModel, config: RunConfig, task: Task, step: int, records: Sequence[Record]) -> str:
+    """The README of a run's checkpoint: that of the model, with what it was trained on and what was measured."""
+    train, validation = (json.dumps(source) for source in (config.data.train, config.data.validation))
+    start = f", which began with the weights of `{config.model['init_from']}`" if "init_from" in config.model else ""
+    about = f"""\
+## Training
 
-A multi-head {model.stock_class.model_type} model (NeuroTrails, arXiv 2505.17909) after {step} of
-{config.train.max_steps} training steps on `{json.dumps(config.data.train)}`: {model.num_ensemble_heads} heads of
-{model.blocks_in_head} blocks on a backbone of {model.num_backbone_layers}. {sparsity}
-
-```python
-{task.example}
-```
-
-Validation on `{json.dumps(config.data.validation)}`:
+Step {step} of {config.train.max_steps} on `{train}`{start}. Validation on `{validation}`:
 
 {results_table(records)}
 
 The run's whole configuration is in `run.yaml`, the densities in `sparsity.json`.
 """
+    density = (last_record(records, "eval") or {}).get("density")
+    return model_card(model, density, about, list(_indexed(records, task, str(config.data.validation))))
+
+
+def _indexed(records: Sequence[Record], task: Task, validation: str) -> Iterator[EvalResult]:
+    """The ensemble's figures in the last evaluation, for the hub."""
+    if (evaluation := last_record(records, "eval")) is None:
+        return
+    mode = evaluation["ensemble_mode"]
+    for key, (figure, _) in _figures(evaluation).items():
+        if figure in ("perplexity", "accuracy"):
+            yield EvalResult(
+                task_type=task.pipeline, dataset_type=task.unit, dataset_name=validation, metric_type=figure,
+                metric_value=evaluation[f"ensemble_{key}"][mode], metric_name=f"{figure} of the ensemble ({mode})",
+            )  # fmt: skip

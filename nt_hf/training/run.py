@@ -29,9 +29,9 @@ from .manifest import clean_up, first_intact, set_aside
 from .metrics import read_metrics
 from .model_setup import place_model, running_statistics, wrap_model
 from .optimizer import learning_rate, make_optimizer
-from .report import model_card, write_report
+from .report import training_card, write_report
 from .resume import changed_keys, find_resume, refuse_changes
-from .run_log import RunLog
+from .run_log import RunLog, start_tracker
 from .signals import EXIT_PREEMPTED, Preemption
 from .tasks import task_of
 
@@ -60,8 +60,7 @@ def run_training(
             run = TrainingRun(config, run_dir, accelerator, preemption, sharding)
             run.setup(resume, resume_override)
             if log_with != "none":
-                settings = {section: str(values) for section, values in config.to_dict().items()}
-                accelerator.init_trackers("nt_hf", config=settings)
+                start_tracker(accelerator, config, run_dir, run.state.progress.step)
             run.train()
 
 
@@ -376,7 +375,7 @@ class TrainingRun:
         card = ""
         if self.is_main:
             records = read_metrics(self.run_log.path)
-            card = model_card(self.model.config, self.config, self.task, self.state.progress.step, records)
+            card = training_card(self.model, self.config, self.task, self.state.progress.step, records)
         self.last_saved = save_checkpoint(self.run_dir, self.state, card)
 
     def stop(self) -> NoReturn:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..config import TrainConfig
+from ..config import RunConfig, TrainConfig
+from ..files import write_text
 from ..models.configuration_neurotrails import MultiHeadConfig
 from ..plan.hardware import peak_tflops
 from .checkpoint import Progress
@@ -81,17 +83,43 @@ class RunLog:
         loss = sum(head_losses) / len(head_losses)
         figures = task.loss_figures(loss)
         seconds, speed = self.stopwatch.lap(record[task.unit])
+        mfu = self._flops_per_unit * speed / self._peak_flops if self._peak_flops else None
         self.write(
             "train", **{**record, "data_wait": record["data_wait"] / seconds}, loss=loss, **figures,
             head_losses=head_losses, grad_norm=grad_norm, **{f"{task.unit}_per_second": speed},
-            mfu=self._flops_per_unit * speed / self._peak_flops if self._peak_flops else None,
+            mfu=mfu,
         )  # fmt: skip
-        status = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
-        status = ", ".join(filter(None, [f"loss {loss:.3f}", status, f"{speed:,.0f} {task.unit}/s"]))
+        shown = [f"loss {loss:.3f}", *(f"{name} {value:.1f}" for name, value in figures.items())]
+        shown.append(f"{speed:,.0f} {task.unit}/s")
+        if mfu is not None:
+            shown.append(f"MFU {mfu:.1%}")
+        status = ", ".join(shown)
         self.bar.set_postfix_str(status)
         if self.bar.disable:
             left = tqdm.format_interval((train.max_steps - step) * task.units_per_step / speed)
             logger.info("step %d of %d: %s, %s left", step, train.max_steps, status, left)
+
+
+def start_tracker(accelerator: Accelerator, config: RunConfig, run_dir: Path, step: int) -> None:
+    """Starts the tracker that the accelerator was made for, under the name of the run's directory.
+
+    A run that continues after ``step`` steps continues in the tracker, too: in TensorBoard what came after them is
+    hidden; wandb finds it by the id that is in the directory, trackio by its name.
+    """
+    settings = {
+        f"{section}/{key}": value if isinstance(value, int | float | str) else str(value)
+        for section, values in config.to_dict().items()
+        for key, value in values.items()
+    }
+    options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1} if step else {}}
+    if accelerator.is_main_process:
+        identity = run_dir / "tracker_id"
+        if not (step and identity.is_file()):
+            write_text(identity, uuid.uuid4().hex[:12])
+        resume = "allow" if step else "never"
+        options["wandb"] = {"name": run_dir.name, "id": identity.read_text(), "resume": resume}
+        options["trackio"] = {"name": run_dir.name, "resume": resume}
+    accelerator.init_trackers("nt_hf", config=settings, init_kwargs=options)
 
 
 def flat_numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

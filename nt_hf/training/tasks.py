@@ -42,7 +42,6 @@ class Task(Protocol):
         fingerprint_key: the setting that it follows from.
         misfit: what a checkpoint of another fingerprint was trained with, in words.
         pipeline: what the hub calls such models.
-        example: code that loads a checkpoint, for its README.
     """
 
     models: ClassVar[type]
@@ -52,7 +51,6 @@ class Task(Protocol):
     fingerprint_key: ClassVar[str]
     misfit: ClassVar[str]
     pipeline: ClassVar[str]
-    example: ClassVar[str]
 
     def model_config(self) -> MultiHeadConfig:
         """The model's configuration, with what follows from the data."""
@@ -126,11 +124,6 @@ class TextTask:
     fingerprint_key = "data.tokenizer"
     misfit = "another tokenizer"
     pipeline = "text-generation"
-    example = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY", trust_remote_code=True)"""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self._config, self._accelerator = config, accelerator
@@ -247,11 +240,6 @@ class ImageTask:
     fingerprint_key = "data.train"
     misfit = "other classes"
     pipeline = "image-classification"
-    example = """\
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("THIS DIRECTORY", trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained("THIS DIRECTORY")"""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self._config, self._accelerator = config, accelerator

@@ -120,6 +120,7 @@ def test_noise_spares_the_first_head_and_the_backbone():
         (("--model.hidden_size", 64), "^model.hidden_size=64: accepted is 32, as in .*stock$"),
         (("--model.base", "qwen3"), "^model.base='qwen3': accepted is llama, the family of "),
         (("--data.sequence_length", 128), "^data.sequence_length=128: accepted is a whole number from 1 to 64$"),
+        (("--model.attention_dropout", 1), "^model.attention_dropout=1: accepted is a number from 0 to below 1$"),
         (("--train.head_noise", -1), "^train.head_noise=-1"),
     ],
 )
@@ -127,6 +128,24 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(directory, tmp_path, o
     with pytest.raises(ValueError, match=message):
         run(directory, tmp_path, *overrides)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_heads_with_learning_rates_of_their_own_become_different(directory, tmp_path):
+    model = run(directory, tmp_path, "--train.learning_rate_factors", "{'*heads.1.*': 0.5}", "--train.max_steps", 2)
+    one, two = (head.layers[0].mlp.up_proj.weight for head in model.model.heads[:2])
+    assert not torch.equal(one, two)
+    with pytest.raises(ValueError, match="the heads are equal"):
+        run(directory, tmp_path / "all", "--train.learning_rate_factors", "{'*heads.*': 0.5}")
+
+
+def test_dropout_over_the_checkpoint_makes_heads_different(directory, tmp_path):
+    model = run(directory, tmp_path, "--model.attention_dropout", 0.1, "--train.max_steps", 2)
+    assert model.config.attention_dropout == 0.1
+    one, two = (head.layers[0].mlp.up_proj.weight for head in model.model.heads[:2])
+    assert not torch.equal(one, two)
+    again = run(directory, tmp_path / "more", "--model.init_from", tmp_path / "run" / "checkpoint-2",
+                "--model.attention_dropout", 0.2)  # fmt: skip
+    assert again.config.attention_dropout == 0.2
 
 
 def test_a_classifier_of_other_classes_is_new(tmp_path, caplog):

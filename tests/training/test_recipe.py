@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import slow
+from huggingface_hub import ModelCard
 from recipe_runs import call, of, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,6 +68,13 @@ def test_the_run_directory_is_complete(run):
     card = (run / "checkpoint-12" / "README.md").read_text()
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert last["event"] == "eval" and f"{last['perplexity']:.2f}" in card
+    data = ModelCard(card).data
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", last["perplexity"])
+    assert f"Density of the masked weights: {last['density']:.3f}" in card and "sparse" in data.tags
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("…", str(run / "checkpoint-12")), names)
+    assert names["model"].config.num_ensemble_heads > 1 and names["tokenizer"].vocab_size
 
 
 def test_metrics_say_what_they_should(run):
@@ -244,6 +253,22 @@ def test_trackers(config, tmp_path):
     assert dict(flat_numbers("eval", {"a": 1, "b": [2.5, None], "c": {"x": 3}, "d": "text"})) == {
         "eval/a": 1, "eval/b/0": 2.5, "eval/c/x": 3
     }  # fmt: skip
+
+
+def test_a_tracker_gets_name_settings_and_the_continued_run(config, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, **options: calls.append(options))
+    options = ["--log_with", "tensorboard", "--train.save_steps", 2]
+    for steps in (2, 4):
+        train(config, tmp_path / "run", *options, "--train.max_steps", steps, "--resume_override")
+    first, second = (options["init_kwargs"] for options in calls)
+    assert first["wandb"]["id"] == second["wandb"]["id"] and first["wandb"]["name"] == "run"
+    assert (first["wandb"]["resume"], second["wandb"]["resume"]) == ("never", "allow")
+    assert (first["tensorboard"], second["tensorboard"]) == ({}, {"purge_step": 3})
+    assert calls[0]["config"]["train/max_steps"] == 2
+    assert all(isinstance(value, int | float | str) for value in calls[0]["config"].values())
+    train(config, tmp_path / "other", *options, "--train.max_steps", 2)
+    assert calls[2]["init_kwargs"]["wandb"]["id"] != first["wandb"]["id"]
 
 
 def test_a_tracker_that_is_not_installed_is_named(config, tmp_path, monkeypatch):
