@@ -162,7 +162,8 @@ class SparseWeight:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         # The file is opened for each weight: pages that were read stay in memory as long as it is open.
-        values, packed = (safe_open(file, "pt").get_slice(key)[...] for file, key in self._parts)
+        files = {file: safe_open(file, "pt") for file, _ in self._parts}
+        values, packed = (files[file].get_slice(key)[...] for file, key in self._parts)
         try:
             return self._form(values, packed, self._shape)[index]
         except ValueError as error:
