@@ -3,6 +3,7 @@
     python benchmarks/sparse_inference.py                 # end to end, rows 7 and 8; some minutes
     python benchmarks/sparse_inference.py --layers        # each kernel on single layers
     python benchmarks/sparse_inference.py --profile       # the share of the compiled kernel in the widest model
+    python benchmarks/sparse_inference.py --memory        # of a model without dense weights alone, of row 7
 
 The model is a random Llama of three heads, wide as a real one and few blocks deep, all its linear layers and LM heads
 at density 0.1. The sides share their weights and take turns. Row 8 needs a CUDA GPU: layers 4096 wide and more, 2:4, in
@@ -12,16 +13,22 @@ bf16. On a machine that does other work as well set GOMP_SPINCOUNT=1000, as the 
 import argparse
 import copy
 import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_hf.inference import Report, kernels, restore, specialize
+from nt_hf.inference import Report, kernels, load_sparse, restore, specialize
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
+from nt_hf.models.transformers_versions import CACHE
 from nt_hf.text import markdown_table
 
 import torch
-from common import DEVICE, Figure, conditions, ratio, seconds, table, take_turns
+from common import DEVICE, Figure, conditions, peak_bytes, ratio, seconds, table, take_turns
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -48,13 +55,13 @@ def draw(model: nn.Module, density: float) -> None:
         set_mask(module, mask)
 
 
-def random_model(hidden: int) -> NeuroTrailsLlamaForCausalLM:
+def random_model(hidden: int, vocabulary: int = 32000) -> NeuroTrailsLlamaForCausalLM:
     """A model of 14 blocks, 2 shared and 4 in each of 3 heads, in fp32."""
     torch.manual_seed(0)
     config = NeuroTrailsLlamaConfig(
-        vocab_size=32000,
+        vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=WIDTHS[hidden],
+        intermediate_size=WIDTHS.get(hidden, hidden),
         num_hidden_layers=6,
         blocks_in_head=4,
         num_attention_heads=hidden // 128,
@@ -100,6 +107,7 @@ def end_to_end(hidden: int) -> list[Figure]:
         # The goals are for the width of a real model; the small one shows how the ratio depends on it.
         goal = goals[work] if hidden == max(WIDTHS) else None
         figures.append(Figure(7, name, ratio(times, dense, sparse), at_least=goal, note=note))
+    figures.append(memory(bf16, hidden))
     cost = ", ".join(f"{report.seconds:.1f} s and {report.extra_bytes / 2**20:.0f} MiB" for report in reports)
     figures.append(
         dataclasses.replace(same_tokens(models, ids[:, :1], hidden), note=f"specializing fp32, bf16: {cost}")
@@ -129,6 +137,50 @@ def same_tokens(models: dict[str, nn.Module], ids: torch.Tensor, hidden: int) ->
             best, second = dense.logits[step][row].float().topk(2).values.tolist()
             wrong += best - second > bound
     return Figure(7, f"wrong greedy tokens in 2 x 8 sequences of {NEW_TOKENS}, width {hidden}", wrong, at_most=0)
+
+
+def memory(model: nn.Module, hidden: int) -> Figure:
+    """Row 7: the peak of loading a sparse file and generating from it, without dense weights, less the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, sparse=True, max_shard_size="100GB")
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        peaks = {name: _in_a_process(name, folder) for name in LOADERS}
+    used = {name: None if peak is None else (peak - cache) / size for name, (peak, cache) in peaks.items()}
+    note = f"file {size / 1e6:.0f} MB, cache {peaks['load_sparse'][1] / 1e6:.0f} MB, bf16; "
+    note += f"from_pretrained {used['from_pretrained']:.3g}" if used["from_pretrained"] else "not told by the system"
+    name = f"peak memory of sparse inference over the sparse file, width {hidden}"
+    return Figure(7, name, used["load_sparse"], at_most=1.25, note=note)
+
+
+LOADERS = {"load_sparse": load_sparse, "from_pretrained": NeuroTrailsLlamaForCausalLM.from_pretrained}
+
+
+def _in_a_process(loader: str, folder: str) -> tuple[int | None, int]:
+    """What [`load_and_generate`] returns in a process of its own."""
+    command = [sys.executable, __file__, "--in_this_process", loader, folder]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def load_and_generate(loader: str, folder: str) -> tuple[int | None, int]:
+    """Bytes that loading, a prompt and some new tokens need at most, and those of the cache among them.
+
+    What is imported on the way is so before: a model of the smallest size runs first. Dense weights are mapped from the
+    file; all their pages are read, which no prompt would do.
+    """
+    sizes = []
+
+    def work(path: str, vocabulary: int) -> None:
+        model = LOADERS[loader](path)
+        model.get_input_embeddings().weight.sum()
+        ids = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+        cache = decode(model, ids, return_dict_in_generate=True)[CACHE]
+        sizes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+
+    with tempfile.TemporaryDirectory() as small:
+        random_model(128, vocabulary=64).to(torch.bfloat16).save_pretrained(small, sparse=True)
+        work(small, 64)
+    return peak_bytes(lambda: work(folder, 32000)), sizes[-1]
 
 
 def semi_structured() -> list[Figure]:
@@ -227,7 +279,12 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="single layers instead of whole models")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS, help="of whole models")
+    parser.add_argument("--memory", action="store_true", help="peak memory without dense weights")
+    parser.add_argument("--in_this_process", nargs=2, metavar=("LOADER", "CHECKPOINT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.in_this_process:
+        print(json.dumps(load_and_generate(*args.in_this_process)))
+        return
     print(conditions(), "\n")
     if args.layers:
         head = ["weight", "density", "tokens", "dense fp32", "dense bf16", "csr", "compiled fp32", "compiled bf16"]
@@ -237,6 +294,9 @@ def main() -> None:
     if args.profile:
         lines = [line for dtype in (torch.float32, torch.bfloat16) for line in profile(max(WIDTHS), dtype)]
         print(markdown_table([["type", "work", "ms a step", "in the kernel"], *lines]))
+        return
+    if args.memory:
+        print(table([memory(random_model(width).to(torch.bfloat16), width) for width in args.widths]))
         return
     figures: list[Figure] = []
     duration = seconds(lambda: figures.extend(measure(args.widths)))

@@ -121,7 +121,7 @@ def test_the_code_of_the_readme_runs(checkpoint, tmp_path, capsys):
 def test_the_code_of_using_a_checkpoint_runs(checkpoint):
     names: dict = {}
     blocks = code(ROOT / "docs" / "use-a-checkpoint.md", "python")
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     replacements = {"runs/demo/checkpoint-1400": str(checkpoint), "rows=(8, 1024)": "rows=(1, 8)"}
     for block in blocks:
         for old, new in replacements.items():

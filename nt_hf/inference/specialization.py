@@ -2,8 +2,8 @@
 
 [`specialize`] times each kind of layer with dense and sparse kernels and gives a layer another forward where that
 pays; [`restore`] takes it back. The dense weights stay where they are, so that the state dict, ``save_pretrained``,
-losses and everything else that reads a weight are as before; the sparse copies come on top (on a CPU 6 bytes an active
-weight in fp32, 4 in bf16).
+losses and everything else that reads a weight are as before; the sparse copies come on top (on a CPU 5 bytes an active
+weight in fp32, 3 in bf16). A model without dense weights is [`load_sparse`]'s, see the sparse_weights module.
 
 The kernels are in `kernels`; ``dense`` is the module's own forward.
 """
@@ -23,6 +23,7 @@ from torch import nn
 from ..models.masks import canonical_name, check_masks, is_transposed, masked_modules
 from ..text import plain_table
 from .kernels import Kernel, usable_kernels
+from .sparse_weights import is_sparse, make_dense, refuse_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
         raise ValueError(f"rows={rows!r}: accepted are one or more whole numbers from 1")
     if model.training:
         raise ValueError("model: is in training mode; accepted is model.eval(): sparse kernels are for inference")
+    if is_sparse(model):
+        raise ValueError("model: its weights are sparse already (load_sparse); accepted is restore(model) first")
     if any(_is_specialized(module) for module in model.modules()):
         raise ValueError("model: is specialized already; accepted is restore(model) first")
     layers = _masked_linears(model)
@@ -138,7 +141,12 @@ def specialize(model: nn.Module, rows: Sequence[int] = (1, 128)) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Takes back what [`specialize`] did: every layer runs its own forward, on the weights that never changed."""
+    """Takes back what [`specialize`] or [`load_sparse`] did: every layer runs its own forward, on dense weights.
+
+    Those of a specialized model never changed. Those of a model that was loaded sparse are made, bit for bit as
+    ``from_pretrained`` gives them.
+    """
+    make_dense(model)
     for module in model.modules():
         if _is_specialized(module):
             del module.forward
@@ -187,11 +195,7 @@ class _SparseForward:
         module, weight = self.module, self.module.weight
         if torch.compiler.is_compiling() or args or kwargs or x.dtype != weight.dtype or x.device != weight.device:
             return type(module).forward(module, x, *args, **kwargs)
-        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
-            raise RuntimeError(
-                "a specialized layer computes no gradients: call the model within torch.no_grad(), or "
-                "nt_hf.inference.restore(model) before training"
-            )
+        refuse_gradients(weight, x)
         if _state(module) != self.state:
             raise RuntimeError(
                 "a weight has changed since the model was specialized (or copied): call "

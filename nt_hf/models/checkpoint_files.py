@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .masks import check_masks, check_state_dict
 from .model_card import GENERIC, density_of, model_card
 from .multi_head import check_not_quantised, renumber_head
-from .sparse_checkpoint import SparseWeight, compress_state_dict, read_tensors
+from .sparse_checkpoint import SparseWeight, check_dense, compress_state_dict, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -110,6 +110,7 @@ class CheckpointFilesMixin:
             ValueError: with ``sparse=True``, the model has no masks, a weight outside its mask is not 0, or weights are
                 offloaded or quantised; nothing is written.
         """
+        check_dense(self, "save_pretrained")
         if state_dict is None and (own := self._untied_copies()):
             state_dict = self.state_dict() | own
         density = density_of(self.state_dict() if state_dict is None else state_dict)

@@ -2,20 +2,22 @@
 
 import copy
 import logging
+import os
+import platform
 import subprocess
 
 import pytest
 import torch
-from conftest import draw_masks, trained
+from conftest import draw_masks, slow, trained
 from families import tiny_model, tokens
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nt_hf.inference import kernels, restore, specialization, specialize
+from nt_hf.inference import compiled, kernels, restore, specialization, specialize
 from nt_hf.inference.kernels import fits_semi_structured
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 
-COMPILED = kernels._library() is not None
+COMPILED = compiled.library() is not None
 compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiler here: g++ or $CXX builds the kernels")
 KERNELS = [pytest.param("compiled", marks=compiled_only), "csr"]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 130)
@@ -357,26 +359,54 @@ def test_a_copy_needs_to_be_specialized_anew(choose):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "false", "'"])
 def test_without_a_compiler_there_is_one_warning_and_torch_s_kernel(compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernels._library.cache_clear()
+    compiled.library.cache_clear()
     try:
-        with caplog.at_level(logging.WARNING, logger=kernels.__name__):
+        with caplog.at_level(logging.WARNING, logger=compiled.__name__):
             report = specialize(nn.Sequential(*layer(8, 8), *layer(9, 8)).eval(), (1,))
     finally:
-        kernels._library.cache_clear()
+        compiled.library.cache_clear()
     assert [record.message.startswith("no compiled sparse kernels") for record in caplog.records] == [True]
     assert all(entry.seconds[1].keys() == {"dense", "csr"} for entry in report.layers)
+
+
+@torch.no_grad()
+@compiled_only
+@pytest.mark.parametrize("options", ["-mno-avx512f", slow("-mno-avx")])
+def test_other_instruction_sets(options, monkeypatch, tmp_path, choose):
+    """The kernels of a CPU with AVX2 or SSE2 alone, which this one runs as well."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the options are those of x86-64")
+    command = f"{os.environ.get('CXX') or 'g++'} {options}"
+    macros = subprocess.run(
+        [*command.split(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
+    )
+    assert (b"__AVX512F__" not in macros.stdout) and (b"__AVX__" in macros.stdout) <= (options == "-mno-avx512f")
+    monkeypatch.setenv("CXX", command)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    choose("compiled")
+    compiled.library.cache_clear()
+    try:
+        for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+            model = layer(100, 333, bias=True, dtype=dtype)
+            exact = copy.deepcopy(model).double()
+            assert specialize(model, (1,)).layers[0].kernels == {1: "compiled"}
+            for rows in ROWS:
+                x = torch.randn(rows, 333, dtype=dtype)
+                torch.testing.assert_close(model(x).double(), exact(x.double()), rtol=error, atol=error)
+    finally:
+        compiled.library.cache_clear()
 
 
 @compiled_only
 def test_the_library_is_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = kernels._build()
+    path = compiled._build()
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("built again"))
-    assert kernels._build() == path and list(path.parent.iterdir()) == [path]
+    assert compiled._build() == path and list(path.parent.iterdir()) == [path]
 
 
 @torch.no_grad()
@@ -414,6 +444,20 @@ def test_which_weights_the_semi_structured_kernels_take(weight, cutlass, cuspars
 
     assert fits_semi_structured(weight, SparseSemiStructuredTensorCUTLASS) == cutlass
     assert fits_semi_structured(weight, SparseSemiStructuredTensorCUSPARSELT) == cusparselt
+
+
+@torch.no_grad()
+@compiled_only
+def test_two_of_four_on_a_cpu_is_the_sparse_kernel(choose):
+    choose("compiled")
+    model = nn.Sequential(nn.Linear(128, 64)).eval()
+    attach_masks(model, ["0.*"])
+    set_mask(model[0], two_of_four(64, 128) != 0)
+    dense = copy.deepcopy(model)
+    assert specialize(model, (1,)).layers[0].kernels == {1: "compiled"}
+    for rows in ROWS:
+        x = torch.randn(rows, 128)
+        torch.testing.assert_close(model(x), dense(x))
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-// y = x W^T + bias for a sparse W on a CPU: W in compressed rows with 16-bit columns, x of few or many rows ("tokens").
+// y = x W^T + bias for a sparse W on a CPU: W in compressed rows, x of few or many rows ("tokens").
+//
+// A column takes one byte: its distance from the column before. A distance over 255 is covered by entries of value 0 on
+// the way, which are rare: at density 0.1 there are none, at 0.01 one weight in thirteen needs one.
 //
 // A weight is read once and multiplies the same input of 8, 16 or 32 tokens, which lie beside each other in a transposed
 // copy of x. One token takes a plain sparse dot product. Sums are fp32. Vectors are the compiler's own, so that one
@@ -10,12 +13,20 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef float HalfFloats __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+// Bytes of a vector register. Wider vectors would live in memory, which makes them twenty times as slow.
+#if defined(__AVX512F__)
+constexpr int64_t REGISTER = 64;
+#elif defined(__AVX__)
+constexpr int64_t REGISTER = 32;
+#else
+constexpr int64_t REGISTER = 16;
+#endif
+typedef float Floats __attribute__((vector_size(REGISTER), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(REGISTER), aligned(4)));
 
 constexpr int64_t LANES = 16;
 // The indices and weights of so many bytes ahead are asked for early: a CPU foresees no stream broken by random reads.
@@ -41,18 +52,30 @@ inline void store(float value, BFloat16* target) {
   target->bits = value == value ? rounded : 0x7fc0;
 }
 
-// Transposes 16 x 16 words: four times every word of the first half is followed by its partner of the second.
-inline void transpose(Words (&block)[LANES]) {
+struct alignas(64) Line {
+  uint32_t words[LANES];
+};
+
+inline void transpose(Line (&block)[LANES]) {
+#if defined(__AVX512F__)
+  // Four times every word of the first half is followed by its partner of the second.
+  Words lines[LANES];
+  std::memcpy(lines, block, sizeof(block));
   for (int pass = 0; pass < 4; pass++) {
     Words next[LANES];
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
-      const Words a = block[i], b = block[i + LANES / 2];
+      const Words a = lines[i], b = lines[i + LANES / 2];
       next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
       next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
-    std::memcpy(block, next, sizeof(next));
+    std::memcpy(lines, next, sizeof(next));
   }
+  std::memcpy(block, lines, sizeof(block));
+#else
+  for (int64_t i = 0; i < LANES; i++)
+    for (int64_t j = 0; j < i; j++) std::swap(block[i].words[j], block[j].words[i]);
+#endif
 }
 
 // How the inputs of a tile's tokens lie in the transposed copy, and what a weight does with them.
@@ -60,35 +83,19 @@ inline void transpose(Words (&block)[LANES]) {
 // TOKENS: of a tile. STRIDE: words of the copy a column. UNROLL: weights of a row under way at a time, each with its own
 // sums, because an addition waits for the one before it.
 
-struct Eight {
-  static constexpr int64_t TOKENS = 8, STRIDE = 8;
-  static constexpr int UNROLL = 8;
-  typedef float Word;
-  struct Sums {
-    HalfFloats sum{};
-    void add(const float* x, float weight) { sum += *(const HalfFloats*)x * weight; }
-    void add(const Sums& other) { sum += other.sum; }
-    void write(float* target) const { std::memcpy(target, &sum, sizeof(sum)); }
-  };
-  template <class T>
-  static void gather(const T* x, int64_t tokens, int64_t in, int64_t column, int64_t count, float* target) {
-    for (int64_t j = 0; j < count; j++)
-      for (int64_t t = 0; t < TOKENS; t++)
-        target[j * STRIDE + t] = t < tokens ? to_float(x[t * in + column + j]) : 0.0f;
-  }
-};
-
-// 16 or 32 tokens in fp32.
-template <int VECTORS>
+// 8, 16 or 32 tokens in fp32.
+template <int64_t TOKENS_>
 struct Wide {
-  static constexpr int64_t TOKENS = LANES * VECTORS, STRIDE = TOKENS;
-  static constexpr int UNROLL = 4;
+  static constexpr int64_t TOKENS = TOKENS_, STRIDE = TOKENS;
+  static constexpr int64_t BYTES = std::min<int64_t>(REGISTER, TOKENS * sizeof(float));
+  static constexpr int VECTORS = TOKENS * sizeof(float) / BYTES, UNROLL = 8 / VECTORS;
   typedef float Word;
   struct Sums {
-    Floats sum[VECTORS]{};
+    typedef float Vector __attribute__((vector_size(BYTES), aligned(4)));
+    Vector sum[VECTORS]{};
     void add(const float* x, float weight) {
-#pragma GCC unroll 2
-      for (int k = 0; k < VECTORS; k++) sum[k] += *(const Floats*)(x + LANES * k) * weight;
+#pragma GCC unroll 8
+      for (int k = 0; k < VECTORS; k++) sum[k] += *(const Vector*)(x + BYTES / 4 * k) * weight;
     }
     void add(const Sums& other) {
       for (int k = 0; k < VECTORS; k++) sum[k] += other.sum[k];
@@ -97,15 +104,21 @@ struct Wide {
   };
   template <class T>
   static void gather(const T* x, int64_t tokens, int64_t in, int64_t column, int64_t count, float* target) {
-    for (int k = 0; k < VECTORS; k++) {
-      Words block[LANES]{};
-      for (int64_t t = 0; t < std::min(LANES, tokens - k * LANES); t++) {
-        float row[LANES]{};
-        for (int64_t j = 0; j < count; j++) row[j] = to_float(x[(k * LANES + t) * in + column + j]);
-        std::memcpy(&block[t], row, sizeof(row));
+    if constexpr (TOKENS < LANES) {
+      for (int64_t j = 0; j < count; j++)
+        for (int64_t t = 0; t < TOKENS; t++)
+          target[j * STRIDE + t] = t < tokens ? to_float(x[t * in + column + j]) : 0.0f;
+    } else {
+      for (int64_t first = 0; first < TOKENS; first += LANES) {
+        Line block[LANES]{};
+        for (int64_t t = 0; t < std::min(LANES, tokens - first); t++) {
+          float row[LANES]{};
+          for (int64_t j = 0; j < count; j++) row[j] = to_float(x[(first + t) * in + column + j]);
+          std::memcpy(&block[t], row, sizeof(row));
+        }
+        transpose(block);
+        for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE + first, &block[j], sizeof(Line));
       }
-      transpose(block);
-      for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE + k * LANES, &block[j], sizeof(Words));
     }
   }
 };
@@ -113,26 +126,31 @@ struct Wide {
 // 32 tokens in bf16, half the memory to read: token t in the low half of word t, token t + 16 in its high half.
 struct Packed {
   static constexpr int64_t TOKENS = 32, STRIDE = LANES;
-  static constexpr int UNROLL = 4;
+  static constexpr int VECTORS = LANES * sizeof(float) / REGISTER, UNROLL = 4 / VECTORS;
   typedef uint32_t Word;
   struct Sums {
-    Floats low{}, high{};
+    Floats low[VECTORS]{}, high[VECTORS]{};
     void add(const uint32_t* x, float weight) {
-      const Words words = *(const Words*)x;
-      low += (Floats)(words << 16) * weight;
-      high += (Floats)(words & 0xffff0000u) * weight;
+#pragma GCC unroll 4
+      for (int k = 0; k < VECTORS; k++) {
+        const Words words = *(const Words*)(x + REGISTER / 4 * k);
+        low[k] += (Floats)(words << 16) * weight;
+        high[k] += (Floats)(words & 0xffff0000u) * weight;
+      }
     }
     void add(const Sums& other) {
-      low += other.low;
-      high += other.high;
+      for (int k = 0; k < VECTORS; k++) {
+        low[k] += other.low[k];
+        high[k] += other.high[k];
+      }
     }
     void write(float* target) const {
-      std::memcpy(target, &low, sizeof(low));
-      std::memcpy(target + LANES, &high, sizeof(high));
+      std::memcpy(target, low, sizeof(low));
+      std::memcpy(target + LANES, high, sizeof(high));
     }
   };
   static void gather(const BFloat16* x, int64_t tokens, int64_t in, int64_t column, int64_t count, uint32_t* target) {
-    Words block[LANES]{};
+    Line block[LANES]{};
     for (int64_t t = 0; t < std::min(LANES, tokens); t++) {
       const BFloat16 *low = x + t * in + column, *high = low + LANES * in;
       uint32_t row[LANES]{};
@@ -142,47 +160,80 @@ struct Packed {
       std::memcpy(&block[t], row, sizeof(row));
     }
     transpose(block);
-    for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE, &block[j], sizeof(Words));
+    for (int64_t j = 0; j < count; j++) std::memcpy(target + j * STRIDE, &block[j], sizeof(Line));
   }
 };
 
 template <class T>
 struct Weight {
-  const int64_t* rows;      // [out + 1], where each row begins
-  const uint16_t* columns;  // [active weights], rising within a row
-  const T* values;          // [active weights]
-  const float* bias;        // [out] or null
+  const int64_t* rows;   // [out + 1], where each row begins
+  const uint8_t* steps;  // [entries], from the column before; a row starts at column 0
+  const T* values;       // [entries]
+  const float* bias;     // [out] or null
   int64_t out, in;
 };
 
+template <class T>
+inline void prefetch(const Weight<T>& w, int64_t entry) {
+  __builtin_prefetch((const char*)(w.values + entry) + AHEAD);
+  __builtin_prefetch((const char*)(w.steps + entry) + AHEAD / 4);
+}
+
+// Scalar loads: a gather would need all columns as running sums in a vector, which takes twice the time.
 template <class T>
 void one_token(const Weight<T>& w, const T* x, T* y, float* copy, int threads) {
   for (int64_t j = 0; j < w.in; j++) copy[j] = to_float(x[j]);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 64)
   for (int64_t row = 0; row < w.out; row++) {
-    const int64_t begin = w.rows[row], count = w.rows[row + 1] - begin;
-    const uint16_t* columns = w.columns + begin;
-    const T* values = w.values + begin;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t p = 0; p < count; p++) sum += to_float(values[p]) * copy[columns[p]];
-    store(w.bias ? sum + w.bias[row] : sum, y + row);
+    constexpr int64_t SUMS = 8;
+    float sums[SUMS]{};
+    const float* at = copy;
+    int64_t p = w.rows[row];
+    const int64_t end = w.rows[row + 1];
+    for (; p + LANES <= end; p += LANES) {
+      prefetch(w, p);
+      float values[LANES];
+      for (int64_t i = 0; i < LANES; i++) values[i] = to_float(w.values[p + i]);
+      // Of every four weights only the last one's column is waited for.
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < LANES; i += 4) {
+        const uint8_t* steps = w.steps + p + i;
+        const int64_t a = steps[0], b = a + steps[1], c = b + steps[2], d = c + steps[3];
+        sums[i % SUMS] += values[i] * at[a];
+        sums[i % SUMS + 1] += values[i + 1] * at[b];
+        sums[i % SUMS + 2] += values[i + 2] * at[c];
+        sums[i % SUMS + 3] += values[i + 3] * at[d];
+        at += d;
+      }
+    }
+    for (; p < end; p++) {
+      at += w.steps[p];
+      sums[0] += to_float(w.values[p]) * *at;
+    }
+    float sum = w.bias ? w.bias[row] : 0;
+    for (float part : sums) sum += part;
+    store(sum, y + row);
   }
 }
 
 template <class Tile, class T>
 inline void one_row(const Weight<T>& w, int64_t row, const typename Tile::Word* copy, float* target) {
   typename Tile::Sums sums[Tile::UNROLL];
+  int64_t column = 0;
   int64_t p = w.rows[row];
   const int64_t end = w.rows[row + 1];
   for (; p + Tile::UNROLL <= end; p += Tile::UNROLL) {
-    __builtin_prefetch((const char*)(w.values + p) + AHEAD);
-    __builtin_prefetch((const char*)(w.columns + p) + AHEAD / 2);
+    prefetch(w, p);
 #pragma GCC unroll 8
-    for (int u = 0; u < Tile::UNROLL; u++)
-      sums[u].add(copy + w.columns[p + u] * Tile::STRIDE, to_float(w.values[p + u]));
+    for (int u = 0; u < Tile::UNROLL; u++) {
+      column += w.steps[p + u];
+      sums[u].add(copy + column * Tile::STRIDE, to_float(w.values[p + u]));
+    }
   }
-  for (; p < end; p++) sums[0].add(copy + w.columns[p] * Tile::STRIDE, to_float(w.values[p]));
+  for (; p < end; p++) {
+    column += w.steps[p];
+    sums[0].add(copy + column * Tile::STRIDE, to_float(w.values[p]));
+  }
 #pragma GCC unroll 8
   for (int u = 1; u < Tile::UNROLL; u++) sums[0].add(sums[u]);
   sums[0].write(target);
@@ -195,7 +246,7 @@ void scatter(const Weight<T>& w, int64_t row, int64_t count, const float* sums, 
   if (w.bias) std::memcpy(bias, w.bias + row, count * sizeof(float));
   for (int64_t first = 0; first < tokens; first += LANES) {
     constexpr size_t width = std::min(LANES, Tile::TOKENS) * sizeof(float);
-    Words block[LANES]{};
+    Line block[LANES]{};
     for (int64_t i = 0; i < LANES; i++) std::memcpy(&block[i], sums + i * Tile::TOKENS + first, width);
     transpose(block);
     for (int64_t t = first; t < std::min(tokens, first + LANES); t++) {
@@ -226,27 +277,79 @@ void one_tile(const Weight<T>& w, const T* x, T* y, int64_t tokens, void* scratc
 
 template <class T>
 void linear(const Weight<T>& w, const T* x, T* y, int64_t tokens, void* scratch, int threads) {
-  typedef typename std::conditional<std::is_same<T, float>::value, Wide<2>, Packed>::type Most;
+  typedef typename std::conditional<std::is_same<T, float>::value, Wide<32>, Packed>::type Most;
   for (int64_t step; tokens > 0; tokens -= step, x += step * w.in, y += step * w.out) {
     step = std::min(tokens, Most::TOKENS);
     if (step == 1)
       one_token(w, x, y, (float*)scratch, threads);
-    else if (step <= Eight::TOKENS)
-      one_tile<Eight>(w, x, y, step, scratch, threads);
-    else if (step <= Wide<1>::TOKENS)
-      one_tile<Wide<1>>(w, x, y, step, scratch, threads);
+    else if (step <= Wide<8>::TOKENS)
+      one_tile<Wide<8>>(w, x, y, step, scratch, threads);
+    else if (step <= Wide<16>::TOKENS)
+      one_tile<Wide<16>>(w, x, y, step, scratch, threads);
     else
       one_tile<Most>(w, x, y, step, scratch, threads);
+  }
+}
+
+// Compressed rows of a mask's bits `mask` [out, ceil(in / 8)] and the values inside it, row after row. Without `steps`
+// only `rows` is written, whose last number says how many entries there will be.
+template <class Word>
+void compress(const uint8_t* mask, const Word* values, int64_t out, int64_t in, int64_t* rows, uint8_t* steps,
+              Word* target) {
+  const int64_t bytes = (in + 7) / 8;
+  int64_t entry = 0;
+  auto add = [&](uint8_t step, auto value) {
+    if (steps) {
+      steps[entry] = step;
+      target[entry] = value();
+    }
+    entry++;
+  };
+  rows[0] = 0;
+  for (int64_t row = 0; row < out; row++) {
+    int64_t before = 0;
+    for (int64_t byte = 0; byte < bytes; byte++, mask++)
+      for (unsigned bits = *mask; bits; bits &= bits - 1) {
+        const int64_t column = byte * 8 + __builtin_ctz(bits);
+        for (; column - before > 255; before += 255) add(255, [] { return Word(0); });
+        add(uint8_t(column - before), [&] { return *values++; });
+        before = column;
+      }
+    rows[row + 1] = entry;
+  }
+}
+
+// The dense rows `chosen` [count] into target [count, in].
+template <class Word>
+void expand(const int64_t* rows, const uint8_t* steps, const Word* values, const int64_t* chosen, int64_t count,
+            int64_t in, Word* target) {
+  std::memset(target, 0, count * in * sizeof(Word));
+  for (int64_t i = 0; i < count; i++) {
+    Word* at = target + i * in;
+    for (int64_t p = rows[chosen[i]]; p < rows[chosen[i] + 1]; p++) *(at += steps[p]) = values[p];
   }
 }
 
 }  // namespace
 
 // x [tokens, in], y [tokens, out], contiguous. scratch: in * 128 bytes, the same for all sizes and types.
-#define DEFINE(name, T)                                                                                           \
-  extern "C" void name(const int64_t* rows, const uint16_t* columns, const T* values, const float* bias,          \
-                       const T* x, T* y, void* scratch, int64_t tokens, int64_t out, int64_t in, int64_t threads) { \
-    linear(Weight<T>{rows, columns, values, bias, out, in}, x, y, tokens, scratch, int(threads));                   \
+#define DEFINE(name, T)                                                                                             \
+  extern "C" void name(const int64_t* rows, const uint8_t* steps, const T* values, const float* bias, const T* x, T* y, \
+                       void* scratch, int64_t tokens, int64_t out, int64_t in, int64_t threads) {                     \
+    linear(Weight<T>{rows, steps, values, bias, out, in}, x, y, tokens, scratch, int(threads));                       \
   }
 DEFINE(sparse_linear_float32, float)
 DEFINE(sparse_linear_bfloat16, BFloat16)
+
+// Of values of 2 or 4 bytes, whatever they mean.
+#define DEFINE_FORMS(bytes, Word)                                                                                   \
+  extern "C" void compress_##bytes(const uint8_t* mask, const Word* values, int64_t out, int64_t in, int64_t* rows,   \
+                                   uint8_t* steps, Word* target) {                                                    \
+    compress(mask, values, out, in, rows, steps, target);                                                             \
+  }                                                                                                                   \
+  extern "C" void expand_##bytes(const int64_t* rows, const uint8_t* steps, const Word* values, const int64_t* chosen, \
+                                 int64_t count, int64_t in, Word* target) {                                           \
+    expand(rows, steps, values, chosen, count, in, target);                                                           \
+  }
+DEFINE_FORMS(2, uint16_t)
+DEFINE_FORMS(4, uint32_t)
