@@ -279,7 +279,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     if GPU:
         figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(nt_hf), at_most=0))
     else:
-        figures.append(automatic_precision(nt_hf, shape, rounds))
+        figures += automatic_precision(nt_hf, flops, size, shape, rounds)
     del sides, nt_hf, baseline
     memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "baseline")}
     if all(memory.values()):
@@ -310,8 +310,8 @@ def machinery(run: RunConfig, update: float, masking: float, step: float, batch:
     ]
 
 
-def automatic_precision(side: NtHf, shape: str, rounds: int) -> Figure:
-    """Row 12: whether ``train.precision=auto`` takes the faster precision on this CPU."""
+def automatic_precision(side: NtHf, flops: float, size: str, shape: str, rounds: int) -> list[Figure]:
+    """Row 12: whether ``train.precision=auto`` takes the faster precision on this CPU; row 4 in bf16."""
     medium = "fp32, matmul precision medium"
     settings = {"fp32": ("highest", False), medium: ("medium", False), "bf16": ("highest", True)}
 
@@ -325,13 +325,14 @@ def automatic_precision(side: NtHf, shape: str, rounds: int) -> Figure:
     median = {name: statistics.median(values) for name, values in times.items()}
     auto = fastest_precision()
     others = [name for name in settings if not name.startswith(auto)]
-    return Figure(
+    figure = Figure(
         12,
         f"step at train.precision auto ({auto}) / fastest other, {shape}",
         ratio(times, auto, min(others, key=median.__getitem__)),
         at_most=1.0,
         note="; ".join(f"{name}: {value:.2f} s" for name, value in median.items()),
     )
+    return [figure, share_of_peak(flops / median["bf16"], size, f"{shape}, bf16", torch.bfloat16)]
 
 
 def update_and_masking(side: NtHf, rounds: int = 3) -> tuple[float, float]:
@@ -346,11 +347,11 @@ def update_and_masking(side: NtHf, rounds: int = 3) -> tuple[float, float]:
     return statistics.median(updates), statistics.median(maskings)
 
 
-def share_of_peak(flops: float, size: str, shape: str) -> Figure:
-    """Matrix FLOP/s against the peak: of the data sheet on a known GPU, measured elsewhere."""
+def share_of_peak(flops: float, size: str, shape: str, dtype: torch.dtype = torch.float32) -> Figure:
+    """Matrix FLOP/s against the peak: of the data sheet on a known GPU, measured in ``dtype`` on a CPU."""
     named = peak_tflops(torch.cuda.get_device_name()) if GPU else None
-    peak = named * 1e12 if named else matmul_peak(torch.bfloat16 if GPU else torch.float32)
-    goal = {"350m": 0.45} if GPU else {"60m": 0.65}
+    peak = named * 1e12 if named else matmul_peak(torch.bfloat16 if GPU else dtype)
+    goal = {"350m": 0.45} if GPU else {"60m": 0.45 if dtype == torch.bfloat16 else 0.65}
     return Figure(
         4,
         f"share of the matrix-product peak, {shape}",
