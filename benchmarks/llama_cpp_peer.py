@@ -100,7 +100,7 @@ def quantised(path: Path, kind: str, name: str) -> Path:
     return target
 
 
-def measure(hidden: int) -> list[Figure]:
+def measure(hidden: int = max(WIDTHS)) -> list[Figure]:
     try:
         import gguf  # noqa: F401
         import llama_cpp  # noqa: F401

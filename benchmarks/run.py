@@ -17,6 +17,7 @@ from nt_hf.cli.program import check_output, run
 import busy
 import checkpoints
 import decoding
+import llama_cpp_peer
 import sparse_inference
 import startup
 import torch
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "training": lambda args: training.measure(SIZES, args.reference),
     "decoding": lambda args: decoding.measure(),
     "sparse_inference": lambda args: sparse_inference.measure(),
+    "llama_cpp": lambda args: llama_cpp_peer.measure(),
     "checkpoints": lambda args: checkpoints.measure(),
     "busy": lambda args: busy.measure(),
     "startup": lambda args: startup.measure(),
