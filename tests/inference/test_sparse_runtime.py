@@ -13,7 +13,7 @@ from families import tiny_model, tokens
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nt_hf.inference import compiled, kernels, restore, specialization, specialize
+from nt_hf.inference import compiled, kernels, load_sparse, restore, sparse_weights, specialization, specialize
 from nt_hf.inference.kernels import fits_semi_structured
 from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 
@@ -371,6 +371,14 @@ def test_without_a_compiler_there_is_one_warning_and_torch_s_kernel(compiler, mo
         compiled.library.cache_clear()
     assert [record.message.startswith("no compiled sparse kernels") for record in caplog.records] == [True]
     assert all(entry.seconds[1].keys() == {"dense", "csr"} for entry in report.layers)
+
+
+def test_without_a_compiler_a_model_keeps_its_dense_weights(model, tmp_path, monkeypatch):
+    draw_masks(model, 0.3)
+    model.save_pretrained(tmp_path, sparse=True)
+    monkeypatch.setattr(sparse_weights, "library", lambda: None)
+    with pytest.raises(ValueError, match="no compiled kernels; accepted is"):
+        load_sparse(tmp_path)
 
 
 @torch.no_grad()

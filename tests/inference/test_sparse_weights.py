@@ -294,10 +294,13 @@ def test_files_that_are_refused(model, path, tmp_path):
         load_sparse(path)
 
 
-def test_without_a_compiler(model, path, monkeypatch):
-    monkeypatch.setattr(sparse_weights, "library", lambda: None)
-    with pytest.raises(ValueError, match="no compiled kernels; accepted is"):
-        load_sparse(path)
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiling_goes_around_the_sparse_products(model, path, prompts):
+    sparse = load_sparse(path)
+    expected = sparse(**prompts).logits
+    assert is_sparse(sparse)
+    torch.testing.assert_close(torch.compile(sparse)(**prompts).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_dense_model_is_loaded_as_ever_afterwards(model, path):
