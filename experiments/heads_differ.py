@@ -10,10 +10,8 @@ rows. Finished runs are skipped. --report makes the page from the results alone.
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ from nt_hf.evaluation.diversity import measure_diversity
 from nt_hf.evaluation.perplexity import DocumentWindows, load_for_evaluation
 from nt_hf.files import write_json, write_text
 from nt_hf.text import markdown_table
+
+from experiments.finished import spread
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results" / "heads-differ"
@@ -151,13 +151,6 @@ def report(results: Path) -> str:
             markdown_table(rows),
         ]
     ) + "\n"  # fmt: skip
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ class CheckpointFilesMixin:
         check_dense(self, "save_pretrained")
         if state_dict is None and (own := self._untied_copies()):
             state_dict = self.state_dict() | own
-        density = density_of(self.state_dict() if state_dict is None else state_dict)
+        card = os.path.join(save_directory, "README.md")
+        density = None
+        if is_main_process and not os.path.exists(card):
+            density = density_of(self.state_dict() if state_dict is None else state_dict)  # before it is compressed
         if sparse:
             check_not_quantised(self, "save_pretrained(sparse=True)")
             tensors = dict(self.state_dict() if state_dict is None else state_dict)
@@ -131,7 +134,7 @@ class CheckpointFilesMixin:
             base = f"{type(self).__module__.split('.')[-1]}.{type(self.base_model).__name__}"
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": base}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        card = os.path.join(save_directory, "README.md")
+        # push_to_hub=True has written a card by now.
         if is_main_process and os.path.isdir(save_directory) and not os.path.exists(card):
             self._write_card(card, density)
 

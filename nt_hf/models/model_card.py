@@ -11,7 +11,11 @@ from transformers import PreTrainedModel
 from .masks import count_active
 
 PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageClassification": "image-classification"}
-READERS = {"text-generation": "AutoTokenizer", "image-classification": "AutoImageProcessor"}
+# What loads the inputs' reader, in code for the card.
+READERS = {
+    "text-generation": 'tokenizer = AutoTokenizer.from_pretrained("…", trust_remote_code=True)',
+    "image-classification": 'processor = AutoImageProcessor.from_pretrained("…")',
+}
 # How the card that Transformers writes, where there is none, begins its description.
 GENERIC = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
@@ -56,13 +60,9 @@ def model_card(
         model_name=f"NeuroTrails {family}" if results else None,
         eval_results=list(results) or None,
     )
-    reader = READERS.get(pipeline)
-    names = ", ".join(filter(None, [auto, reader]))
-    lines = [f"from transformers import {names}", "", f'model = {auto}.from_pretrained("…", trust_remote_code=True)']
-    if reader:
-        code = ", trust_remote_code=True" if reader == "AutoTokenizer" else ""
-        lines.append(f'{reader[4].lower() + reader[5:]} = {reader}.from_pretrained("…"{code})')
-    example = "\n".join(lines).replace("imageProcessor", "processor")
+    lines = [f'model = {auto}.from_pretrained("…", trust_remote_code=True)', *filter(None, [READERS.get(pipeline)])]
+    names = ", ".join(line.partition(" = ")[2].partition(".")[0] for line in lines)
+    example = "\n".join([f"from transformers import {names}", "", *lines])
     middle = f"{about.strip()}\n\n" if about else ""
     return f"""---
 {front.to_yaml()}
@@ -93,8 +93,13 @@ the checkpoint is used:
 
 
 def density_of(tensors: Mapping[str, Tensor]) -> float | None:
-    """Active weights over all weights of the tensors with a mask in a state dict; ``None`` if no tensor has one."""
+    """Active weights over all weights of the tensors with a mask in a state dict.
+
+    ``None`` if no tensor has one, or if masks are offloaded.
+    """
     masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith("weight_mask")}
+    if any(mask.is_meta for mask in masks.values()):
+        return None
     total = sum(tensors[name].numel() for name in masks if name in tensors)
     return sum(count_active(mask) for name, mask in masks.items() if name in tensors) / total if total else None
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nt_hf import NeuroTrailsForCausalLM, SparsityConfig, draw_masks
+from nt_hf.models.model_card import density_of
 
 
 @pytest.fixture
@@ -38,6 +39,12 @@ def test_the_card_names_the_density_and_a_card_that_is_there_stays(model, tmp_pa
     (tmp_path / "False" / "README.md").write_text("mine")
     model.save_pretrained(tmp_path / "False")
     assert (tmp_path / "False" / "README.md").read_text() == "mine"
+
+
+def test_offloaded_masks_have_no_density():
+    shape = torch.empty(2, 8, device="meta")
+    assert density_of({"a.weight": shape, "a.weight_mask": torch.empty(2, 1, dtype=torch.uint8, device="meta")}) is None
+    assert density_of({"a.weight": torch.ones(2, 8), "a.weight_mask": torch.tensor([[255], [0]]).byte()}) == 0.5
 
 
 def test_a_directory_is_no_base_model(model, tmp_path, monkeypatch):
