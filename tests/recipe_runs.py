@@ -51,6 +51,7 @@ def write_config(directory: Path) -> Path:
 def call(program, *arguments: object) -> None:
     """Runs the ``main`` of a program with command-line arguments, in this process."""
     argv, sys.argv = sys.argv, ["script", *map(str, arguments)]
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of an earlier test leaves its precision there
     try:
         program()
     finally:
