@@ -1,10 +1,10 @@
 """``generate`` of multi-head models: drafts of one trail, and how unsure the heads were of each token."""
 
-from collections.abc import Sequence
-
 import torch
+from transformers import PreTrainedModel
 
-from .ensemble import UncertaintyRecorder, combine_logits, uncertainty
+from .drafters import ModelDrafter, TrailDrafter
+from .ensemble import UncertaintyRecorder, combine_logits
 from .multi_head import select_heads
 from .speculative import generate_speculatively
 
@@ -23,7 +23,7 @@ class MultiHeadGenerationMixin:
         generation_config=None,
         *args,
         output_uncertainty: bool = False,
-        trail_draft: int | None = None,
+        trail_draft: int | PreTrainedModel | None = None,
         **kwargs,
     ):
         """As in ``GenerationMixin``, and with two things of its own.
@@ -32,14 +32,17 @@ class MultiHeadGenerationMixin:
             output_uncertainty: the output has an ``uncertainty``: an ``Uncertainty`` ``[sequences, new tokens]`` of the
                 distributions that each new token was chosen by, before temperature and other processing of the
                 logits. The padding after a sequence's end has NaN.
-            trail_draft: the head whose trail drafts several tokens before the other heads verify them together. The
-                output is the same, by greedy decoding token for token, by sampling in distribution, and comes sooner.
-                With ``return_dict_in_generate=True`` the output has a ``speculation``, which counts accepted drafts.
+            trail_draft: the head whose trail drafts several tokens before the other heads verify them together, or a
+                stock model of the same vocabulary that drafts for all heads, such as ``nt_hf.inference.draft_model``.
+                The output is the same, by greedy decoding token for token, by sampling in distribution, and comes
+                sooner. With ``return_dict_in_generate=True`` the output has a ``speculation``, which counts accepted
+                drafts.
 
         Raises:
             ValueError: ``output_uncertainty=True`` without ``return_dict_in_generate=True``, or for a way of generating
-                other than greedy, sampling, beam search and assisted decoding; ``trail_draft`` that is no active head,
-                for another way of generating than greedy and sampling, or without a ``DynamicCache``;
+                other than greedy, sampling, beam search and assisted decoding; ``trail_draft`` that is no active head
+                and no model of this vocabulary, for another way of generating than greedy and sampling, or without a
+                ``DynamicCache``;
                 ``assistant_early_exit``.
         """
         given = generation_config or self.generation_config
@@ -56,11 +59,12 @@ class MultiHeadGenerationMixin:
         other = kwargs.get("custom_generate") or config.token_healing or config.cache_implementation == "paged"
         if trail_draft is not None:
             heads = select_heads(self.config, kwargs.get("active_heads"))
-            if type(trail_draft) is not int or trail_draft not in heads:
-                raise ValueError(f"trail_draft={trail_draft!r}: accepted is one of the active heads {heads}")
+            is_model = isinstance(trail_draft, PreTrainedModel)
+            if not is_model and (type(trail_draft) is not int or trail_draft not in heads):
+                raise ValueError(f"trail_draft={trail_draft!r}: accepted is one of the active heads {heads} or a model")
             if other or mode not in SPECULATIVE_MODES:
                 raise ValueError(
-                    f"trail_draft={trail_draft} with generation mode {mode.value!r}: accepted are "
+                    f"trail_draft with generation mode {mode.value!r}: accepted are "
                     f"{', '.join(SPECULATIVE_MODES)}, without custom_generate, token_healing and a paged cache"
                 )
             kwargs["trail_draft"] = trail_draft
@@ -107,30 +111,28 @@ class MultiHeadGenerationMixin:
 
     def _sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
-        trail_draft: int | None = None, **model_kwargs,
+        trail_draft: int | PreTrainedModel | None = None, **model_kwargs,
     ):  # fmt: skip
         if trail_draft is None:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
         if synced_gpus:
-            raise ValueError(f"trail_draft={trail_draft} with synced_gpus=True: accepted is False")
+            raise ValueError("trail_draft with synced_gpus=True: accepted is False")
         recorder = model_kwargs.pop("output_uncertainty", None)
-
-        def observe(each: Sequence[torch.Tensor], positions: int) -> None:
-            recorder.add(uncertainty(each), positions)
-
+        heads = select_heads(self.config, model_kwargs.get("active_heads"))
+        drafter = TrailDrafter if isinstance(trail_draft, int) else ModelDrafter
         return generate_speculatively(
             self,
-            trail_draft,
-            select_heads(self.config, model_kwargs.get("active_heads")),
+            drafter(self, trail_draft, heads),
+            heads,
             lambda each: combine_logits(each, self.config.ensemble_mode),
             input_ids,
             logits_processor,
             stopping_criteria,
             generation_config,
             streamer,
-            observe if recorder else None,
+            recorder or None,
             **model_kwargs,
         )
 

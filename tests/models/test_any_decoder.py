@@ -184,7 +184,8 @@ def test_generation_in_every_way(family):
     options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
     greedy = model.generate(**batch, **options)
     if hasattr(DynamicCache, "is_recording_past") or not getattr(model.config, "sliding_window", None):
-        assert torch.equal(model.generate(**batch, **options, trail_draft=1), greedy)
+        for draft in (1, model.extract_trail(2)):
+            assert torch.equal(model.generate(**batch, **options, trail_draft=draft), greedy)
     else:
         with pytest.raises(ValueError, match=r"over sliding windows from Transformers 5\.24 on"):
             model.generate(**batch, **options, trail_draft=1)

@@ -1,14 +1,16 @@
 """Self-speculative decoding gives what plain decoding of the ensemble gives, with fewer passes of the other heads."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from conftest import VARIANTS
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from nt_hf.models.drafters import verification_cost
 from nt_hf.models.lm_heads import by_head
-from nt_hf.models.speculative import MAX_DRAFT, DraftLength, Speculation, accept, verification_cost
+from nt_hf.models.speculative import MAX_DRAFT, DraftLength, Speculation, accept
 
 SEVERAL_HEADS = [name for name in VARIANTS if name != "dense"]
 ALONE = {"input_ids": torch.tensor([[104, 111, 119, 36]])}
@@ -17,6 +19,14 @@ ALONE = {"input_ids": torch.tensor([[104, 111, 119, 36]])}
 def generate(model, prompts, **options):
     options = {"do_sample": False, "max_new_tokens": 23, "eos_token_id": None} | options
     return model.generate(**prompts, **options)
+
+
+def all_drafts(model):
+    """Every head, a trail as a model of its own, and a model that guesses badly, so that rows part."""
+    other = model.extract_trail(0)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.3 * other.lm_head.weight.std() * torch.randn_like(other.lm_head.weight))
+    return [*range(model.config.num_ensemble_heads), model.extract_trail(0), other]
 
 
 def rows(prompts):
@@ -37,7 +47,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(model, prompts, mode):
     model.config.ensemble_mode = mode
     for inputs in (prompts, *rows(prompts)):
         expected = generate(model, inputs)
-        for draft in range(model.config.num_ensemble_heads):
+        for draft in all_drafts(model):
             assert torch.equal(generate(model, inputs, trail_draft=draft), expected)
 
 
@@ -58,7 +68,9 @@ def test_greedy_tokens_are_those_of_plain_decoding(model, prompts, mode):
 )
 def test_greedy_tokens_with_other_options(model, prompts, options):
     for inputs in (prompts, *rows(prompts)):
-        assert torch.equal(generate(model, inputs, trail_draft=0, **options), generate(model, inputs, **options))
+        expected = generate(model, inputs, **options)
+        for draft in (0, model.extract_trail(1)):
+            assert torch.equal(generate(model, inputs, trail_draft=draft, **options), expected)
 
 
 def test_rows_that_end_early_are_padded_and_hold_nobody_up(model, prompts):
@@ -68,36 +80,77 @@ def test_rows_that_end_early_are_padded_and_hold_nobody_up(model, prompts):
     options = {"eos_token_id": ends, "pad_token_id": 0}
     expected = generate(model, prompts, **options)
     assert (expected[0] == 0).any()
-    assert torch.equal(generate(model, prompts, trail_draft=1, **options), expected)
+    for draft in all_drafts(model):
+        assert torch.equal(generate(model, prompts, trail_draft=draft, **options), expected)
+
+
+def test_a_row_that_a_criterion_ends_goes_on_until_the_last_one_ends(model, prompts):
+    """Without an end-of-sequence token plain decoding gives every row the length of the longest."""
+
+    class FirstRowAt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            short = (input_ids == 0).sum(1) == 0  # the row without padding
+            length = input_ids.shape[1] - prompts["input_ids"].shape[1]
+            return (short & (length >= 3)) | torch.full_like(short, length >= 12)
+
+    options = {"stopping_criteria": StoppingCriteriaList([FirstRowAt()])}
+    expected = generate(model, prompts, **options)
+    assert expected.shape[1] == prompts["input_ids"].shape[1] + 12
+    for draft in all_drafts(model):
+        assert torch.equal(generate(model, prompts, trail_draft=draft, **options), expected)
+
+
+def test_rows_advance_apart(model, prompts):
+    """A batch takes as many rounds as its slowest row alone, not as many as all refusals together ask for."""
+    draft = all_drafts(model)[-1]
+
+    def rounds(inputs):
+        out = generate(model, inputs, trail_draft=draft, return_dict_in_generate=True, max_new_tokens=60)
+        return out.speculation
+
+    together, alone = rounds(prompts), [rounds(inputs) for inputs in rows(prompts)]
+    assert sum(together.emitted) == sum(sum(one.emitted) for one in alone)
+    # The length of a round follows from all rows, so the counts differ a little.
+    assert len(together.drafted) <= 1.2 * max(len(one.drafted) for one in alone)
+    assert all(one.refused for one in alone)
 
 
 def test_a_prompt_of_embeddings(model, prompts):
     inputs = {"inputs_embeds": model.get_input_embeddings()(prompts["input_ids"])}
     inputs["attention_mask"] = prompts["attention_mask"]
     assert torch.equal(generate(model, inputs, trail_draft=0), generate(model, inputs))
+    with pytest.raises(ValueError, match="a model with inputs_embeds: accepted are input_ids"):
+        generate(model, inputs, trail_draft=model.extract_trail(0))
 
 
 def test_continuing_from_a_cache(model):
     first = generate(model, ALONE, trail_draft=0, return_dict_in_generate=True, max_new_tokens=7)
     lengths = {layer.get_seq_length() for layer in first.past_key_values.layers}
     assert lengths == {first.sequences.shape[1] - 1}, "a cache entry was left over, or one is missing"
-    longer = generate(model, {"input_ids": first.sequences}, trail_draft=0, past_key_values=first.past_key_values)
-    assert torch.equal(longer, generate(model, ALONE, max_new_tokens=7 + 23))
+    expected = generate(model, ALONE, max_new_tokens=7 + 23)
+    for draft in (0, model.extract_trail(0)):
+        cache = copy.deepcopy(first.past_key_values)
+        longer = generate(model, {"input_ids": first.sequences}, trail_draft=draft, past_key_values=cache)
+        assert torch.equal(longer, expected)
 
 
 def test_scores_and_logits_are_those_of_plain_decoding(model, prompts):
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     options |= {"repetition_penalty": 1.3}
-    ours, plain = generate(model, prompts, trail_draft=0, **options), generate(model, prompts, **options)
-    torch.testing.assert_close(torch.stack(ours.scores), torch.stack(plain.scores), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    plain = generate(model, prompts, **options)
+    for draft in all_drafts(model):
+        drafted = generate(model, prompts, trail_draft=draft, **options)
+        torch.testing.assert_close(torch.stack(drafted.scores), torch.stack(plain.scores), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.stack(drafted.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
 
 
 def test_uncertainty_is_that_of_plain_decoding(model, prompts):
     options = {"return_dict_in_generate": True, "output_uncertainty": True}
-    ours, plain = generate(model, prompts, trail_draft=2, **options), generate(model, prompts, **options)
-    for one, other in zip(ours.uncertainty.to_tuple(), plain.uncertainty.to_tuple()):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    plain = generate(model, prompts, **options).uncertainty
+    for draft in all_drafts(model):
+        drafted = generate(model, prompts, trail_draft=draft, **options).uncertainty
+        for one, other in zip(drafted.to_tuple(), plain.to_tuple()):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_a_streamer_sees_every_token(model):
@@ -187,8 +240,10 @@ def test_equal_distributions_accept_everything():
 
 
 @pytest.mark.slow
-def test_sampled_sequences_follow_the_ensembles_distribution(model):
-    """Frequencies of the first three tokens, in batches whose rows hold each other up."""
+@pytest.mark.parametrize("drafts_by", ["a head", "a model"])
+def test_sampled_sequences_follow_the_ensembles_distribution(model, drafts_by):
+    """Frequencies of the first three tokens, in batches whose rows part."""
+    draft = 0 if drafts_by == "a head" else all_drafts(model)[-1]
     options = {"do_sample": True, "top_k": 3, "temperature": 1.3}
     exact = {}
     with torch.no_grad():
@@ -204,7 +259,7 @@ def test_sampled_sequences_follow_the_ensembles_distribution(model):
     counts, total = dict.fromkeys(exact, 0), 0
     prompts = {"input_ids": ALONE["input_ids"].expand(6, -1)}
     for _ in range(400):
-        out = generate(model, prompts, trail_draft=0, max_new_tokens=3, **options)
+        out = generate(model, prompts, trail_draft=draft, max_new_tokens=3, **options)
         for row in out[:, -3:].tolist():
             counts[tuple(row)] += 1  # a KeyError: a token outside the three best
             total += 1
@@ -249,7 +304,7 @@ def test_the_cost_of_verifying_counts_weights(model):
 
 def test_the_acceptance_rate_counts_drafts_looked_at():
     # Rounds of 4, 4 and 2 positions have 3, 3 and 1 drafts; the second refuses its second draft, hides its third.
-    speculation = Speculation(drafted=[4, 4, 2], emitted=[4, 2, 2], refused=[False, True, False])
+    speculation = Speculation(drafted=[4, 4, 2], emitted=[4, 2, 2], accepted=[3, 1, 1], refused=[0, 1, 0])
     assert speculation.acceptance_rate == (3 + 1 + 1) / (3 + 2 + 1)
     assert Speculation().acceptance_rate == 0
 
@@ -268,7 +323,7 @@ def test_a_call_reports_its_rounds(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trail_draft": 3}, r"trail_draft=3: accepted is one of the active heads \[0, 1, 2\]"),
+        ({"trail_draft": 3}, r"trail_draft=3: accepted is one of the active heads \[0, 1, 2\] or a model"),
         ({"trail_draft": True}, "trail_draft=True: accepted"),
         ({"trail_draft": 0, "active_heads": [1, 2]}, r"one of the active heads \[1, 2\]"),
         ({"trail_draft": 0, "num_beams": 2}, "generation mode 'beam_search': accepted are greedy_search, sample"),
@@ -282,6 +337,13 @@ def test_a_call_reports_its_rounds(model):
 def test_what_cannot_be_is_one_clear_line(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **options)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(model):
+    config = copy.deepcopy(model.extract_trail(0).config)
+    config.vocab_size += 1
+    with pytest.raises(ValueError, match=r"trail_draft: a model with vocab_size=(\d+): accepted is \d+"):
+        generate(model, ALONE, trail_draft=model.stock_class(config))
 
 
 def test_an_own_cache_works(model):
