@@ -20,6 +20,7 @@ from ..checks import (
 from ..models.masks import parse_structure
 from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
 from .densities import DISTRIBUTIONS
+from .optimizer_state import SECOND_MOMENTS
 from .pruning import PRUNERS
 from .saliency import SALIENCY
 from .schedules import SCHEDULES
@@ -58,6 +59,9 @@ class SparsityConfig:
         regrow: "allow" lets a weight just dropped be grown again, unchanged; "forbid" does not.
         redistribute: whether growth is divided among all tensors: "none", or in proportion to the mean
             "gradient" or "momentum" of their active weights.
+        second_moments: what the optimizer's second moment of a grown weight begins with: "gradient", the square of its
+            gradient when it grows, or "dense", the average of its dense gradient's squares since the first step, which
+            asks for Adam, AdamW, NAdam, RAdam or RMSprop.
         drop_fraction: share of a tensor's active weights that an update moves, in [0, 1], when updates begin.
         drop_fraction_end: the same when updates end.
         drop_schedule: curve between the two: "constant", "linear", "cosine" or "cubic".
@@ -96,6 +100,7 @@ class SparsityConfig:
     random_share: float = setting(0.5, number("[0, 1]"))
     regrow: str = setting("allow", choice(REGROW))
     redistribute: str = setting("none", choice(REDISTRIBUTE))
+    second_moments: str = setting("gradient", choice(SECOND_MOMENTS))
     drop_fraction: float = setting(0.5, number("[0, 1]"))
     drop_fraction_end: float = setting(0.005, number("[0, 1]"))
     drop_schedule: str = setting("cosine", choice(SCHEDULES))
