@@ -48,6 +48,8 @@ class SparsityConfig:
         initial_masks: of a new model "random", "snip" or "grasp" (both need the loss of a batch, see [`draw_masks`]);
             of a trained one "magnitude", "wanda" or "sparsegpt" (both need some batches); or the path of a checkpoint
             whose masks are taken.
+        first_weights: of a new model, whose first masks are drawn: "dense", as they were drawn for a dense network, or
+            "fan_in", the weights of each output unit times ``(inputs / active inputs) ** 0.5``.
         calibration_rows: rows of training data that "wanda", "sparsegpt" and "owl" look at.
         drop: which weights an update keeps: "magnitude", "soft_magnitude", "set", "taylor", "mest" or
             "global_magnitude".
@@ -91,6 +93,7 @@ class SparsityConfig:
             INITIAL_MASKS,
         ),
     )
+    first_weights: str = setting("dense", choice(["dense", "fan_in"]))
     calibration_rows: int = setting(128, integer(1))
     drop: str = "soft_magnitude"
     drop_exponent: float = setting(3.0, number("(0, inf)"))
@@ -120,6 +123,9 @@ class SparsityConfig:
             check("initial_masks", self.initial_masks, choice(["random"], when="with density_start"))
             uniform = Rule(lambda name: name != "owl", "another one with density_start")
             check("distribution", self.distribution, uniform)
+        for name in ("initial_masks", "distribution"):
+            if getattr(self, name) in (*PRUNERS, "owl"):  # of trained models
+                check("first_weights", self.first_weights, choice(["dense"], when=f"with {name}={getattr(self, name)}"))
         if self.structure != "unstructured":
             check("redistribute", self.redistribute, choice(["none"], when=f"with structure={self.structure}"))
         end = f"a share of the run above update_start ({self.update_start}), up to 1"
