@@ -20,7 +20,12 @@ def folder() -> Path:
 
 def stock_model() -> PreTrainedModel:
     """A stock Llama of 135M parameters, fp32, its 4-bit weights expanded; a new copy in every call."""
-    return AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE)
+    expanded = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE)
+    # A model read from GGUF counts as quantised, and Transformers 5.24 refuses to save it.
+    config = type(expanded.config).from_dict(expanded.config.to_dict() | {"quantization_config": None})
+    plain = type(expanded)._from_config(config)
+    plain.load_state_dict(expanded.state_dict())
+    return plain
 
 
 @functools.cache
