@@ -32,11 +32,12 @@ class Arm:
         name: of its directory.
         label: its name in tables and plots.
         config: sections of the recipe's configuration, laid over the suite's.
-        seeds: so many of the suite's seeds, the first ones; ``None``: all.
+        seeds: so many of the suite's seeds, the first ones; ``None``: all; 0: only its tuning runs are of interest.
         learning_rate_of: the arm above whose learning rate it takes; ``None``: it is tuned itself.
         change_of: the arm above that it differs from by one change, whose effect a table shows; ``None``: the one whose
             learning rate it takes.
         longer: train ``1 / density`` times as many steps (of the masked weights' density).
+        times: train so many times as many steps.
     """
 
     name: str
@@ -46,10 +47,16 @@ class Arm:
     learning_rate_of: str | None = None
     change_of: str | None = None
     longer: bool = False
+    times: float = 1.0
 
     @property
     def changed(self) -> str | None:
         return self.change_of or self.learning_rate_of
+
+    @property
+    def has_own_length(self) -> bool:
+        """Whether it does not train as many steps as other arms."""
+        return self.longer or self.times != 1
 
 
 def _filled(rule: Rule, items: str) -> Rule:
@@ -227,7 +234,8 @@ def load_suite(path: str | Path) -> Suite:
         rule = Rule(lambda name, above=above: name in above, f"an arm above it ({', '.join(above) or 'there is none'})")
         check(f"{where}.learning_rate_of", arm.learning_rate_of, optional(rule))
         check(f"{where}.change_of", arm.change_of, optional(rule))
-        check(f"{where}.seeds", arm.seeds, optional(integer(1, len(suite.seeds))))
+        check(f"{where}.seeds", arm.seeds, optional(integer(0, len(suite.seeds))))
+        check(f"{where}.times", arm.times, number("(0, inf)"))
         try:
             run_config(suite, Run(arm, 0, 1e-3, tuning=False))
         except ValueError as error:
@@ -282,7 +290,9 @@ def run_tree(suite: Suite, run: Run) -> Tree:
             raise ValueError(f"{section}.{min(taken)}: it is the same for all arms, or tuned")
         tree[section] |= copy.deepcopy(values)
     train = tree["train"]
-    steps = train["max_steps"] * (1 / tree["sparsity"].get("density", 1.0) if run.arm.longer else 1)
+    steps = train["max_steps"] * run.arm.times
+    if run.arm.longer:
+        steps *= 1 / tree["sparsity"].get("density", 1.0)
     steps = round(steps * suite.tuning.share) if run.tuning else math.ceil(steps)
     train |= {"seed": run.seed, "learning_rate": run.learning_rate, "max_steps": steps}
     if run.tuning:

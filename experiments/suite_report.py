@@ -189,7 +189,7 @@ def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: P
     Arms that differ in density alone are a line; the others from one seed are grey.
     """
     scores, measure = kind(suite), kind(suite).quality(suite)
-    several = {name: runs for name, runs in arms.items() if runs.values(scores.gain) and not runs.arm.longer}
+    several = {name: runs for name, runs in arms.items() if runs.values(scores.gain) and not runs.arm.has_own_length}
     if not several:
         return
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")

@@ -259,6 +259,7 @@ def load_run_config(
     if built["model"].get("base") == DEFAULT_BASE:
         del built["model"]["base"]  # so that naming it changes nothing
     config = RunConfig(**built)
+    _check_first_weights(config)
     if built["model"].get("rope_parameters"):
         _check_rope(config)
     return config
@@ -346,6 +347,16 @@ def _layers(
         if not isinstance(values, dict):
             raise ValueError(f"{where}section {section}={values!r}: accepted is a mapping of keys to values")
     yield where, content, written
+
+
+def _check_first_weights(config: RunConfig) -> None:
+    """Checks that nothing asks for new weights in another way where the weights are a checkpoint's."""
+    if "init_from" in config.model:
+        scale = config.model.get("embedding_initializer_range")
+        untouched = Rule(lambda value: value is None, "null with model.init_from, whose weights are trained")
+        check("model.embedding_initializer_range", scale, untouched)
+        dense = choice(["dense"], when="with model.init_from, whose weights are trained")
+        check("sparsity.first_weights", config.sparsity.first_weights, dense)
 
 
 def _check_rope(config: RunConfig) -> None:

@@ -46,6 +46,9 @@ class MultiHeadConfig:
             logarithm of the mean probability.
         share_embedding: one token embedding for all heads. ``False`` gives each its own, which makes the heads
             a full ensemble of independent networks; only with ``blocks_in_head == num_hidden_layers``.
+        embedding_initializer_range: standard deviation of the first weights of the token embedding, each head's where
+            heads have their own: the draw without it, scaled. ``None``: as the stock family draws them. Not with
+            ``tie_word_embeddings``, where LM heads have the same weights.
         masked_modules: globs of the parameter names that carry a sparsity mask, for example
             ``["model.layers.*", "model.heads.*"]``; ``"!glob"`` excludes, the last match decides. Empty: dense.
         mask_structure: of all masks: ``"unstructured"``, ``"constant_fan_in"`` or ``"N:M"`` such as ``"2:4"``; masks
@@ -64,6 +67,7 @@ class MultiHeadConfig:
     blocks_in_head: int | None = None
     ensemble_mode: str = "logits"
     share_embedding: bool = True
+    embedding_initializer_range: float | None = None
     masked_modules: list[str] | None = None
     mask_structure: str = "unstructured"
 
@@ -113,6 +117,7 @@ class MultiHeadConfig:
             raise ValueError(f"ensemble_mode={self.ensemble_mode!r}: accepted are {', '.join(ENSEMBLE_MODES)}")
         if type(self.share_embedding) is not bool:
             raise ValueError(f"share_embedding={self.share_embedding!r}: accepted are True and False")
+        self._check_embedding_initializer_range()
         if not isinstance(self.masked_modules, (list, tuple)) or not all(type(p) is str for p in self.masked_modules):
             raise ValueError(f"masked_modules={self.masked_modules!r}: accepted is a list of globs")
         parse_structure(self.mask_structure)
@@ -125,6 +130,19 @@ class MultiHeadConfig:
                 f"share_embedding=False with blocks_in_head={self.blocks_in_head}: separate embeddings need heads of "
                 f"full depth, blocks_in_head={depth}"
             )
+
+    def _check_embedding_initializer_range(self) -> None:
+        value = self.embedding_initializer_range
+        if value is None:
+            return
+        accepted = "a number above 0, or None"
+        if not hasattr(self, "vocab_size"):
+            accepted = "None, for there is no token embedding"
+        elif getattr(self, "tie_word_embeddings", False):
+            accepted = "None with tie_word_embeddings=True"
+        elif type(value) in (int, float) and 0 < value < float("inf"):
+            return
+        raise ValueError(f"embedding_initializer_range={value!r}: accepted is {accepted}")
 
     @property
     def trail_depth(self) -> int:

@@ -82,6 +82,25 @@ class TokenTablesMixin:
     def get_input_embeddings(self) -> nn.Embedding:
         return self.get_embeddings()[0]
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        wanted, weight = self.config.embedding_initializer_range, getattr(module, "weight", None)
+        is_new = weight is not None and not weight.is_meta and not getattr(weight, "_is_hf_initialized", False)
+        if wanted is None or not is_new or all(module is not embedding for embedding in self.get_embeddings()):
+            return
+        # Scaled by what was drawn: families draw in different ways, and this needs no random numbers more.
+        drawn = weight.float()
+        if (padding := getattr(module, "padding_idx", None)) is not None:  # a row of zeros
+            drawn = torch.cat([drawn[:padding], drawn[padding + 1 :]])
+        deviation = drawn.std()
+        if not deviation > 0:
+            raise ValueError(
+                f"embedding_initializer_range={wanted}: accepted is None for {type(self).stock_class.__name__}, whose "
+                "embedding starts with equal weights"
+            )
+        weight.mul_(wanted / deviation)
+
     def enable_input_require_grads(self) -> None:
         """As in ``PreTrainedModel``, for the embeddings of all heads."""
         self._require_grads_hooks = [

@@ -20,6 +20,7 @@ from ..checks import (
 from ..models.masks import parse_structure
 from .criteria import DROP, GROW, REDISTRIBUTE, REGROW
 from .densities import DISTRIBUTIONS
+from .optimizer_state import SECOND_MOMENTS
 from .pruning import PRUNERS
 from .saliency import SALIENCY
 from .schedules import SCHEDULES
@@ -47,6 +48,8 @@ class SparsityConfig:
         initial_masks: of a new model "random", "snip" or "grasp" (both need the loss of a batch, see [`draw_masks`]);
             of a trained one "magnitude", "wanda" or "sparsegpt" (both need some batches); or the path of a checkpoint
             whose masks are taken.
+        first_weights: of a new model, whose first masks are drawn: "dense", as they were drawn for a dense network, or
+            "fan_in", the weights of each output unit times ``(inputs / active inputs) ** 0.5``.
         calibration_rows: rows of training data that "wanda", "sparsegpt" and "owl" look at.
         drop: which weights an update keeps: "magnitude", "soft_magnitude", "set", "taylor", "mest" or
             "global_magnitude".
@@ -58,6 +61,9 @@ class SparsityConfig:
         regrow: "allow" lets a weight just dropped be grown again, unchanged; "forbid" does not.
         redistribute: whether growth is divided among all tensors: "none", or in proportion to the mean
             "gradient" or "momentum" of their active weights.
+        second_moments: what the optimizer's second moment of a grown weight begins with: "gradient", the square of its
+            gradient when it grows, or "dense", the average of its dense gradient's squares since the first step, which
+            asks for Adam, AdamW, NAdam, RAdam or RMSprop.
         drop_fraction: share of a tensor's active weights that an update moves, in [0, 1], when updates begin.
         drop_fraction_end: the same when updates end.
         drop_schedule: curve between the two: "constant", "linear", "cosine" or "cubic".
@@ -87,6 +93,7 @@ class SparsityConfig:
             INITIAL_MASKS,
         ),
     )
+    first_weights: str = setting("dense", choice(["dense", "fan_in"]))
     calibration_rows: int = setting(128, integer(1))
     drop: str = "soft_magnitude"
     drop_exponent: float = setting(3.0, number("(0, inf)"))
@@ -96,6 +103,7 @@ class SparsityConfig:
     random_share: float = setting(0.5, number("[0, 1]"))
     regrow: str = setting("allow", choice(REGROW))
     redistribute: str = setting("none", choice(REDISTRIBUTE))
+    second_moments: str = setting("gradient", choice(SECOND_MOMENTS))
     drop_fraction: float = setting(0.5, number("[0, 1]"))
     drop_fraction_end: float = setting(0.005, number("[0, 1]"))
     drop_schedule: str = setting("cosine", choice(SCHEDULES))
@@ -115,6 +123,9 @@ class SparsityConfig:
             check("initial_masks", self.initial_masks, choice(["random"], when="with density_start"))
             uniform = Rule(lambda name: name != "owl", "another one with density_start")
             check("distribution", self.distribution, uniform)
+        for name in ("initial_masks", "distribution"):
+            if getattr(self, name) in (*PRUNERS, "owl"):  # of trained models
+                check("first_weights", self.first_weights, choice(["dense"], when=f"with {name}={getattr(self, name)}"))
         if self.structure != "unstructured":
             check("redistribute", self.redistribute, choice(["none"], when=f"with structure={self.structure}"))
         end = f"a share of the run above update_start ({self.update_start}), up to 1"

@@ -125,14 +125,21 @@ def draw_masks(
             the batches fail on the way (an input is not finite, for example), earlier blocks are pruned already.
 
     Raises:
-        ValueError: the model is sharded, a glob fits no weight, the group densities leave an impossible remainder, the
-            structure cannot have the density, a loss or batches are needed, or the checkpoint's masks do not fit.
+        ValueError: the model is sharded, it is trained and ``config.first_weights`` asks for a new one, a glob fits no
+            weight, the group densities leave an impossible remainder, the structure cannot have the density, a loss or
+            batches are needed, or the checkpoint's masks do not fit.
         NotImplementedError: the model's blocks cannot be run one after another, see [`block_by_block`].
     """
     if not config.is_sparse and not masked_modules(model):
         return
     if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:
         raise ValueError(f"{sharded[0]}: is sharded; accepted is a model that is sharded when its masks are drawn")
+    trained = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if trained and config.first_weights != "dense":
+        raise ValueError(
+            f"first_weights={config.first_weights!r}: accepted is dense for trained weights (the model's "
+            f"config._name_or_path is {trained!r}; of a new model it is empty)"
+        )
     # Shared weights by all of their names: excluding one by another than its owner's is no mistake. Neither is
     # excluding what cannot carry a mask; but no checkpoint needs to declare that.
     names = {canonical_name(name) for name, x in model.named_parameters(remove_duplicate=False) if x.dim() > 1}
@@ -165,7 +172,27 @@ def draw_masks(
     if hasattr(getattr(model, "config", None), "mask_structure"):
         model.config.mask_structure = config.structure
     for name, mask in masks.items():
+        if config.first_weights == "fan_in":
+            scale_by_fan_in(modules[name], mask)
         set_mask(modules[name], mask)
+
+
+@torch.no_grad()
+def scale_by_fan_in(module: nn.Module, mask: torch.Tensor) -> None:
+    """Multiplies the weights of each output unit by ``(inputs / active inputs) ** 0.5``, in place.
+
+    Its output then varies as much as with all inputs, if these vary alike (Evci et al. 2022, arXiv 2010.03533). The
+    inputs of a convolution's channel are those of its kernel; an embedding is a linear layer whose inputs are the
+    tokens. A unit without active inputs stays.
+
+    Args:
+        module: a linear, embedding or convolution module.
+        mask: bool, of its weight's shape.
+    """
+    units_last = is_transposed(module) or isinstance(module, nn.Embedding)
+    inputs = (mask.T if units_last else mask).flatten(1)
+    scale = (inputs.shape[1] / inputs.sum(1).clamp(min=1)).sqrt().to(module.weight)
+    module.weight.mul_(scale if units_last else scale.view(-1, *[1] * (mask.dim() - 1)))
 
 
 def warn_of_dense(model: nn.Module, exclude: Sequence[str], chosen: Sequence[str] = ("*",)) -> None:

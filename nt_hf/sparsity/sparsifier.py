@@ -37,7 +37,7 @@ from .measures import (
     head_overlap,
     masks_by_head,
 )
-from .optimizer_state import move_state
+from .optimizer_state import DenseSecondMoments, move_state
 from .schedules import SCHEDULES, last_update, linear, update_due
 from .selection import count_set, no_reduction
 from .sharding import as_shard, first_row
@@ -61,7 +61,8 @@ class Sparsifier:
 
     Call [`step`] between ``backward`` and clipping, once for each real optimizer step (not for accumulated
     micro-batches; with a gradient scaler after ``unscale_``). Nothing else is needed: after steps of an optimizer that
-    is not known to leave zeros at zero the masks are re-applied by a hook.
+    is not known to leave zeros at zero the masks are re-applied by a hook, and another brings dense second moments on
+    (``config.second_moments``).
 
     Masks change here only. They depend on the weights, the gradients, the seed, the step and the names alone, so
     ranks with equal gradients have equal masks. Unless the density is scheduled or redistributed, each tensor keeps the
@@ -82,8 +83,8 @@ class Sparsifier:
 
     Raises:
         ValueError: ``config`` asks for a sparse model and ``model`` has no masks, a masked weight that trains is not
-            the optimizer's, a weight is not 0 outside its mask, a mask has not the structure, or weights are sharded in
-            a way that is not [`shard_model`]'s.
+            the optimizer's, a weight is not 0 outside its mask, a mask has not the structure, weights are sharded in a
+            way that is not [`shard_model`]'s, or the optimizer has no second moments that could be dense.
     """
 
     def __init__(
@@ -123,10 +124,13 @@ class Sparsifier:
         if config.density_start is not None:
             self._first_counts = target_counts(model, config, config.density_start)
             self._last_counts = target_counts(model, config)
-        if type(optimizer) not in _KEEPS_ZEROS:
-            if optimizer in _HOOKS:  # an earlier run's, whose masks are no longer true
-                _HOOKS[optimizer].remove()
-            _HOOKS[optimizer] = optimizer.register_step_post_hook(self._apply_masks)
+        self._second_moments: DenseSecondMoments | None = None
+        if config.second_moments == "dense" and self._tensors:
+            self._second_moments = DenseSecondMoments(optimizer)
+        if optimizer in _HOOKS:  # an earlier run's, whose masks are no longer true
+            _HOOKS.pop(optimizer).remove()
+        if type(optimizer) not in _KEEPS_ZEROS or self._second_moments:
+            _HOOKS[optimizer] = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     @property
     def _window(self) -> tuple[float, float]:
@@ -162,8 +166,11 @@ class Sparsifier:
             schedule = SCHEDULES[config.drop_schedule]
             drop_fraction = schedule(self.steps, *self._window, config.drop_fraction, config.drop_fraction_end)
             update = self._update(drop_fraction)
-        for tensor in self._tensors.values():
-            if tensor.inactive is not None and tensor.grad is not None:
+        masked = [t for t in self._tensors.values() if t.inactive is not None and t.grad is not None]
+        if self._second_moments:
+            self._second_moments.mask([(tensor.weight, tensor.inactive) for tensor in masked])
+        else:
+            for tensor in masked:
                 tensor.grad.masked_fill_(tensor.inactive, 0)
         return update
 
@@ -199,7 +206,8 @@ class Sparsifier:
             mask, weight, old = new_masks.pop(name), tensor.weight, weights.pop(name).mask
             dropped, grown = old & ~mask, mask & ~old
             set_mask(tensor.module, mask)
-            self._warn_of_state(name, move_state(self.optimizer.state.get(weight, {}), tensor.grad, dropped, grown))
+            state = self.optimizer.state.get(weight, {})
+            self._warn_of_state(name, move_state(state, tensor.grad, dropped, grown, config.second_moments))
             moved = [int(count_set(dropped)), int(count_set(grown))]
             counts.append([*moved, count_active(tensor.last_grown & tensor.packed), count_active(tensor.last_grown)])
             tensor.last_grown = pack_mask(grown)
@@ -315,10 +323,13 @@ class Sparsifier:
             )
 
     @torch.no_grad()
-    def _apply_masks(self, *_) -> None:
-        for tensor in self._tensors.values():
-            if tensor.inactive is not None:
-                local(tensor.weight).masked_fill_(tensor.inactive, 0)
+    def _after_optimizer_step(self, *_) -> None:
+        if type(self.optimizer) not in _KEEPS_ZEROS:
+            for tensor in self._tensors.values():
+                if tensor.inactive is not None:
+                    local(tensor.weight).masked_fill_(tensor.inactive, 0)
+        if self._second_moments:
+            self._second_moments.average()
 
     def _sum(self, counts: list[int]) -> list[int]:
         """Counts of this process's rows, summed over all rows."""
@@ -388,3 +399,5 @@ class Sparsifier:
             for kind, value in current.items():
                 value.copy_(loaded[kind])
         self.steps, self._tensors = int(state["steps"]), tensors
+        if self._second_moments:
+            self._second_moments.forget()

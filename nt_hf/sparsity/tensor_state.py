@@ -71,7 +71,7 @@ def read_masks(
         inactive = None if active == module.weight.numel() else ~get_mask(module)
         if inactive is not None:  # an optimizer that ran before may hold moments of weights that are now dead
             nothing = torch.zeros_like(inactive)
-            move_state(optimizer.state.get(module.weight, {}), None, inactive, nothing)
+            move_state(optimizer.state.get(module.weight, {}), None, inactive, nothing, config.second_moments)
         momentum = torch.zeros_like(local(module.weight)) if config.needs_momentum else None
         tensors[name] = TensorState(
             module, inactive, active, active, packed.clone(), torch.zeros_like(packed), momentum

@@ -14,6 +14,7 @@ FIXED = {
     },
     "sparsity": {
         "density", "density_start", "distribution", "densities", "exclude", "structure", "initial_masks", "seed",
+        "second_moments", "first_weights",
     },
     "train": {"optimizer", "seed"},
 }  # fmt: skip

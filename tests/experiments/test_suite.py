@@ -1,6 +1,7 @@
 """Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
 
 import json
+import math
 import re
 import statistics
 from collections import Counter
@@ -13,7 +14,7 @@ from conftest import ROOT
 from recipe_runs import call
 from suite_runs import edited, run, runner
 
-from experiments.finished import finished, paired_ratios
+from experiments.finished import Finished, finished, paired_ratios, t_quantile
 from experiments.suite import (
     budget,
     fill,
@@ -27,7 +28,7 @@ from experiments.suite import (
     tuning_runs,
 )
 from experiments.suite_report import density_series, refreshed, report_text
-from experiments.text_tables import effects_table, perplexity_on
+from experiments.text_tables import effects_table, motion_table, perplexity_on
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, lock_directory
 from nt_hf.training.metrics import read_metrics
@@ -77,7 +78,7 @@ def test_every_suite_of_the_repository_is_valid_and_fair(path):
         assert len({(json.dumps(each), tree["train"]["batch_size"]) for each, tree in zip(data, trees)}) == 1
         assert {tree["train"]["seed"] for tree in trees} == {seed}
     steps = {run.arm.name: run_tree(suite, run)["train"]["max_steps"] for run in runs}
-    assert len({count for name, count in steps.items() if not suite.arms[name].longer}) == 1
+    assert len({count for name, count in steps.items() if not suite.arms[name].has_own_length}) == 1
     names = [run.name for run in [*tuning_runs(suite), *runs]]
     assert len(names) == len(set(names))
     data = suite.config["data"]
@@ -87,7 +88,7 @@ def test_every_suite_of_the_repository_is_valid_and_fair(path):
         assert suite.evaluation.texts and not set(suite.evaluation.texts.values()) & {data["validation"]}
 
 
-@pytest.mark.parametrize("name", ["cpu-mini", "gpu-60m"])
+@pytest.mark.parametrize("name", ["cpu-mini", "gpu-60m", "motion"])
 def test_the_blocks_of_every_arm_learn_at_the_rate_that_suits_their_width_and_density(name):
     suite = load_suite(next(path for path in SUITES if path.stem == name))
     for each in main_runs(suite, dict.fromkeys(suite.arms, 1e-3)):
@@ -133,6 +134,29 @@ def test_longer_training_is_one_over_density_and_the_budget_says_so(tiny):
     assert single.active == single.stored < trails.stored and trails.active < trails.stored
 
 
+def test_an_arm_can_train_longer_and_can_be_tuned_alone(tiny):
+    arms = {"twice": {"label": "x", "times": 2}, "tried": {"label": "y", "seeds": 0}}
+    suite = load_suite(edited(tiny, arms=arms, baseline="twice", rival="twice"))
+    runs = main_runs(suite, dict.fromkeys(arms, 0.1))
+    assert [(run.name, budget(suite, run).steps) for run in runs] == [
+        ("runs/twice/seed-0", 16), ("runs/twice/seed-1", 16),
+    ]  # fmt: skip
+    assert [budget(suite, run).steps for run in tuning_runs(suite)] == [8, 8, 4, 4]
+
+
+def test_in_the_suite_of_moving_masks_nothing_else_differs():
+    suite = load_suite(ROOT / "experiments" / "suites" / "motion.yaml")
+    trees = {run.arm.name: run_tree(suite, run) for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3))}
+    moving = {name: tree for name, tree in trees.items() if tree["sparsity"]["update_interval"]}
+    assert len(moving) == 20
+    motion = ("drop", "grow", "second_moments", "update_interval", "drop_fraction")
+    for name, tree in moving.items():
+        source = trees[suite.arms[name].changed]
+        rest = {key: value for key, value in tree["sparsity"].items() if key not in motion}
+        assert source == tree | {"sparsity": rest | {"update_interval": 0}}
+    assert len({(t["sparsity"]["update_interval"], t["sparsity"]["drop_fraction"]) for t in moving.values()}) == 1
+
+
 def test_globs_choose_runs(tiny):
     runs = main_runs(load_suite(tiny), {"single": 0.1, "neurotrails": 0.1})
     assert [run.name for run in matching(runs, ["runs/*/seed-1"])] == ["runs/single/seed-1", "runs/neurotrails/seed-1"]
@@ -157,7 +181,8 @@ def test_paths_are_filled_wherever_they_stand():
         ({"arms": {}}, "arms={}: accepted is a mapping of names to arms"),
         ({"arms": {"single": {}}}, "arms.single: lacks label"),
         ({"arms": {"single": {"label": "x", "colour": 1}}}, "unknown key .*arms.single.colour: did you mean"),
-        ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is a whole number from 1 to"),
+        ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is a whole number from 0 to"),
+        ({"arms": {"single": {"label": "x", "times": 0}}}, "arms.single.times=0.0: accepted is a number above 0"),
         ({"arms": {"single": {"label": "x", "learning_rate_of": "y"}}}, "learning_rate_of='y': accepted is"),
         (
             {"arms": {"single": {"label": "x", "learning_rate_of": "neurotrails"}, "neurotrails": {"label": "y"}}},
@@ -338,6 +363,58 @@ def test_an_arm_of_one_head_has_no_gain_to_compare(world):
     other = replace(single, arm=replace(single.arm, name="other", label="other", learning_rate_of="single"))
     last = effects_table(suite, {"single": single, "other": other}).splitlines()[-1]
     assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_quantiles_of_students_t(degrees, expected):
+    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
+    assert t_quantile(0.5, degrees) == pytest.approx(0, abs=1e-12)
+
+
+def made_up(suite, name, perplexities, density=0.5, steps=8, interval=3):
+    """An arm with the results of some seeds."""
+    results = {
+        seed: {
+            "texts": {"text": {"ensemble_perplexities": {"logits": perplexity}}},
+            "validation": {"ensemble_mode": "logits", "density": density},
+            "config": {"sparsity": {"update_interval": interval}},
+            "budget": {"steps": steps, "tokens": steps * 1000_000},
+        }
+        for seed, perplexity in perplexities.items()
+    }
+    return Finished(suite.arms[name], results, [])
+
+
+def test_static_masks_less_moving_ones(tiny):
+    arms = {"still": {"label": "still"}, "rival": {"label": "rival"}}
+    arms |= {name: {"label": name, "learning_rate_of": "still"} for name in ("moves", "longer", "alone", "other")}
+    arms["of rival"] = {"label": "of rival", "change_of": "moves"}
+    suite = load_suite(edited(tiny, arms=arms, baseline="still", rival="rival"))
+    still = made_up(suite, "still", {0: 100.0, 1: 102.0, 2: 104.0}, interval=0)
+    factors = (0.99, 0.97, 0.98)
+    results = {
+        "still": still,
+        "moves": made_up(suite, "moves", {seed: (100 + 2 * seed) * factors[seed] for seed in (2, 1, 0)}),
+        "longer": made_up(suite, "longer", {0: 50.0}, steps=16),  # against shorter training: says nothing
+        "alone": made_up(suite, "alone", {1: 51.0, 7: 40.0}, density=0.1),
+        "other": made_up(suite, "other", {0: 1.0}, interval=0),  # does not move
+        "of rival": made_up(suite, "of rival", {0: 1.0}),  # a change of moving masks
+    }
+    table = motion_table(suite, results)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    gains = [-math.log(factor) for factor in factors]
+    margin = 4.30265 * statistics.stdev(gains) / 3**0.5
+    shares = [100 * (1 - factor) for factor in factors]
+    share_margin = 4.30265 * statistics.stdev(shares) / 3**0.5
+    mean, share = statistics.fmean(gains), statistics.fmean(shares)
+    assert rows == [
+        ["0.5", "8.00", "moves", "still", "3", f"{mean:+.4f} [{mean - margin:+.4f}, {mean + margin:+.4f}]",
+         f"{share:+.2f} [{share - share_margin:+.2f}, {share + share_margin:+.2f}]"],
+        ["0.1", "8.00", "alone", "still", "1", f"{math.log(2):+.4f}", "+50.00"],
+    ]  # fmt: skip
+    assert motion_table(suite, {"still": still}) is None
 
 
 def test_the_arms_of_a_line_over_density_differ_in_nothing_else():

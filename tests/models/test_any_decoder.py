@@ -168,6 +168,37 @@ def test_a_new_model_has_the_familys_first_weights(family):
             assert all(torch.equal(weight, head[name]) for head in heads)
 
 
+def test_the_embeddings_first_weights_can_have_a_scale_of_their_own(family):
+    stock = tiny_config(family, tie_word_embeddings=False)
+    kind = causal_lm_class(stock)
+    for fields in ({}, {"share_embedding": False, "blocks_in_head": DEPTH}):
+        models = []
+        for scale in (None, 0.632):
+            options = {"num_ensemble_heads": 2, "blocks_in_head": BLOCKS_IN_HEAD, "embedding_initializer_range": scale}
+            torch.manual_seed(0)
+            models.append(kind(kind.config_class.from_stock_config(stock, **options | fields)))
+        plain, scaled = models
+        embeddings = {id(embedding.weight) for embedding in scaled.get_embeddings()}
+        assert len(embeddings) == (2 if fields else 1)
+        for (name, weight), other in zip(plain.named_parameters(), scaled.parameters()):
+            if id(other) not in embeddings:
+                assert torch.equal(weight, other), name
+                continue
+            used = other[other.any(1)]  # not the row of a padding token
+            assert float(used.std()) == pytest.approx(0.632, rel=1e-5)
+            torch.testing.assert_close(other, weight * (used.std() / weight[weight.any(1)].std()))
+
+
+def test_loaded_weights_are_not_scaled(tmp_path):
+    model = NeuroTrailsForCausalLM.from_stock(AutoModelForCausalLM.from_config(tiny_config("llama")))
+    model.config.embedding_initializer_range = 0.632
+    model.save_pretrained(tmp_path)
+    loaded = NeuroTrailsForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.embedding_initializer_range == 0.632
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert not hasattr(loaded.config.to_stock_config(), "embedding_initializer_range")
+
+
 def test_states_and_attentions_of_every_block(family):
     model, ids = tiny_model(family), tokens()
     assert len(model(ids, output_hidden_states=True).hidden_states) == 1 + model.config.num_cache_layers

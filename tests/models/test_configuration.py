@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaModel
+from nt_hf.models.auto import class_of_family
 
 HEADS = {
     "num_ensemble_heads": 2,
@@ -32,6 +33,11 @@ def config(**changes):
         ({"ensemble_mode": "vote"}, r"ensemble_mode='vote': accepted are logits, probs"),
         ({"share_embedding": False, "blocks_in_head": 2}, r"share_embedding=False with blocks_in_head=2.*=3"),
         ({"share_embedding": "no"}, r"share_embedding='no': accepted"),
+        ({"embedding_initializer_range": 0.0}, r"embedding_initializer_range=0.0: accepted is a number above 0"),
+        (
+            {"embedding_initializer_range": 0.5, "tie_word_embeddings": True},
+            r"embedding_initializer_range=0.5: accepted is None with tie_word_embeddings=True",
+        ),
         ({"masked_modules": "model.*"}, r"masked_modules='model.\*': accepted is a list"),
         ({"masked_modules": [1]}, r"masked_modules=\[1\]: accepted is a list"),
     ],
@@ -40,6 +46,13 @@ def test_impossible_values_are_one_clear_line(changes, match):
     with pytest.raises(ValueError, match=match) as error:
         config(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_images_have_no_token_embedding():
+    kind = class_of_family("vit").config_class
+    assert kind(num_hidden_layers=3).embedding_initializer_range is None
+    with pytest.raises(ValueError, match=r"embedding_initializer_range=0.5: accepted is None, for there is no tok"):
+        kind(num_hidden_layers=3, embedding_initializer_range=0.5)
 
 
 @pytest.mark.parametrize("depth, blocks", [(1, 1), (2, 1), (3, 2), (12, 8), (24, 16)])

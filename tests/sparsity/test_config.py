@@ -61,6 +61,15 @@ from nt_hf.sparsity.config import SparsityConfig
         ({"density_schedule": "cubik"}, r"density_schedule='cubik': .*\(did you mean cubic\?\)"),
         ({"random_share": -0.1}, r"random_share=-0\.1: accepted is a number in \[0, 1\]"),
         ({"mest_lambda": -1}, r"mest_lambda=-1: accepted is a number from 0"),
+        ({"first_weights": "sparse"}, r"first_weights='sparse': accepted is dense, fan_in"),
+        (
+            {"first_weights": "fan_in", "initial_masks": "wanda"},
+            r"first_weights='fan_in': accepted is dense with initial_masks=wanda",
+        ),
+        (
+            {"first_weights": "fan_in", "distribution": "owl"},
+            r"first_weights='fan_in': accepted is dense with distribution=owl",
+        ),
         ({"drop_exponent_end": 0}, r"drop_exponent_end=0: accepted is a number above 0, or null"),
     ],
 )

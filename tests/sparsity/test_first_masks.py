@@ -57,6 +57,54 @@ def test_masks_follow_from_seed_and_name():
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_first_weights_can_be_scaled_to_the_inputs_that_are_left():
+    nets = {}
+    for first_weights in ("dense", "fan_in"):
+        torch.manual_seed(0)
+        nets[first_weights] = net = Net()
+        before = {name: module.weight.clone() for name, module in net.named_modules() if hasattr(module, "weight")}
+        config = SparsityConfig(density=0.1, distribution="uniform", first_weights=first_weights, exclude=["heads.1.*"])
+        draw_masks(net, config)
+        assert check_masks(net) == []
+    found = {name: module.weight for name, module in nets["fan_in"].named_modules() if hasattr(module, "weight")}
+    masks, silent = masks_of(nets["fan_in"]), 0
+    assert equal(masks, masks_of(nets["dense"]))
+    for name, weight in before.items():
+        if f"{name}.weight" not in masks:
+            assert torch.equal(found[name], weight), name
+            continue
+        mask = masks[f"{name}.weight"]
+        # Of GPT-2's Conv1D and of an embedding the columns are units, of all others the rows.
+        units = range(mask.shape[1] if name in ("embed", "third") else mask.shape[0])
+        for unit in units:
+            chosen = (slice(None), unit) if name in ("embed", "third") else unit
+            inputs = mask[chosen].numel()
+            active = int(mask[chosen].sum())
+            silent += not active
+            expected = weight[chosen] * mask[chosen] * (math.sqrt(inputs / active) if active else 0)
+            torch.testing.assert_close(found[name][chosen], expected, msg=f"{name} {unit}")
+    assert silent
+
+
+def test_outputs_start_as_large_as_without_masks():
+    torch.manual_seed(0)
+    inputs, spreads = torch.randn(500, 256), []
+    for fields in ({"density": 1.0}, {"density": 0.1, "first_weights": "fan_in"}, {"density": 0.1}):
+        layer = nn.Linear(256, 200, bias=False)
+        draw_masks(layer, SparsityConfig(**fields))
+        spreads.append(float(layer(inputs).detach().std()))
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.05) and spreads[2] < 0.4 * spreads[0]
+
+
+def test_trained_weights_are_not_scaled():
+    net = Net()
+    net.config = SimpleNamespace(num_ensemble_heads=2, _name_or_path="trained/model")
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=r"^first_weights='fan_in': accepted is dense for trained weights \(the mod"):
+        draw_masks(net, SparsityConfig(density=0.5, first_weights="fan_in"))
+    assert equal(before, snapshot(net))
+
+
 def test_excluded_weights_carry_no_mask():
     net, _, sparsifier = sparse(model=Tower, density=0.4, exclude=["embed.*", "head.*"])
     assert list(masked_modules(net)) == ["layers.0.weight", "layers.1.weight"]

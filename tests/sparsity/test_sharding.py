@@ -30,6 +30,7 @@ CONFIGS = {
     "gradual": {"density_start": 1.0, "drop": "magnitude"},
     "2:4": {"structure": "2:4"},
     "fan_in": {"structure": "constant_fan_in", "distribution": "uniform"},
+    "dense moments": {"second_moments": "dense"},
 }
 
 
@@ -57,7 +58,7 @@ def update_under(processes: int, name: str) -> dict:
     model = build(config)
     if processes > 1:
         shard_model(model, init_device_mesh("cpu", (processes,)))
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.75))  # a decay by which nothing is rounded
     for parameter in model.parameters():
         zero = torch.zeros_like(parameter)
         optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zero, "exp_avg_sq": zero.clone()}
@@ -70,9 +71,12 @@ def update_under(processes: int, name: str) -> dict:
         with torch.no_grad():
             for parameter in model.parameters():
                 weight, grad, state = local(parameter), local(parameter.grad), optimizer.state[parameter]
+                grad.mul_(0.5)  # as clipping does
                 weight.add_(grad, alpha=-(2**-6))
                 local(state["exp_avg"]).add_(grad)
                 local(state["exp_avg_sq"]).add_(grad.square())
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            hook(optimizer, (), {})
     whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x  # noqa: E731
     moments = {
         f"{key} {number}": whole(optimizer.state[parameter][key])
@@ -91,6 +95,7 @@ def update_under(processes: int, name: str) -> dict:
         *(slow(name, 4) for name in CONFIGS),
         ("neurotrails", 2),
         ("taylor", 2),
+        ("dense moments", 2),
     ],
 )
 def test_updates_of_shards_are_those_of_whole_tensors(name, processes):

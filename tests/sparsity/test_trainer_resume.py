@@ -21,6 +21,7 @@ from nt_hf.sparsity.trainer_callback import STATE_FILE, SparsityCallback
         ("gpt2", 5, {}),  # within an epoch, between updates
         ("gpt2", 8, {"structure": "2:4"}),  # at the end of an epoch, after an update
         ("vit", 4, {"grow": "momentum", "redistribute": "momentum"}),
+        ("gpt2", 6, {"second_moments": "dense"}),
         ("vit", 7, {"density_start": 1.0, "density": 0.3}),
     ],
 )

@@ -84,6 +84,9 @@ def die() -> None:
                                        slow(("--data.order_per_head", "true")),
                                        slow(("--train.optimizer", "adamw", "--train.weight_decay", "0.1",
                                              "--train.save_dtype", "bfloat16")),
+                                       ("--sparsity.second_moments", "dense", "--train.max_grad_norm", 0.1,
+                                        "--sparsity.first_weights", "fan_in",
+                                        "--model.embedding_initializer_range", 0.1),
                                        ("--sparsity.grow", "momentum", "--sparsity.redistribute", "gradient",
                                         "--sparsity.density_start", 1.0)])  # fmt: skip
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch, overrides):

@@ -30,6 +30,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SAME_ROWS = ("--data.packing", "pad", "--data.shuffle_block", 0, "--data.validation_tokens", "null",
              "--data.validation", Path(__file__).parents[1] / "small.jsonl", "--train.micro_batch_size", 1)  # fmt: skip
 OWN_ORDERS = ("--data.order_per_head", "true")
+DENSE_MOMENTS = ("--sparsity.second_moments", "dense", "--sparsity.update_interval", 2, "--train.max_grad_norm", 0.1)
 
 
 # Of prepared tokens the shuffled rows of a step are the same ones as well.
@@ -93,9 +94,11 @@ def test_several_processes_train_as_one(config, single, tmp_path, processes, env
     assert (last / "config.json").read_text() == (expected / "config.json").read_text()  # auto_map and all
 
 
-@pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.slow), FSDP2])
-def test_several_processes_resume_exactly(config, tmp_path, environment):
-    steps = ("--train.max_steps", 8, "--train.save_steps", 4, "--train.eval_steps", 8)
+@pytest.mark.parametrize(
+    ("environment", "overrides"), [slow({}, ()), slow({}, DENSE_MOMENTS), slow(FSDP2, ()), (FSDP2, DENSE_MOMENTS)]
+)
+def test_several_processes_resume_exactly(config, tmp_path, environment, overrides):
+    steps = ("--train.max_steps", 8, "--train.save_steps", 4, "--train.eval_steps", 8, *overrides)
     whole = train_on(2, config, tmp_path / "run", *steps, **environment)
     expected = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoint-8")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import token_ids, trained
+from transformers import LlamaConfig
 
 from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, Sparsifier, SparsityConfig
 from nt_hf.config import TrainConfig, load_run_config
@@ -192,6 +193,21 @@ def test_the_sizes_differ_in_these_settings_and_in_no_others():
         for key, value in settings.items():
             setattr(expected.data if hasattr(expected.data, key) else expected.train, key, value)
         assert (config.data, config.sparsity, config.train) == (expected.data, expected.sparsity, expected.train), name
+
+
+def test_the_papers_first_weights_are_those_of_the_papers_files():
+    scales = {name: load_run_config([name]).model.get("embedding_initializer_range") for name in (*SETTINGS, "paper")}
+    assert {name for name, scale in scales.items() if scale is not None} == {"paper", "130m", "350m"}
+    assert {scales[name] for name in ("paper", "130m", "350m")} == {0.632}
+
+
+def test_first_weights_of_a_checkpoint_stay(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    start = {"model.init_from": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"^model.embedding_initializer_range=0.5: accepted is null with model.i"):
+        load_run_config([], start | {"model.embedding_initializer_range": "0.5"})
+    with pytest.raises(ValueError, match=r"^sparsity.first_weights='fan_in': accepted is dense with model.init_from"):
+        load_run_config([], start | {"sparsity.first_weights": "fan_in", "sparsity.density": "0.5"})
 
 
 def test_a_configuration_is_found_by_its_name_or_path(tmp_path, monkeypatch):
