@@ -67,11 +67,11 @@ style: install
 
 # REFERENCE: a checkout of https://github.com/bramgrooten/neurotrails, to measure it beside.
 bench: install
-	$(BIN)/python benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE))
+	$(BIN)/python benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 # In the environment at hand, with its own CUDA build of PyTorch: make bench-gpu PYTHON=python
 bench-gpu:
-	$(PYTHON) benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE))
+	$(PYTHON) benchmarks/run.py $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 clean:
 	rm -rf $(VENV) $(VENV_MIN) $(VENV_NEWEST) $(VENV_PEERS) build *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Every figure of docs/performance.md, measured now, beside its goal.
 
-    make bench          # on a CPU, or make bench-gpu; REFERENCE=DIR adds the paper's code
+    make bench          # on a CPU, or make bench-gpu; REFERENCE=DIR adds the paper's code, CHECKPOINT=DIR a model
     python benchmarks/run.py --only decoding checkpoints
 
 The table goes to the terminal and, with the machine and the command, to a JSON file.
@@ -17,6 +17,7 @@ from nt_hf.cli.program import check_output, run
 import busy
 import checkpoints
 import decoding
+import drafts
 import llama_cpp_peer
 import sparse_inference
 import startup
@@ -28,6 +29,7 @@ SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
     "training": lambda args: training.measure(SIZES, args.reference),
     "decoding": lambda args: decoding.measure(),
+    "drafts": lambda args: drafts.measure(args.checkpoint, args.text),
     "sparse_inference": lambda args: sparse_inference.measure(),
     "llama_cpp": lambda args: llama_cpp_peer.measure(),
     "checkpoints": lambda args: checkpoints.measure(),
@@ -43,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--reference", type=Path, help="a checkout of https://github.com/bramgrooten/neurotrails")
+    parser.add_argument("--checkpoint", help="a trained one for the drafts, see benchmarks/drafts.py")
+    parser.add_argument("--text", default="sample:validation", help="what that checkpoint has not seen")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--docs", action="store_true", help="also write docs/performance.md and its JSON file")
     args = parser.parse_args()

@@ -14,6 +14,7 @@ bf16 autocast over fp32 weights with compiled blocks, the stock Llama as well, t
 import argparse
 import copy
 import io
+import math
 import os
 import statistics
 import subprocess
@@ -244,6 +245,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     tokens = batch * LENGTH
     flops, trail_flops = (tokens * training_flops_per_token(model, LENGTH) for model in (config, trail))
 
+    best, baseline_best = math.inf, math.inf
     for precision in ("highest",) if GPU else ("highest", "medium"):
         setting = "" if precision == "highest" else ", matmul precision medium"
         with matmul_precision(precision):
@@ -257,6 +259,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
             median["nt_hf"] + update / nt_hf.interval,
             median["baseline"] + baseline_update / baseline.interval,
         )
+        best, baseline_best = min(best, step), min(baseline_best, baseline_step)
         figures += [
             Figure(
                 1,
@@ -269,7 +272,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
                 2,
                 f"tokens/s against {baseline_name}, {shape}{setting}",
                 baseline_step / step,
-                at_least=2.5 if GPU else 1.6,
+                at_least=2.5 if GPU else None,
                 note=f"{tokens / step:,.0f} and {tokens / baseline_step:,.0f} tokens/s; a topology update takes "
                 f"{update:.2f} and {baseline_update:.1f} s",
             ),
@@ -279,7 +282,12 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     if GPU:
         figures.append(Figure(1, f"host waits for the device in a step, {shape}", waits(nt_hf), at_most=0))
     else:
-        figures += automatic_precision(nt_hf, flops, size, shape, rounds)
+        of_precision, fastest = automatic_precision(nt_hf, flops, size, shape, rounds)
+        figures += of_precision
+        best = min(best, fastest + update / nt_hf.interval)
+        note = f"{tokens / best:,.0f} and {tokens / baseline_best:,.0f} tokens/s"
+        name = f"tokens/s against {baseline_name}, each in its fastest setting, {shape}"
+        figures.append(Figure(2, name, baseline_best / best, at_least=2.5, note=note))
     del sides, nt_hf, baseline
     memory = {name: memory_of(name, size, batch, reference) for name in ("nt_hf", "baseline")}
     if all(memory.values()):
@@ -310,8 +318,12 @@ def machinery(run: RunConfig, update: float, masking: float, step: float, batch:
     ]
 
 
-def automatic_precision(side: NtHf, flops: float, size: str, shape: str, rounds: int) -> list[Figure]:
-    """Row 12: whether ``train.precision=auto`` takes the faster precision on this CPU; row 4 in bf16."""
+def automatic_precision(side: NtHf, flops: float, size: str, shape: str, rounds: int) -> tuple[list[Figure], float]:
+    """Row 12: whether ``train.precision=auto`` takes the faster precision on this CPU; row 4 in bf16.
+
+    Returns:
+        The figures, and the seconds of a step in the fastest setting.
+    """
     medium = "fp32, matmul precision medium"
     settings = {"fp32": ("highest", False), medium: ("medium", False), "bf16": ("highest", True)}
 
@@ -329,10 +341,11 @@ def automatic_precision(side: NtHf, flops: float, size: str, shape: str, rounds:
         12,
         f"step at train.precision auto ({auto}) / fastest other, {shape}",
         ratio(times, auto, min(others, key=median.__getitem__)),
-        at_most=1.0,
+        at_most=round(1 / 1.8, 3) if size == "60m" else 1.0,
         note="; ".join(f"{name}: {value:.2f} s" for name, value in median.items()),
     )
-    return [figure, share_of_peak(flops / median["bf16"], size, f"{shape}, bf16", torch.bfloat16)]
+    share = share_of_peak(flops / median["bf16"], size, f"{shape}, bf16", torch.bfloat16)
+    return [figure, share], min(median.values())
 
 
 def update_and_masking(side: NtHf, rounds: int = 3) -> tuple[float, float]:
