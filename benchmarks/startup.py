@@ -1,4 +1,4 @@
-"""What it takes to begin: imports, the command line, the load of a checkpoint.
+"""What it takes to begin: imports, the command line, the load of a checkpoint, the first step of a run.
 
     python benchmarks/startup.py
 
@@ -25,6 +25,22 @@ from transformers import LlamaForCausalLM
 
 SIZE = "20m"
 STOCK = "import transformers; from transformers import LlamaForCausalLM"
+CONSOLE = "import sys; from nt_hf_console import main; main(sys.argv[1:])"
+# A model so small that its step takes no time to speak of.
+TINY = {"model.hidden_size": "64", "model.intermediate_size": "128"}
+FRESH = "import shutil, sys; shutil.rmtree(sys.argv[-1], ignore_errors=True); "
+# One step of a stock Llama by Transformers' Trainer, on made-up tokens, and its checkpoint.
+TRAINER = """
+import sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+model = LlamaForCausalLM(LlamaConfig.from_pretrained(sys.argv[1]))
+rows = [{"input_ids": torch.arange(256), "labels": torch.arange(256)}] * 8
+arguments = TrainingArguments(sys.argv[2], max_steps=1, per_device_train_batch_size=8, report_to=[], use_cpu=True)
+trainer = Trainer(model, arguments, train_dataset=rows)
+trainer.train()
+trainer.save_model()
+"""
 
 
 def python(code: str, *arguments: str) -> list[str]:
@@ -55,16 +71,24 @@ def measure(rounds: int = 5) -> list[Figure]:
         config = load_run_config([SIZE]).model_config()
         NeuroTrailsLlamaForCausalLM(config).save_pretrained(multi_head)
         LlamaForCausalLM(config.to_stock_config()).save_pretrained(stock)
-        console = "import sys; from nt_hf_console import main; main(sys.argv[1:])"
+        load_run_config([SIZE], TINY).model_config().to_stock_config().save_pretrained(f"{folder}/tiny")
+        settings = TINY | {
+            "data.train": "sample:train", "data.validation": "sample:validation", "data.validation_tokens": 256,
+            "train.max_steps": 1, "train.batch_size": 8, "train.micro_batch_size": 8, "train.save_steps": 1,
+            "train.precision": "fp32",
+        }  # fmt: skip
+        run = ["--config", SIZE, *(text for key, value in settings.items() for text in (f"--{key}", str(value)))]
         load = "; {}.from_pretrained(sys.argv[1])"
         times = processes_take_turns(
             {
                 "stock": python(STOCK),
                 "nt_hf": python("import nt_hf"),
-                "nt-hf --help": python(console, "--help"),
-                "nt-hf train --help": python(console, "train", "--help"),
+                "nt-hf --help": python(CONSOLE, "--help"),
+                "nt-hf train --help": python(CONSOLE, "train", "--help"),
                 "load stock": python("import sys; " + STOCK + load.format("LlamaForCausalLM"), stock),
                 "load": python("import sys, nt_hf" + load.format("nt_hf.NeuroTrailsForCausalLM"), multi_head),
+                "Trainer": python(TRAINER, f"{folder}/tiny", f"{folder}/trainer"),
+                "nt-hf train": python(FRESH + CONSOLE, "train", *run, "--output_dir", f"{folder}/run"),
             },
             rounds,
         )
@@ -86,6 +110,13 @@ def measure(rounds: int = 5) -> list[Figure]:
             f"import and load a checkpoint, {SIZE} / a stock Llama of one trail",
             ratio(times, "load", "load stock"),
             note=f"{median['load']:.2f} s, {median['load stock']:.2f} s",
+        ),
+        Figure(
+            11,
+            "a run of one step, tiny model / a stock Llama of one trail by Trainer",
+            ratio(times, "nt-hf train", "Trainer"),
+            note=f"{median['nt-hf train']:.2f} s, {median['Trainer']:.2f} s, with a checkpoint and, in nt-hf, data, "
+            "validation and a report",
         ),
     ]
 
