@@ -67,14 +67,12 @@ class DraftLength:
     """
 
     BINS = 10  # of confidence
-    PRIOR = 2.0  # drafts of each bin before the first one
-    DECAY = 0.97  # of earlier drafts of a bin by each new one, so that the estimate follows the text
+    PRIOR = (1.6, 0.4)  # drafts that stood and did not, of each bin, before the first round
+    DECAY = 0.97  # of what a bin has beyond that, by each round: so it follows the text, and tries again in the end
 
     def __init__(self, verification_cost: float, shortest: int = 1):
         self.cost, self.shortest = verification_cost, shortest
-        # The ensemble agrees more often with a token than the draft is sure of it.
-        self.accepted = [self.PRIOR * (0.5 + (i + 0.5) / (2 * self.BINS)) for i in range(self.BINS)]
-        self.seen = [self.PRIOR] * self.BINS
+        self.accepted, self.refused = ([count] * self.BINS for count in self.PRIOR)
 
     def begin(self, limit: int, apart: bool) -> None:
         """Begins a round of up to ``limit`` positions, in a batch whose rows advance apart or do not."""
@@ -85,7 +83,7 @@ class DraftLength:
     def goes_on(self, confidences: Sequence[float]) -> bool:
         """Whether another position pays, after the drafts of the one before it, with each active row's confidence."""
         bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
-        stand = [self.accepted[i] / self.seen[i] for i in bins]
+        stand = [self.accepted[i] / (self.accepted[i] + self.refused[i]) for i in bins]
         if not self.apart:  # a position counts if the drafts of all rows stand
             stand = [math.prod(stand)]
         if self.tokens is None:
@@ -101,11 +99,12 @@ class DraftLength:
 
     def add(self, accepted: Sequence[int], refused: Sequence[bool]) -> None:
         """Counts, of each active row, the first drafts that stood and whether the next one was refused."""
+        for counts, prior in zip((self.accepted, self.refused), self.PRIOR):
+            counts[:] = (prior + self.DECAY * (count - prior) for count in counts)
         for row, (stood, failed) in enumerate(zip(accepted, refused)):
             for position in range(stood + failed):
-                i = self.bins[position][row]
-                self.accepted[i] = self.DECAY * self.accepted[i] + (position < stood)
-                self.seen[i] = self.DECAY * self.seen[i] + 1
+                counts = self.accepted if position < stood else self.refused
+                counts[self.bins[position][row]] += 1
 
 
 def accept(

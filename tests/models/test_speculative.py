@@ -280,18 +280,49 @@ def test_a_seed_repeats_the_samples(model, prompts):
 # The length of drafts
 
 
-def test_drafts_grow_with_acceptance_and_with_the_cost_of_verifying():
-    def choice(accepted, cost, limit=100):
-        length = DraftLength(cost)
-        for i in range(200):
-            length.add(int(i % 10 < accepted), i % 10 >= accepted)
-        return length.choose(limit)
+def positions(length, confidences, limit=100, apart=True):
+    """Of a round whose drafts all have the same confidences, one of each row."""
+    length.begin(limit, apart)
+    count = 1
+    while length.goes_on(confidences):
+        count += 1
+    return count
 
-    by_acceptance = [choice(accepted, 1.5) for accepted in range(11)]
+
+def learnt(accepted, cost=1.5, confidence=0.5, rounds=200):
+    """After rounds in which ``accepted`` of ten drafts stood."""
+    length = DraftLength(cost)
+    for i in range(rounds):
+        length.begin(2, True)
+        length.goes_on([confidence])
+        length.add([int(i % 10 < accepted)], [i % 10 >= accepted])
+    return length
+
+
+def test_drafts_grow_with_acceptance_and_with_the_cost_of_verifying():
+    by_acceptance = [positions(learnt(accepted), [0.5]) for accepted in range(11)]
     assert by_acceptance == sorted(by_acceptance) and by_acceptance[0] == 1 and by_acceptance[-1] == MAX_DRAFT
-    by_cost = [choice(8, cost) for cost in (0.1, 0.5, 1.5, 5.0)]
+    by_cost = [positions(learnt(8, cost), [0.5]) for cost in (0.1, 0.5, 1.5, 5.0)]
     assert by_cost == sorted(by_cost) and by_cost[0] < by_cost[-1]
-    assert choice(10, 1.5, limit=3) == 3
+    assert positions(learnt(10), [0.5], limit=3) == 3
+
+
+def test_a_round_ends_where_drafts_of_its_confidence_did_not_stand():
+    length = learnt(0, confidence=0.15)
+    assert positions(length, [0.15]) == 1 and positions(length, [0.95]) > 1 and positions(length, [1.0]) > 1
+    # Two rows go on as long as they gain together; rows that do not advance apart only if all drafts stand.
+    assert positions(length, [0.15, 0.95]) >= positions(length, [0.15, 0.95], apart=False) == 1
+    assert positions(DraftLength(1.5, shortest=2), [0.15]) >= 2
+
+
+def test_a_length_that_shrank_tries_again():
+    length = learnt(0)
+
+    def longer_after_a_round() -> bool:
+        length.add([0], [False])  # nothing was drafted, so nothing is seen
+        return positions(length, [0.5]) > 1
+
+    assert 10 < next(count for count in range(300) if longer_after_a_round())
 
 
 def test_the_cost_of_verifying_counts_weights(model):
