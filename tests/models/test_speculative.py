@@ -322,7 +322,7 @@ def test_a_length_that_shrank_tries_again():
         length.add([0], [False])  # nothing was drafted, so nothing is seen
         return positions(length, [0.5]) > 1
 
-    assert 10 < next(count for count in range(300) if longer_after_a_round())
+    assert next(count for count in range(300) if longer_after_a_round()) > 10
 
 
 def test_the_cost_of_verifying_counts_weights(model):
