@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .sparse_weights import is_sparse
+
 
 class Int8Linear(nn.Module):
     """A linear layer for bf16 inputs, whose weights are integers from -127 to 127 times a scale of each output.
@@ -44,8 +46,10 @@ def draft_model(model: PreTrainedModel, head: int = 0) -> PreTrainedModel:
         A stock model in bf16, whose ``nn.Linear`` layers are ``Int8Linear``; other matrices stay in bf16.
 
     Raises:
-        ValueError: there is no such head, or the model is not on a CPU.
+        ValueError: there is no such head, or the model is not on a CPU, or has no dense weights.
     """
+    if is_sparse(model):
+        raise ValueError("draft_model: the weights are sparse (load_sparse): accepted are dense ones, restore(model)")
     if model.device.type != "cpu":
         raise ValueError(f"draft_model: a model on {model.device}: accepted is a CPU; trail_draft=<head> needs no copy")
     draft = model.extract_trail(head).to(torch.bfloat16).eval().requires_grad_(False)

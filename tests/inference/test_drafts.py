@@ -5,7 +5,8 @@ import torch
 from families import left_padded, tiny_model
 from torch import nn
 
-from nt_hf.inference import draft_model
+from nt_hf import SparsityConfig, draw_masks
+from nt_hf.inference import draft_model, load_sparse
 from nt_hf.inference.drafts import Int8Linear
 
 
@@ -41,8 +42,12 @@ def test_drafts_in_eight_bits_change_no_token(family):
     assert sum(drafted.speculation.emitted) == 2 * 19  # the prompt's pass gave the first token of each row
 
 
-def test_a_draft_needs_a_head_and_a_cpu():
+def test_a_draft_needs_a_head_a_cpu_and_dense_weights(tmp_path):
     model = tiny_model("llama")
+    draw_masks(model, SparsityConfig(density=0.5))
+    model.save_pretrained(tmp_path, sparse=True)
+    with pytest.raises(ValueError, match=r"draft_model: the weights are sparse \(load_sparse\): accepted are dense"):
+        draft_model(load_sparse(tmp_path))
     with pytest.raises(ValueError, match="head"):
         draft_model(model, 3)
     with pytest.raises(ValueError, match=r"draft_model: a model on meta: accepted is a CPU"):
