@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .sparse_weights import is_sparse
 
@@ -33,7 +32,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def draft_model(model: PreTrainedModel, head: int = 0) -> PreTrainedModel:
+def draft_model(model: nn.Module, head: int = 0) -> nn.Module:
     """A model for ``generate(trail_draft=…)``: the trail of ``head``, which reads a quarter of its weights' fp32 bytes.
 
     Rounding its weights changes which tokens it proposes, not what the ensemble makes of them.
