@@ -39,7 +39,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     tokens: int = 64,
     rounds: int = 3,
-    batch: int = 8,
+    batch: int = 4,
 ) -> list[Figure]:
     """Row 6: every side's tokens per second against plain decoding, for prompts one by one and in a batch."""
     if checkpoint is None or DEVICE.type != "cpu":
