@@ -26,8 +26,9 @@ class TrailDrafter:
     def prefill(self, decoding: Decoding) -> None:
         """Nothing: the ensemble's pass over the prompt was the trail's, too."""
 
-    def round(self, decoding: Decoding) -> Round:
-        """Runs the trail over the round's positions, one by one, then the other heads over all."""
+    def round(self, decoding: Decoding, limit: int) -> Round:
+        """Runs the trail over up to ``limit`` positions, one by one, then the other heads over all."""
+        self.length.begin(limit, decoding.apart)
         states, logits, drafts, proposals = [], [], [], []
         tokens = decoding.last_tokens(1)
         goes_on = True
@@ -71,7 +72,7 @@ class ModelDrafter:
         self.cache = DynamicCache(config=draft.config)
         check_cache(self.cache)
         self.cache.activate_past_recording()
-        self.length = DraftLength(max(0.0, bytes_read(model) / bytes_read(draft) - 1), shortest=2)
+        self.length = DraftLength(max(0.0, bytes_read(model) / bytes_read(draft) - 1))
 
     def prefill(self, decoding: Decoding) -> None:
         """Runs the draft over the prompt without its last token.
@@ -95,8 +96,9 @@ class ModelDrafter:
         arguments = {key: x.to(self.draft.device) for key, x in arguments.items() if x is not None}
         return self.draft(**arguments, **{CACHE: self.cache}, use_cache=True).logits[:, -1]
 
-    def round(self, decoding: Decoding) -> Round:
-        """Runs the draft position by position, then the ensemble over all."""
+    def round(self, decoding: Decoding, limit: int) -> Round:
+        """Runs the draft up to ``limit - 1`` times, and once at least, then the ensemble over all positions."""
+        self.length.begin(limit - 1, decoding.apart)
         drafts, proposals = [], []
         inputs, added = decoding.last_tokens(2), 0
         tokens = inputs[:, 1:]

@@ -63,15 +63,14 @@ class DraftLength:
     Args:
         verification_cost: what a round costs beyond one pass of the draft for each of its positions, in such passes. A
             few positions cost as much as one, for what takes the time is reading the weights.
-        shortest: positions of the shortest round.
     """
 
     BINS = 10  # of confidence
     PRIOR = (1.6, 0.4)  # drafts that stood and did not, of each bin, before the first round
     DECAY = 0.97  # of what a bin has beyond that, by each round: so it follows the text, and tries again in the end
 
-    def __init__(self, verification_cost: float, shortest: int = 1):
-        self.cost, self.shortest = verification_cost, shortest
+    def __init__(self, verification_cost: float):
+        self.cost = verification_cost
         self.accepted, self.refused = ([count] * self.BINS for count in self.PRIOR)
 
     def begin(self, limit: int, apart: bool) -> None:
@@ -90,8 +89,7 @@ class DraftLength:
             self.chances, self.tokens = [1.0] * len(stand), float(len(stand))
         self.bins.append(bins)
         self.chances = [chance * one for chance, one in zip(self.chances, stand)]
-        pays = sum(self.chances) > self.tokens / (self.positions + self.cost) or self.positions < self.shortest
-        if not pays or self.positions >= min(self.limit, MAX_DRAFT):
+        if self.positions >= self.limit or sum(self.chances) <= self.tokens / (self.positions + self.cost):
             return False
         self.positions += 1
         self.tokens += sum(self.chances)
@@ -236,9 +234,8 @@ class Decoding:
         """Drafts, verifies, emits what stands, and takes the rest out of the caches."""
         active, limit = self.active(), MAX_DRAFT
         if self.config.max_length is not None:
-            limit = self.config.max_length - min(len(self.rows[row]) for row in active)
-        drafter.length.begin(max(1, limit), self.apart)
-        head_logits, drafts, proposals = drafter.round(self)
+            limit = min(limit, self.config.max_length - min(len(self.rows[row]) for row in active))
+        head_logits, drafts, proposals = drafter.round(self, limit)
         logits = self.combine(head_logits)
         k = logits.shape[1]
         counts, refused = self._emit(logits, head_logits, drafts, proposals)
