@@ -700,9 +700,12 @@ def test_a_model_cast_after_loading_still_equals_its_trails(model, prompts):
 def test_copies_and_pickles_are_equal_and_independent(model, prompts):
     expected = model(**prompts).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(**prompts).logits, expected)
+        copied = other.state_dict()
+        assert all(torch.equal(copied[name], tensor) for name, tensor in model.state_dict().items())
+        # Where in memory a copy lies can decide by which instructions it is multiplied.
+        torch.testing.assert_close(other(**prompts).logits, expected)
         nn.init.zeros_(other.lm_heads[0].weight)
-        assert not torch.equal(other(**prompts).logits, expected)
+        assert not torch.allclose(other(**prompts).logits, expected)
         assert torch.equal(model(**prompts).logits, expected)
 
 
