@@ -48,7 +48,7 @@ def dense() -> float:
         ("magnitude", 0.5, 0, 20),
         ("wanda", 0.5, 64, 2.3),
         ("sparsegpt", 0.5, 64, 1.75),
-        ("sparsegpt", 0.5, 192, 1.6),
+        ("sparsegpt", 0.5, 192, 1.65),
         ("sparsegpt", 0.7, 64, 1.15),
     ],
 )
