@@ -3,8 +3,8 @@
     python experiments/data.py --output data --only text    # data/eval/arc_easy_test.jsonl.gz: see docs/evaluate.md
     python experiments/upcycling.py --data_root data
 
-Three arms: the stock model as it is; the same, trained on alone; and an ensemble of three trails, trained alike, on the
-same tokens. Each is scored on held-out C4 (perplexity, calibration), on telling other text from C4 by its uncertainty
+The arms: the stock model as it is; the same, trained on alone; an ensemble of three trails, trained alike, on the same
+tokens; and one whose trails read as many, each in an order of its own. Each is scored on held-out C4 (perplexity, calibration), on telling other text from C4 by its uncertainty
 (AUROC), and on ARC-Easy when it may leave a fifth of the questions. Runs continue, and finished parts are skipped, when
 the same command is started again. --report makes the page from the results alone.
 """
@@ -46,6 +46,7 @@ ARMS = {
     "stock": "stock, not trained",
     "alone": "stock, trained on",
     "ensemble": "three trails, trained alike",
+    "ensemble-own-order": "three trails, each in an order of its own",
 }
 
 
@@ -94,9 +95,9 @@ def train(arm: str, stock: Path, args: argparse.Namespace) -> Path:
     """Trains an arm, or continues it, by the recipe; returns its last checkpoint."""
     shape = {"num_ensemble_heads": 1, "blocks_in_head": 1}
     own: dict[str, Any] = {}
-    if arm == "ensemble":
+    if arm != "alone":
         shape = {"num_ensemble_heads": 3, "blocks_in_head": args.blocks_in_head}
-        own = {"train.head_noise": 0.02}
+        own = {"train.head_noise": 0.02} if arm == "ensemble" else {"data.order_per_head": True}
     keys = {f"model.{key}": value for key, value in shape.items()} | {
         "model.init_from": stock, "data.tokenizer": stock,
         "data.train": f'["{args.data_root}/text/c4-train-00000-head1000.jsonl.gz"]',
