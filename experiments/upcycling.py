@@ -4,9 +4,10 @@
     python experiments/upcycling.py --data_root data
 
 The arms: the stock model as it is; the same, trained on alone; an ensemble of three trails, trained alike, on the same
-tokens; and one whose trails read as many, each in an order of its own. Each is scored on held-out C4 (perplexity, calibration), on telling other text from C4 by its uncertainty
-(AUROC), and on ARC-Easy when it may leave a fifth of the questions. Runs continue, and finished parts are skipped, when
-the same command is started again. --report makes the page from the results alone.
+tokens; and one whose trails read as many, each in an order of its own. Each is scored on held-out C4 (perplexity,
+calibration), on telling other text from C4 by its uncertainty (AUROC), and on ARC-Easy when it may leave a fifth of the
+questions. Runs continue, and finished parts are skipped, when the same command is started again. --report makes the
+page from the results alone.
 """
 
 import argparse
