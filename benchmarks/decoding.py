@@ -47,17 +47,21 @@ class Clocked:
         self.total += time.perf_counter() - self._start
 
 
-def text_rows(source: str, count: int) -> torch.Tensor:
-    """Real text as token ids ``[count, PROMPT + TOKENS]``, a document a row."""
-    tokenizer = load_tokenizer("sample")
+def first_tokens(source: str, tokenizer, count: int, length: int) -> torch.Tensor:
+    """The first tokens of the first documents that are long enough, ``[count, length]``."""
     rows = []
     for text in read_texts([source]):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= PROMPT + TOKENS:
-            rows.append(ids[: PROMPT + TOKENS])
+        if len(ids) >= length:
+            rows.append(ids[:length])
         if len(rows) == count:
             return torch.tensor(rows, device=DEVICE)
-    raise ValueError(f"{source} has no {count} documents of {PROMPT + TOKENS} tokens")
+    raise ValueError(f"{source} has no {count} documents of {length} tokens")
+
+
+def text_rows(source: str, count: int) -> torch.Tensor:
+    """Real text as token ids ``[count, PROMPT + TOKENS]``, a document a row."""
+    return first_tokens(source, load_tokenizer("sample"), count, PROMPT + TOKENS)
 
 
 def trained(config: NeuroTrailsLlamaConfig, sparsity, rows: torch.Tensor, steps: int) -> NeuroTrailsLlamaForCausalLM:

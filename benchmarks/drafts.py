@@ -11,26 +11,14 @@ assisted decoding with the same draft and prompt lookup. Prompts are the first t
 import argparse
 
 from nt_hf import NeuroTrailsForCausalLM
-from nt_hf.data.sources import read_texts
 from nt_hf.data.tokenizers import load_tokenizer
 from nt_hf.inference import draft_model
 
 import torch
 from common import DEVICE, Figure, ratio, table, take_turns
+from decoding import first_tokens
 
 GOAL = 1.5
-
-
-def prompts_of(source: str, tokenizer, count: int, length: int) -> torch.Tensor:
-    """The first tokens of the first documents that are long enough, ``[count, length]``."""
-    rows = []
-    for text in read_texts([source]):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= length:
-            rows.append(ids[:length])
-        if len(rows) == count:
-            return torch.tensor(rows)
-    raise ValueError(f"{source} has no {count} documents of {length} tokens")
 
 
 def measure(
@@ -47,7 +35,7 @@ def measure(
         return [Figure(6, "drafts, trained checkpoint", None, at_least=GOAL, note=why)]
     model = NeuroTrailsForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     draft = draft_model(model)
-    prompts = prompts_of(text, load_tokenizer(checkpoint), batch, 32)
+    prompts = first_tokens(text, load_tokenizer(checkpoint), batch, 32)
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def each(**kwargs) -> list:
