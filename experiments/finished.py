@@ -68,6 +68,16 @@ def density(result: Result) -> float:
     return result["validation"]["density"]
 
 
+def with_diagonal(pairs_of_heads: Mapping[str, Any]) -> float | None:
+    """The mean of a matrix of disagreements with its diagonal of zeros, as the reference code averages it.
+
+    For M heads it is (M - 1) / M of the mean over pairs of different heads. ``None`` of one head.
+    """
+    if pairs_of_heads["mean"] is None:
+        return None
+    return statistics.fmean(value for row in pairs_of_heads["matrix"] for value in row)
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
     if not values:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from nt_hf.text import markdown_table
 
-from experiments.finished import Finished, Measure, Result, measured, paired_differences, spread
+from experiments.finished import Finished, Measure, Result, measured, paired_differences, spread, with_diagonal
 from experiments.suite import Suite
 
 VALIDATION = Measure("accuracy (%)", lambda record: 100 * record["accuracy"], 2)
@@ -48,20 +48,20 @@ def overlap(result: Result) -> float | None:
     return result["mask_overlap"]
 
 
-def by_heads_used(result: Result) -> dict[int, float]:
-    """Accuracy of one head, on average, and of the ensemble of all, by their number."""
-    heads = sum(name.startswith("head") for name in result["scores"])
-    return {1: mean_head(result), heads: ACCURACY.read(result)}
-
-
 ACCURACY = Measure("accuracy (%)", of_model("accuracy", 100), 2)
+MEAN_HEAD = Measure("mean head (%)", mean_head, 2)
 NLL = Measure("NLL", of_model("nll"))
 ECE = Measure("ECE", of_model("ece"), 4)
+REFERENCE = Measure("with the diagonal", lambda result: with_diagonal(result["disagreement"]))
 CORRUPTED = Measure("corrupted accuracy (%)", corrupted("accuracy", 100), 2)
 
 
 def quality(suite: Suite) -> Measure:
     return ACCURACY
+
+
+def head_quality(suite: Suite) -> Measure:
+    return MEAN_HEAD
 
 
 def tables(suite: Suite, arms: Mapping[str, Finished]) -> dict[str, str | None]:
@@ -76,23 +76,22 @@ def tables(suite: Suite, arms: Mapping[str, Finished]) -> dict[str, str | None]:
 
 
 def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
-    head = Measure("mean head (%)", mean_head, 2)
     others = (suite.baseline, suite.rival)
-    rest = (NLL, ECE, CORRUPTED, Measure("disagreement", disagreement), Measure("mask overlap", overlap))
+    rest = (NLL, ECE, CORRUPTED, Measure("disagreement", disagreement), REFERENCE, Measure("mask overlap", overlap))
     gaps = [f"less {suite.arms[name].label}" for name in others]
-    rows = [["arm", "seeds", ACCURACY.label, head.label, *gaps, *(measure.label for measure in rest)]]
+    rows = [["arm", "seeds", ACCURACY.label, MEAN_HEAD.label, *gaps, *(measure.label for measure in rest)]]
     for runs in arms.values():
         gaps = [
             signed(paired_differences(runs, arms[name], ACCURACY.read), 2) if name in arms else "" for name in others
         ]
-        cells = [*measured((ACCURACY, head), runs), *gaps, *measured(rest, runs)]
+        cells = [*measured((ACCURACY, MEAN_HEAD), runs), *gaps, *measured(rest, runs)]
         rows.append([runs.arm.label, str(len(runs.by_seed)), *cells])
     return markdown_table(rows)
 
 
 def effects_table(arms: Mapping[str, Finished]) -> str | None:
     """What one change does: each arm less the one that it is a change of, seed by seed."""
-    measures = (ACCURACY, Measure("mean head (%)", mean_head, 2), NLL, ECE, CORRUPTED)
+    measures = (ACCURACY, MEAN_HEAD, NLL, ECE, CORRUPTED)
     rows = [["arm", "less", "seeds", *(measure.label for measure in measures)]]
     for runs in arms.values():
         if source := arms.get(runs.arm.changed):

@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 from nt_hf.text import markdown_table, pyplot
 
 from experiments import image_tables, text_tables
-from experiments.finished import Finished, density, finished
+from experiments.finished import Finished, Read, density, finished
 from experiments.suite import RESULT_FILE, Suite, main_runs, read_result, tuned, tuning_runs
+
+# Of a plot: the figure along the x axis with its label, and the one along the y axis with its.
+Panel = tuple[Read, str, Read, str]
 
 
 def kind(suite: Suite) -> ModuleType:
@@ -112,6 +115,7 @@ def write_report(suite: Suite, results: Path) -> str:
         plot_curves(plt, suite, main, results / "curves.png")
         plot_quality(plt, suite, main, results / "quality.png")
         plot_diversity(plt, suite, arms, results / "diversity.png")
+        plot_goldilocks(plt, suite, arms, results / "goldilocks.png")
     return text
 
 
@@ -148,24 +152,35 @@ def plot_curves(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path
 
 
 def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
-    """The main score against active parameters, training FLOPs and the number of heads."""
-    measure, by_heads = kind(suite).quality(suite), kind(suite).by_heads_used
+    """The main score against what a model costs: active parameters, training FLOPs, the file of its checkpoint."""
+    measure = kind(suite).quality(suite)
+    costs = {
+        "active parameters (M)": lambda runs: runs.budget["active"] / 1e6,
+        "training PFLOP, executed": lambda runs: runs.budget["flops"] / 1e15,
+        "sparse checkpoint in bf16 (MB, computed)": lambda runs: sparse_bytes(runs) / 1e6,
+    }
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
     for (_name, runs), look in zip(arms.items(), style(arms).values()):
         values = runs.values(measure.read)
-        for axis, x in zip(axes, (runs.budget["active"] / 1e6, runs.budget["flops"] / 1e15)):
-            error = statistics.stdev(values) if len(values) > 1 else None
+        error = statistics.stdev(values) if len(values) > 1 else None
+        for axis, cost in zip(axes, costs.values()):
             label = runs.arm.label if axis is axes[0] else None
-            axis.errorbar(x, statistics.fmean(values), yerr=error, capsize=3, linestyle="", label=label, **look)
-        used = [by_heads(result) for result in runs.by_seed.values()]
-        axes[2].plot(list(used[0]), [statistics.fmean(seed[n] for seed in used) for n in used[0]], **look)
-    for axis, label in zip(axes, ("active parameters (M)", "training PFLOP, executed", "heads of the model in use")):
+            axis.errorbar(
+                cost(runs), statistics.fmean(values), yerr=error, capsize=3, linestyle="", label=label, **look
+            )
+    for axis, label in zip(axes, costs):
         axis.set_xlabel(label)
         axis.grid(color="0.9")
-    axes[2].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel(f"{measure.label} (bar: ± sd over seeds)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save(plt, figure, path)
+
+
+def sparse_bytes(runs: Finished) -> float:
+    """Of a sparse checkpoint in bf16: two bytes an active weight, and one bit for each that a mask covers."""
+    stored, active, share = runs.budget["stored"], runs.budget["active"], runs.mean(density)
+    covered = (stored - active) / (1 - share) if share < 1 else 0
+    return 2 * active + covered / 8
 
 
 def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
@@ -184,15 +199,39 @@ def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
 
 
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
-    """Diversity, and what the ensemble makes of it, against the density of the masked weights.
+    """Diversity, and what the ensemble makes of it, against the density of the masked weights."""
+    scores, measure = kind(suite), kind(suite).quality(suite)
+    panels = [
+        (density, "density of the masked weights", read, label)
+        for read, label in (
+            (scores.disagreement, "disagreement between heads"),
+            (scores.gain, scores.PLOTTED_GAIN),
+            (measure.read, measure.label),
+        )
+    ]
+    plot_ensembles(plt, suite, arms, panels, path)
+
+
+def plot_goldilocks(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
+    """The score of the ensemble, and of its heads alone, against how often two heads disagree."""
+    scores, measure = kind(suite), kind(suite).quality(suite)
+    label = "disagreement between heads"
+    panels = [
+        (scores.disagreement, label, measure.read, f"{measure.label}, ensemble"),
+        (scores.disagreement, label, scores.head_quality(suite).read, f"{measure.label}, mean of the heads"),
+    ]
+    plot_ensembles(plt, suite, arms, panels, path)
+
+
+def plot_ensembles(plt: Any, suite: Suite, arms: Mapping[str, Finished], panels: Sequence[Panel], path: Path) -> None:
+    """Panels, each a figure of the arms of several heads against another.
 
     Arms that differ in density alone are a line; the others from one seed are grey.
     """
-    scores, measure = kind(suite), kind(suite).quality(suite)
-    several = {name: runs for name, runs in arms.items() if runs.values(scores.gain) and not runs.arm.has_own_length}
+    several = {n: runs for n, runs in arms.items() if runs.values(kind(suite).gain) and not runs.arm.has_own_length}
     if not several:
         return
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), layout="constrained")
     looks = style(arms)
     series, points = density_series(several), {"linestyle": ""}
     drawn = [(f"{several[s[0]].arm.label} to {several[s[-1]].arm.label}", s, looks[s[0]]) for s in series]
@@ -201,19 +240,13 @@ def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: P
     drawn += [(several[name].arm.label, [name], looks[name] | points) for name in main]
     if others := [name for name in rest if name not in main]:
         drawn.append(("other arms", others, {"color": "0.7", "marker": "."} | points))
-    for label, names, look in drawn:
-        x = [several[name].mean(density) for name in names]
-        for axis, read in zip(axes, (scores.disagreement, scores.gain, measure.read)):
-            axis.plot(x, [several[name].mean(read) for name in names], label=label if axis is axes[0] else None, **look)
-    titles = (
-        "disagreement between heads",
-        scores.PLOTTED_GAIN,
-        measure.label,
-    )
-    for axis, title in zip(axes, titles):
-        axis.set(xlabel="density of the masked weights", ylabel=title)
+    for axis, (read_x, x_label, read_y, y_label) in zip(axes, panels):
+        for label, names, look in drawn:
+            x, y = ([several[name].mean(read) for name in names] for read in (read_x, read_y))
+            axis.plot(x, y, label=label if axis is axes[0] else None, **look)
+        axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(color="0.9")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4 if len(panels) > 2 else 2, frameon=False)
     save(plt, figure, path)
 
 

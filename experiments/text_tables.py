@@ -17,6 +17,7 @@ from experiments.finished import (
     paired_differences,
     paired_ratios,
     spread,
+    with_diagonal,
 )
 from experiments.suite import Suite
 
@@ -38,8 +39,10 @@ def own_mode(by_mode: Mapping[str, float], result: Result) -> float:
     return by_mode[result["validation"]["ensemble_mode"]]
 
 
-def head_mean(text: str) -> Callable[[Result], float]:
-    return lambda result: statistics.fmean(result["texts"][text]["head_perplexities"])
+def head_quality(suite: Suite) -> Measure:
+    """The mean of the heads' perplexities on the first text."""
+    text = next(iter(suite.evaluation.texts))
+    return Measure("mean head", lambda result: statistics.fmean(result["texts"][text]["head_perplexities"]), 2)
 
 
 def gain(result: Result) -> float | None:
@@ -65,12 +68,8 @@ def overlap(result: Result) -> float | None:
 GAIN = Measure("gain (nats)", gain)
 PLOTTED_GAIN = "gain of the ensemble (nats a token)"
 DISAGREEMENT = Measure("disagreement", disagreement)
+REFERENCE = Measure("with the diagonal", lambda result: with_diagonal(result["diversity"]["disagreement"]))
 OVERLAP = Measure("mask overlap", overlap)
-
-
-def by_heads_used(result: Result) -> dict[int, float]:
-    """Perplexity of the ensemble of one head, of two, and so on."""
-    return {number: used["mean"] for number, used in enumerate(result["diversity"]["heads_used"], 1)}
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -90,9 +89,9 @@ def tables(suite: Suite, arms: Mapping[str, Finished]) -> dict[str, str | None]:
 
 
 def quality_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
-    main, head = quality(suite), Measure("mean head", head_mean(next(iter(suite.evaluation.texts))), 2)
+    main, head = quality(suite), head_quality(suite)
     others = (suite.baseline, suite.rival)
-    rest = (GAIN, DISAGREEMENT, OVERLAP, Measure("ECE", calibration))
+    rest = (GAIN, DISAGREEMENT, REFERENCE, OVERLAP, Measure("ECE", calibration))
     ratios = [f"/ {suite.arms[name].label}" for name in others]
     rows = [["arm", "seeds", main.label, head.label, *ratios, *(measure.label for measure in rest)]]
     for runs in arms.values():
@@ -125,7 +124,7 @@ def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
         if source := arms.get(runs.arm.changed):
             ratios = paired_ratios(runs, source, read)
             gains = paired_differences(runs, source, gain)
-            heads = paired_ratios(runs, source, head_mean(first))
+            heads = paired_ratios(runs, source, head_quality(suite).read)
             cells = [spread(ratios, 3), spread(heads, 3), spread(gains, 3)]
             rows.append([runs.arm.label, source.arm.label, str(len(ratios)), *cells])
     return markdown_table(rows) if len(rows) > 1 else None
@@ -195,11 +194,11 @@ def zero_shot_table(arms: Mapping[str, Finished]) -> str | None:
 
 def heads_table(arms: Mapping[str, Finished]) -> str | None:
     """Perplexity of the ensemble of some of the heads."""
-    most = max(len(by_heads_used(r)) for runs in arms.values() for r in runs.by_seed.values())
+    most = max(len(r["diversity"]["heads_used"]) for runs in arms.values() for r in runs.by_seed.values())
     rows = [["arm", *(f"{n} head{'s' * (n > 1)}" for n in range(1, most + 1))]]
     for runs in arms.values():
-        used = [by_heads_used(r) for r in runs.by_seed.values()]
+        used = [[each["mean"] for each in r["diversity"]["heads_used"]] for r in runs.by_seed.values()]
         if len(used[0]) > 1:
-            cells = [spread([seed[n] for seed in used]) for n in used[0]]
+            cells = [spread(values) for values in zip(*used)]
             rows.append([runs.arm.label, *cells, *[""] * (most - len(cells))])
     return markdown_table(rows) if len(rows) > 1 else None

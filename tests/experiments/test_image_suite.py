@@ -65,7 +65,12 @@ def test_results_are_those_of_the_evaluation_program(world):
         assert full["calibration"] == "digits:train" and full["held_out"] == 0.2
         assert list(result["corruptions"]["contrast"]) == ["2"] and full["corrupted_images"] == 100
         assert "scaled_ece" in result["scores"]["head 0"]
-    assert {path.name for path in results.glob("*.png")} == {"curves.png", "quality.png", "diversity.png"}
+    assert {path.name for path in results.glob("*.png")} == {
+        "curves.png",
+        "quality.png",
+        "diversity.png",
+        "goldilocks.png",
+    }
 
 
 def test_a_change_is_compared_seed_by_seed_with_the_arm_it_changes(world):

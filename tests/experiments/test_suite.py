@@ -248,7 +248,7 @@ def test_a_suite_trains_evaluates_and_reports_every_run(world):
     trained = load_run_config([world / "runs" / "runs" / "single" / "seed-1" / "run.yaml"])
     assert trained.train.learning_rate == tuned(results, suite)["single"] and trained.train.seed == 1
     assert {path.name for path in results.iterdir()} == {
-        "report.md", "curves.png", "quality.png", "diversity.png", "runs", "tuning",
+        "report.md", "curves.png", "quality.png", "diversity.png", "goldilocks.png", "runs", "tuning",
     }  # fmt: skip
 
 
@@ -443,7 +443,8 @@ def test_every_table_of_the_document_is_made_of_the_committed_files():
 
 def test_every_figure_of_the_page_of_results_is_in_a_report():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    report = (ROOT / "experiments" / "results" / "cpu-mini" / "report.md").read_text(encoding="utf-8")
+    folders = [ROOT / "experiments" / "results" / suite for suite in ("cpu-mini", "cifar-mini")]
+    report = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in folders)
     figures = set(re.findall(r"\d+\.\d{2,3}(?: ± \d+\.\d+)?", page))
     assert len(figures) > 30 and not {figure for figure in figures if figure not in report}
     assert page.count("\n") <= 50, "one screen"
