@@ -5,12 +5,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nt_hf.cli.program import machine, provenance
-from nt_hf.files import write_json
 from nt_hf.text import markdown_table
 
 import torch
@@ -149,7 +147,13 @@ def table(figures: list[Figure]) -> str:
     return markdown_table(rows)
 
 
-def write_figures(path: Path, figures: list[Figure], measured_on: dict[str, Any]) -> None:
-    """Writes the figures and the machine as JSON, over what the file held."""
+def as_json(figures: list[Figure], measured_on: dict[str, Any]) -> dict[str, Any]:
+    """A part of a benchmark: its figures and the machine."""
     rows = [vars(figure) | {"goal": figure.goal, "verdict": figure.verdict} for figure in figures]
-    write_json(path, {"machine": measured_on, "figures": rows})
+    return {"machine": measured_on, "figures": rows}
+
+
+def figures(parts: Mapping[str, Any]) -> list[Figure]:
+    """Of all parts, in their order."""
+    names = [field.name for field in fields(Figure)]
+    return [Figure(**{name: row[name] for name in names}) for part in parts.values() for row in part["figures"]]

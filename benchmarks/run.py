@@ -3,7 +3,8 @@
     make bench          # on a CPU, or make bench-gpu; REFERENCE=DIR adds the paper's code, CHECKPOINT=DIR a model
     python benchmarks/run.py --only decoding checkpoints
 
-The table goes to the terminal and, with the machine and the command, to a JSON file.
+The table goes to the terminal. A JSON file gets the figures of every part, its machine and its command as soon as it is
+done, so that they stay when a run ends early. --only measures parts anew and keeps what the file has of the others.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 from nt_hf.cli.program import check_output, run
+from nt_hf.files import write_json
 
 import busy
 import checkpoints
@@ -23,7 +25,7 @@ import sparse_inference
 import startup
 import torch
 import training
-from common import DEVICE, bandwidth, conditions, matmul_peak, table, write_figures
+from common import DEVICE, as_json, bandwidth, conditions, figures, matmul_peak, table
 
 SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
@@ -48,32 +50,34 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a trained one for the drafts, see benchmarks/drafts.py")
     parser.add_argument("--text", default="sample:validation", help="what that checkpoint has not seen")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
-    parser.add_argument("--docs", action="store_true", help="also write docs/performance.md and its JSON file")
+    parser.add_argument("--docs", action="store_true", help="write docs/performance.md and its JSON file instead")
     args = parser.parse_args()
     if args.reference and not (args.reference / "language_modeling").is_dir():
         raise ValueError(f"--reference {args.reference}: accepted is a checkout of bramgrooten/neurotrails")
-    check_output(args.output)
-    if args.docs and not Path("docs/performance.md").is_file():
+    page = Path("docs/performance.md")
+    if args.docs and not page.is_file():
         raise ValueError("--docs: docs/performance.md is not here; accepted is the root of the repository")
+    output = page.with_name(f"performance-{DEVICE.type}.json") if args.docs else args.output
+    check_output(output)
+    parts = json.loads(output.read_text()) if args.only != list(BENCHMARKS) and output.is_file() else {}
 
     measured_on = conditions()
     limits = {name: f"{matmul_peak(kind) / 1e9:,.0f} GFLOP/s" for name, kind in PEAKS.items()}
     limits["copy"] = f"{bandwidth() / 1e9:.0f} GB/s"
     measured_on["limits"] = limits
     print(json.dumps(measured_on, indent=1), file=sys.stderr)
-    figures, start = [], time.perf_counter()
+    start = time.perf_counter()
     for name in args.only:
         print(f"{name} …", file=sys.stderr)
-        figures += BENCHMARKS[name](args)
+        parts[name] = as_json(BENCHMARKS[name](args), measured_on)
+        parts = {each: parts[each] for each in BENCHMARKS if each in parts}
+        write_json(output, parts)
+        if args.docs:
+            before, rest = page.read_text().split(BEGIN)
+            page.write_text(before + BEGIN + table(figures(parts)) + "\n" + END + rest.split(END)[1])
         print(f"{name}: done after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
-    print(table(figures))
-    write_figures(args.output, figures, measured_on)
-    print(f"\n{args.output} holds the figures and the machine", file=sys.stderr)
-    if args.docs:
-        write_figures(Path(f"docs/performance-{DEVICE.type}.json"), figures, measured_on)
-        page = Path("docs/performance.md")
-        before, rest = page.read_text().split(BEGIN)
-        page.write_text(before + BEGIN + table(figures) + "\n" + END + rest.split(END)[1])
+    print(table(figures(parts)))
+    print(f"\n{output} holds the figures and the machine", file=sys.stderr)
 
 
 if __name__ == "__main__":
