@@ -161,6 +161,13 @@ class MultiHeadConfig:
         return "num_hidden_layers" if getattr(self, "depths", None) is None else "sum(depths)"
 
     @property
+    def topology(self) -> str:
+        """The shape in words, such as "3 heads of 1 block on a backbone of 2"."""
+        heads, blocks = self.num_ensemble_heads, self.blocks_in_head
+        parts = f"{heads} head{'s' * (heads != 1)} of {blocks} block{'s' * (blocks != 1)}"
+        return f"{parts} on a backbone of {self.num_backbone_layers}"
+
+    @property
     def num_backbone_layers(self) -> int:
         """Number of shared blocks."""
         return self.trail_depth - self.blocks_in_head

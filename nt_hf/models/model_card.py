@@ -69,8 +69,8 @@ def model_card(
 ---
 # NeuroTrails {family}
 
-A {family} model of {config.num_ensemble_heads} heads of {config.blocks_in_head} blocks on a backbone of
-{config.num_backbone_layers} (NeuroTrails, [arXiv 2505.17909](https://arxiv.org/abs/2505.17909)). Its prediction is that
+A {family} model of {config.topology}
+(NeuroTrails, [arXiv 2505.17909](https://arxiv.org/abs/2505.17909)). Its prediction is that
 of the ensemble of its heads. {sparsity}
 
 {middle}## Load it

@@ -62,8 +62,8 @@ def _from_stock(source: str, shape: MultiHeadConfig, is_text: bool) -> PreTraine
     )
     new = f"new is a classifier of {shape.num_labels} classes" if replaces else "nothing is new"
     logger.info(
-        "%s: the weights of a %s are taken, each of %d heads of %d blocks is a copy; %s",
-        source, kind.stock_class.__name__, shape.num_ensemble_heads, shape.blocks_in_head, new,
+        "%s: the weights of a %s are taken for %s, each head is a copy; %s",
+        source, kind.stock_class.__name__, shape.topology, new,
     )  # fmt: skip
     return model
 

@@ -443,9 +443,9 @@ class TrainingRun:
         method = "" if processes == 1 else " (FSDP2)" if self.sharding else " (DDP)"
         progress = self.state.progress
         logger.info(
-            "%s: %.1fM parameters, %d heads of %d blocks on a backbone of %d, density %.3f of the masked weights, %s",
+            "%s: %.1fM parameters, %s, density %.3f of the masked weights, %s",
             f"resuming {self.last_saved} at step {progress.step}" if self.last_saved else "new run",
             sum(parameter.numel() for parameter in self.model.parameters()) / 1e6,
-            config.num_ensemble_heads, config.blocks_in_head, config.num_backbone_layers,
+            config.topology,
             self.state.sparsifier.report().overall.density, f"{processes} processes{method}",
         )  # fmt: skip
