@@ -1,6 +1,5 @@
 """The finished runs of a suite, and how their scores are read, averaged over seeds and compared seed by seed."""
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,36 +104,3 @@ def paired_differences(runs: Finished, others: Finished, read: Read) -> list[flo
 def measured(measures: Iterable[Measure], runs: Finished) -> list[str]:
     """A cell of a table for each measure."""
     return [spread(runs.values(measure.read), measure.digits) for measure in measures]
-
-
-# The share of cases in which an interval holds the true mean, if differences of seeds are normally distributed.
-CONFIDENCE = 0.95
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The confidence interval of the mean of a sample, by Student's t; ``None`` of a single value."""
-    if len(values) < 2:
-        return None
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    margin = t_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * error
-    return mean - margin, mean + margin
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution with whole degrees of freedom, of a probability from 1/2."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):  # of the angle whose tangent is t / sqrt(degrees)
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _within(angle: float, degrees: int) -> float:
-    """The probability of ``|t| < sqrt(degrees) * tan(angle)`` (Abramowitz & Stegun, 26.7.3 and 26.7.4)."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for number in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine**2 * (number + 1) / (number + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

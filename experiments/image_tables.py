@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from nt_hf.text import markdown_table
 
 from experiments.finished import Finished, Measure, Result, measured, paired_differences, spread, with_diagonal
+from experiments.motion import MOTION, Gain, motion_table
 from experiments.suite import Suite
 
 VALIDATION = Measure("accuracy (%)", lambda record: 100 * record["accuracy"], 2)
@@ -54,6 +55,10 @@ NLL = Measure("NLL", of_model("nll"))
 ECE = Measure("ECE", of_model("ece"), 4)
 REFERENCE = Measure("with the diagonal", lambda result: with_diagonal(result["disagreement"]))
 CORRUPTED = Measure("corrupted accuracy (%)", corrupted("accuracy", 100), 2)
+GAINS_OF_MOTION = {
+    "points of accuracy": Gain(lambda static, moving: ACCURACY.read(moving) - ACCURACY.read(static), 2),
+    "NLL": Gain(lambda static, moving: NLL.read(static) - NLL.read(moving), 4),
+}
 
 
 def quality(suite: Suite) -> Measure:
@@ -69,6 +74,7 @@ def tables(suite: Suite, arms: Mapping[str, Finished]) -> dict[str, str | None]:
     return {
         "Quality": quality_table(suite, arms),
         "One change": effects_table(arms),
+        MOTION: motion_table(suite, arms, GAINS_OF_MOTION),
         "Calibration": calibration_table(arms),
         "Corrupted images": corruption_table(arms),
         "Other images": unknown_table(arms),

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from nt_hf.models.configuration_neurotrails import ENSEMBLE_MODES
 from nt_hf.text import markdown_table, score_text
@@ -11,14 +11,13 @@ from experiments.finished import (
     Finished,
     Measure,
     Result,
-    density,
-    interval,
     measured,
     paired_differences,
     paired_ratios,
     spread,
     with_diagonal,
 )
+from experiments.motion import MOTION, Gain, motion_table
 from experiments.suite import Suite
 
 VALIDATION = Measure("perplexity", lambda record: record["perplexity"], 2, log=True)
@@ -80,7 +79,7 @@ def tables(suite: Suite, arms: Mapping[str, Finished]) -> dict[str, str | None]:
     return {
         "Quality": quality_table(suite, arms),
         "One change": effects_table(suite, arms),
-        "Static masks less moving ones, with the 95 % confidence interval": motion_table(suite, arms),
+        MOTION: motion_table(suite, arms, gains_of_motion(suite)),
         "Texts": texts_table(suite, arms),
         "Heads used": heads_table(arms),
         "Averaging": averaging_table(suite, arms),
@@ -130,38 +129,13 @@ def effects_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
     return markdown_table(rows) if len(rows) > 1 else None
 
 
-def motion_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:
-    """What the motion of masks brings: arms that are a change of an arm of static masks, as long and as dense as it."""
-    loss = log_perplexity_on(next(iter(suite.evaluation.texts)))
-    rows = []
-    for runs in arms.values():
-        source = arms.get(runs.arm.changed)
-        if source and is_static(source) and not is_static(runs) and source.budget["steps"] == runs.budget["steps"]:
-            # Above 0: moving masks are better.
-            gains = [-difference for difference in paired_differences(runs, source, loss)]
-            share, tokens = runs.mean(density), runs.budget["tokens"] / 1e6
-            cells = [f"{share:.2g}", f"{tokens:.2f}", runs.arm.label, source.arm.label, str(len(gains))]
-            cells += [with_interval(gains, 4), with_interval([100 * -math.expm1(-gain) for gain in gains], 2)]
-            rows.append(((-share, tokens), cells))
-    first = ["density", "tokens (M)", "masks that move", "static masks", "seeds", "nats a token", "% of perplexity"]
-    return markdown_table([first, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]) if rows else None
-
-
-def log_perplexity_on(text: str) -> Callable[[Result], float]:
-    perplexity = perplexity_on(text)
-    return lambda result: math.log(perplexity(result))
-
-
-def is_static(runs: Finished) -> bool:
-    """Whether an arm's masks never move."""
-    return next(iter(runs.by_seed.values()))["config"]["sparsity"].get("update_interval") == 0
-
-
-def with_interval(values: Sequence[float], digits: int) -> str:
-    """The mean of a sample and its confidence interval, both with their signs; no interval of a single value."""
-    bounds = interval(values)
-    text = f"{statistics.fmean(values):+.{digits}f}"
-    return text if bounds is None else f"{text} [{bounds[0]:+.{digits}f}, {bounds[1]:+.{digits}f}]"
+def gains_of_motion(suite: Suite) -> dict[str, Gain]:
+    """What moving masks bring, in two units: of a perplexity with static masks, and one with masks that move."""
+    read = quality(suite).read
+    return {
+        "nats a token": Gain(lambda static, moving: math.log(read(static) / read(moving)), 4),
+        "% of perplexity": Gain(lambda static, moving: 100 * (1 - read(moving) / read(static)), 2),
+    }
 
 
 def averaging_table(suite: Suite, arms: Mapping[str, Finished]) -> str | None:

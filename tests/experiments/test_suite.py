@@ -14,7 +14,8 @@ from conftest import ROOT
 from recipe_runs import call
 from suite_runs import edited, run, runner
 
-from experiments.finished import Finished, finished, paired_ratios, t_quantile
+from experiments.finished import Finished, finished, paired_ratios
+from experiments.motion import motion_table
 from experiments.suite import (
     budget,
     fill,
@@ -28,7 +29,7 @@ from experiments.suite import (
     tuning_runs,
 )
 from experiments.suite_report import density_series, refreshed, report_text
-from experiments.text_tables import effects_table, motion_table, perplexity_on
+from experiments.text_tables import effects_table, gains_of_motion, perplexity_on
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, lock_directory
 from nt_hf.training.metrics import read_metrics
@@ -365,14 +366,6 @@ def test_an_arm_of_one_head_has_no_gain_to_compare(world):
     assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
-)
-def test_quantiles_of_students_t(degrees, expected):
-    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
-    assert t_quantile(0.5, degrees) == pytest.approx(0, abs=1e-12)
-
-
 def made_up(suite, name, perplexities, density=0.5, steps=8, interval=3):
     """An arm with the results of some seeds."""
     results = {
@@ -402,7 +395,7 @@ def test_static_masks_less_moving_ones(tiny):
         "other": made_up(suite, "other", {0: 1.0}, interval=0),  # does not move
         "of rival": made_up(suite, "of rival", {0: 1.0}),  # a change of moving masks
     }
-    table = motion_table(suite, results)
+    table = motion_table(suite, results, gains_of_motion(suite))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     gains = [-math.log(factor) for factor in factors]
     margin = 4.30265 * statistics.stdev(gains) / 3**0.5
@@ -414,7 +407,7 @@ def test_static_masks_less_moving_ones(tiny):
          f"{share:+.2f} [{share - share_margin:+.2f}, {share + share_margin:+.2f}]"],
         ["0.1", "8.00", "alone", "still", "1", f"{math.log(2):+.4f}", "+50.00"],
     ]  # fmt: skip
-    assert motion_table(suite, {"still": still}) is None
+    assert motion_table(suite, {"still": still}, gains_of_motion(suite)) is None
 
 
 def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
