@@ -122,10 +122,12 @@ def write_report(suite: Suite, results: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- plots
 
 
-def style(arms: Mapping[str, Finished]) -> dict[str, dict[str, Any]]:
+def style(plt: Any, arms: Mapping[str, Finished]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each arm, the same in all plots."""
-    markers = "osD^v<>Pp*Xhd8"
-    return {name: {"color": f"C{i % 10}", "marker": markers[i % len(markers)]} for i, name in enumerate(arms)}
+    markers, pairs = "osD^v<>Pp*Xhd8", plt.get_cmap("tab20").colors  # each colour, then a lighter one
+    colours = pairs[::2] + pairs[1::2]
+    looks = [{"color": colours[i % 20], "marker": markers[i % len(markers)]} for i in range(len(arms))]
+    return dict(zip(arms, looks))
 
 
 def plot_curves(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
@@ -138,7 +140,7 @@ def plot_curves(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path
     }
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
     for axis, (key, label) in zip(axes, axes_of.items()):
-        for (_name, runs), look in zip(arms.items(), style(arms).values()):
+        for (_name, runs), look in zip(arms.items(), style(plt, arms).values()):
             scale = runs.budget[key] / runs.budget[unit] / (1e6 if key == unit else 1e15)
             points = list(zip(*runs.curves))[1:]  # not of the untrained model
             x = [point[0][f"training_{unit}"] * scale for point in points]
@@ -160,7 +162,7 @@ def plot_quality(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Pat
         "sparse checkpoint in bf16 (MB, computed)": lambda runs: sparse_bytes(runs) / 1e6,
     }
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
-    for (_name, runs), look in zip(arms.items(), style(arms).values()):
+    for (_name, runs), look in zip(arms.items(), style(plt, arms).values()):
         values = runs.values(measure.read)
         error = statistics.stdev(values) if len(values) > 1 else None
         for axis, cost in zip(axes, costs.values()):
@@ -232,7 +234,7 @@ def plot_ensembles(plt: Any, suite: Suite, arms: Mapping[str, Finished], panels:
     if not several:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), layout="constrained")
-    looks = style(arms)
+    looks = style(plt, arms)
     series, points = density_series(several), {"linestyle": ""}
     drawn = [(f"{several[s[0]].arm.label} to {several[s[-1]].arm.label}", s, looks[s[0]]) for s in series]
     rest = [name for name in several if not any(name in names for names in series)]
