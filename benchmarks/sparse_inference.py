@@ -227,7 +227,8 @@ def layer_times(density: float, rows=(1, 8, PROMPT)) -> list[list[str]]:
         reports = [_times(layer.to(dtype), rows) for dtype in (torch.float32, torch.bfloat16)]
         for count in rows:
             fp32, bf16 = (report.layers[0].seconds[count] for report in reports)
-            values = [fp32["dense"], bf16["dense"], fp32.get("csr"), fp32.get("compiled"), bf16.get("compiled")]
+            values = [fp32["dense"], bf16["dense"], fp32.get("csr"), fp32.get("compiled")]
+            values += [bf16.get(kernel) for kernel in ("compiled", "bitmap")]
             faster = min(values[:2]) / min(value for value in values[2:] if value)
             cells = ["" if value is None else f"{1e6 * value:.0f}" for value in values]
             lines.append([f"{out} x {inputs}", f"{density:g}", str(count), *cells, f"{faster:.1f}"])
@@ -287,7 +288,17 @@ def main() -> None:
         return
     print(conditions(), "\n")
     if args.layers:
-        head = ["weight", "density", "tokens", "dense fp32", "dense bf16", "csr", "compiled fp32", "compiled bf16"]
+        head = [
+            "weight",
+            "density",
+            "tokens",
+            "dense fp32",
+            "dense bf16",
+            "csr",
+            "compiled fp32",
+            "compiled bf16",
+            "bitmap",
+        ]
         lines = [line for density in (0.1, 0.2, 0.5) for line in layer_times(density)]
         print(markdown_table([[*head, "faster dense / best"], *lines]))
         return

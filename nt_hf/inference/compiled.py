@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,41 @@ class CompressedRows:
         return y
 
 
+class BitmapRows:
+    """A weight ``[out, in]`` in bf16 as one bit a weight and its active values, for few tokens.
+
+    Needs a CPU with AVX-512 VBMI2 and BF16 (see [`bitmaps`]).
+    """
+
+    CHUNK, TOKENS = 32, 4  # columns of a word of bits; rows of inputs that are multiplied at a time
+
+    def __init__(self, weight: torch.Tensor):
+        self.shape = tuple(weight.shape)
+        inputs = weight.shape[1]
+        active = weight.view(torch.int16) != 0
+        self.chunks = -(-inputs // self.CHUNK)
+        padded = nn.functional.pad(active, (0, self.chunks * self.CHUNK - inputs)).numpy()
+        self.bits = torch.from_numpy(numpy.packbits(padded, axis=1, bitorder="little"))
+        self.rows = active.sum(1).cumsum(0) - active.sum(1)
+        # A vector is read wherever a row's values end.
+        self.values = torch.cat([weight[active], weight.new_zeros(self.CHUNK)])
+        self.nbytes = sum(tensor.nbytes for tensor in (self.rows, self.bits, self.values))
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As [`CompressedRows.linear`]; a zero times an infinity is NaN, as in a dense layer."""
+        (out, inputs), count = self.shape, len(x)
+        y, scratch = x.new_empty(count, out), x.new_empty(self.TOKENS, self.chunks * self.CHUNK)
+        tensors = (self.rows, self.bits, self.values, bias, x, y, scratch)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        library().bitmap_linear(*pointers, count, out, inputs, torch.get_num_threads())
+        return y
+
+
+def bitmaps() -> bool:
+    """Whether this CPU has the kernel of [`BitmapRows`]."""
+    return library() is not None and hasattr(library(), "bitmap_linear")
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None``, with a warning, where they cannot be built."""
@@ -111,6 +147,8 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = {f"sparse_linear_{name}": [pointer] * 7 + [number] * 4 for name in DTYPES.values()}
+    if hasattr(loaded, "bitmap_linear"):
+        arguments["bitmap_linear"] = [pointer] * 7 + [number] * 4
     for width in _BITS:
         arguments[f"compress_{width}"] = [pointer] * 2 + [number] * 2 + [pointer] * 3
         arguments[f"expand_{width}"] = [pointer] * 4 + [number] * 2 + [pointer]

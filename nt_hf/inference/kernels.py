@@ -1,6 +1,7 @@
 """Sparse kernels of masked linear layers, and which of them can take a weight.
 
-- ``compiled``: fp32 and bf16 on a CPU (see the compiled module).
+- ``compiled``: compressed rows, fp32 and bf16 on a CPU (see the compiled module).
+- ``bitmap``: a bit for each weight, bf16 on a CPU with AVX-512 VBMI2 and BF16, for few tokens.
 - ``csr``: PyTorch's compressed rows, fp32 on a CPU.
 - ``2:4 cutlass``, ``2:4 cusparselt``: PyTorch's semi-structured kernels, fp16 and bf16 on a CUDA GPU, for weights with
   at most two of four neighbours active.
@@ -11,11 +12,12 @@ Each is a class that converts a weight once, and multiplies ``[tokens, in]`` by 
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from .compiled import DTYPES, CompressedRows, library
+from .compiled import DTYPES, BitmapRows, CompressedRows, bitmaps, library
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,9 +33,11 @@ def usable_kernels(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor, to
         }
     if weight.device.type != "cpu":
         return {}
-    builders: dict[str, type] = {}
+    builders: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Kernel]] = {}
     if weight.dtype in DTYPES and library() is not None:
-        builders["compiled"] = _Compiled
+        builders["compiled"] = functools.partial(_Compiled, form=CompressedRows.of_dense)
+    if weight.dtype == torch.bfloat16 and bitmaps():
+        builders["bitmap"] = functools.partial(_Compiled, form=BitmapRows)
     if weight.dtype == torch.float32:
         builders["csr"] = _Csr
     return builders
@@ -56,10 +60,10 @@ class _Csr:
 
 
 class _Compiled:
-    """The package's own kernel."""
+    """The package's own kernels, for a weight in one of their forms."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight = CompressedRows.of_dense(weight.detach())
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Callable[[torch.Tensor], Any]):
+        self.weight = form(weight.detach())
         self.bias = None if bias is None else bias.detach().float()
         self.nbytes = self.weight.nbytes
 

@@ -128,8 +128,11 @@ def draw_masks(
         ValueError: the model is sharded, it is trained and ``config.first_weights`` asks for a new one, a glob fits no
             weight, the group densities leave an impossible remainder, the structure cannot have the density, a loss or
             batches are needed, or the checkpoint's masks do not fit.
+        TypeError: ``config`` is something else.
         NotImplementedError: the model's blocks cannot be run one after another, see [`block_by_block`].
     """
+    if not isinstance(config, SparsityConfig):
+        raise TypeError(f"config={config!r}: accepted is a SparsityConfig, such as SparsityConfig(density=0.5)")
     if not config.is_sparse and not masked_modules(model):
         return
     if sharded := [name for name, module in maskable_modules(model).items() if hasattr(module.weight, "to_local")]:

@@ -20,8 +20,12 @@ from nt_hf.models.masks import attach_masks, masked_modules, set_mask
 COMPILED = compiled.library() is not None
 compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiler here: g++ or $CXX builds the kernels")
 KERNELS = [pytest.param("compiled", marks=compiled_only), "csr"]
+bitmaps_only = pytest.mark.skipif(
+    not compiled.bitmaps(), reason="this CPU has no AVX-512 VBMI2 and BF16, or no compiler"
+)
+KERNELS_OF_BF16 = [KERNELS[0], pytest.param("bitmap", marks=bitmaps_only)]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 130)
-SHAPES = [(1, 1), (7, 5), (36, 44), (17, 130), (100, 33), (64, 64)]
+SHAPES = [(1, 1), (7, 5), (36, 44), (17, 130), (100, 33), (64, 64), (10, 300)]
 
 
 def layer(out, inputs, density=0.3, bias=False, dtype=torch.float32):
@@ -76,12 +80,13 @@ def test_fp32_is_dense_to_rounding(kernel, shape, bias, density, choose):
 
 
 @torch.no_grad()
-@compiled_only
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bf16_is_as_accurate_as_dense(shape, bias, choose):
-    choose("compiled")
-    model = layer(*shape, bias=bias, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kernel", KERNELS_OF_BF16)
+def test_bf16_is_as_accurate_as_dense(kernel, shape, bias, density, choose):
+    choose(kernel)
+    model = layer(*shape, density, bias, dtype=torch.bfloat16)
     specialize(model, (1,))
     exact = copy.deepcopy(model).double()
     restore(exact)
@@ -108,10 +113,16 @@ def test_empty_and_full_rows(kernel, choose):
 
 
 @torch.no_grad()
-@compiled_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_infinity_of_an_active_input_come_through(dtype, choose):
-    choose("compiled")
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        pytest.param("compiled", torch.float32, marks=compiled_only),
+        pytest.param("compiled", torch.bfloat16, marks=compiled_only),
+        pytest.param("bitmap", torch.bfloat16, marks=bitmaps_only),
+    ],
+)
+def test_nan_and_infinity_of_an_active_input_come_through(kernel, dtype, choose):
+    choose(kernel)
     model = layer(20, 20, density=1.0, dtype=dtype)
     specialize(model, (1,))
     for rows in ROWS:
@@ -398,6 +409,7 @@ def test_other_instruction_sets(options, monkeypatch, tmp_path, choose):
     choose("compiled")
     compiled.library.cache_clear()
     try:
+        assert not compiled.bitmaps()
         for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
             model = layer(100, 333, bias=True, dtype=dtype)
             exact = copy.deepcopy(model).double()

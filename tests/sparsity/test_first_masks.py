@@ -39,6 +39,11 @@ from nt_hf.sparsity.sparsifier import Sparsifier
 # --------------------------------------------------------------------------------------------- random first masks
 
 
+def test_a_density_alone_is_refused():
+    with pytest.raises(TypeError, match=r"config=0.5: accepted is a SparsityConfig, such as"):
+        draw_masks(nn.Linear(4, 4), 0.5)
+
+
 def test_draw_masks_meets_the_targets_and_zeros_the_rest():
     net, _, sparsifier = sparse(model=Tower, density=0.3)
     report = sparsifier.report()

@@ -15,6 +15,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // Bytes of a vector register. Wider vectors would live in memory, which makes them twenty times as slow.
@@ -330,6 +334,88 @@ void expand(const int64_t* rows, const uint8_t* steps, const Word* values, const
   }
 }
 
+#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+#define BITMAPS
+
+// W as a bit for every weight, and the active values. One instruction spreads the values of 32 columns to their places,
+// so that nothing is looked up; the zeros are multiplied, too. That pays for few tokens.
+struct Bitmap {
+  const int64_t* rows;    // [out], where the values of each row begin
+  const uint32_t* bits;   // [out, chunks], of 32 columns each
+  const BFloat16* values; // with 64 bytes behind them that may be read
+  const float* bias;      // [out] or null
+  int64_t out, chunks;
+};
+
+// ROWS rows by TOKENS tokens. Several rows at a time hide how long the bits of one take to say where the values of its
+// next 32 columns begin.
+template <int ROWS, int TOKENS>
+inline void spread_rows(const Bitmap& w, int64_t row, const BFloat16* x, BFloat16* y) {
+  constexpr int64_t EVERY = 4;  // chunks a prefetch
+  const BFloat16* values[ROWS];
+  const BFloat16* first[ROWS];
+  const BFloat16* next[ROWS];  // the same place of the rows after these, which no other stream would load early enough
+  const uint32_t* bits = w.bits + row * w.chunks;
+  __m512 sums[ROWS][TOKENS];
+  for (int r = 0; r < ROWS; r++) {
+    values[r] = first[r] = w.values + w.rows[row + r];
+    next[r] = w.values + w.rows[std::min(row + r + ROWS, w.out - 1)];
+    for (int t = 0; t < TOKENS; t++) sums[r][t] = _mm512_setzero_ps();
+  }
+  auto chunk = [&](int64_t c) {
+    __m512bh spread[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      const uint32_t places = bits[r * w.chunks + c];
+      spread[r] = (__m512bh)_mm512_maskz_expand_epi16(places, _mm512_loadu_si512(values[r]));
+      values[r] += __builtin_popcount(places);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++) {
+      const auto inputs = (__m512bh)_mm512_loadu_si512(x + (t * w.chunks + c) * 32);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], spread[r], inputs);
+    }
+  };
+  int64_t c = 0;
+  for (; c + EVERY <= w.chunks; c += EVERY) {
+    for (int r = 0; r < ROWS; r++) __builtin_prefetch(next[r] + (values[r] - first[r]));
+    __builtin_prefetch(bits + (ROWS + c / EVERY % ROWS) * w.chunks + c);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < EVERY; k++) chunk(c + k);
+  }
+  for (; c < w.chunks; c++) chunk(c);
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++)
+      store(_mm512_reduce_add_ps(sums[r][t]) + (w.bias ? w.bias[row + r] : 0), y + t * w.out + row + r);
+}
+
+template <int TOKENS>
+void few_tokens(const Bitmap& w, const BFloat16* x, BFloat16* y, int threads) {
+  constexpr int64_t ROWS = 4;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+  for (int64_t row = 0; row < w.out; row += ROWS) {
+    if (row + ROWS <= w.out) {
+      spread_rows<ROWS, TOKENS>(w, row, x, y);
+    } else {
+      for (int64_t rest = row; rest < w.out; rest++) spread_rows<1, TOKENS>(w, rest, x, y);
+    }
+  }
+}
+
+// scratch [4, chunks * 32]: four tokens' inputs, with zeros behind them.
+void spread_linear(const Bitmap& w, const BFloat16* x, BFloat16* y, int64_t tokens, int64_t in, BFloat16* scratch,
+                   int threads) {
+  for (int64_t step; tokens > 0; tokens -= step, x += step * in, y += step * w.out) {
+    step = std::min<int64_t>(tokens, 4);
+    std::memset(scratch, 0, step * w.chunks * 32 * sizeof(BFloat16));
+    for (int64_t t = 0; t < step; t++) std::memcpy(scratch + t * w.chunks * 32, x + t * in, in * sizeof(BFloat16));
+    decltype(&few_tokens<1>) multiply[] = {few_tokens<1>, few_tokens<2>, few_tokens<3>, few_tokens<4>};
+    multiply[step - 1](w, scratch, y, threads);
+  }
+}
+#endif
+
 }  // namespace
 
 // x [tokens, in], y [tokens, out], contiguous. scratch: in * 128 bytes, the same for all sizes and types.
@@ -353,3 +439,12 @@ DEFINE(sparse_linear_bfloat16, BFloat16)
   }
 DEFINE_FORMS(2, uint16_t)
 DEFINE_FORMS(4, uint32_t)
+
+#ifdef BITMAPS
+// x [tokens, in], y [tokens, out], contiguous.
+extern "C" void bitmap_linear(const int64_t* rows, const uint32_t* bits, const BFloat16* values, const float* bias,
+                              const BFloat16* x, BFloat16* y, BFloat16* scratch, int64_t tokens, int64_t out, int64_t in,
+                              int64_t threads) {
+  spread_linear(Bitmap{rows, bits, values, bias, out, (in + 31) / 32}, x, y, tokens, in, scratch, int(threads));
+}
+#endif
