@@ -57,15 +57,16 @@ class CompressedRows:
     @classmethod
     def of_dense(cls, weight: torch.Tensor) -> "CompressedRows":
         """Of a dense weight's numbers that are not +0."""
-        mask = weight.view(_BITS[weight.element_size()]) != 0
-        packed = torch.from_numpy(numpy.packbits(mask.numpy(), axis=1, bitorder="little"))
-        return cls.of_mask(weight[mask], packed, tuple(weight.shape))
+        return cls.of_mask(*_parts(weight), tuple(weight.shape))
 
     @property
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    def to(self, dtype: torch.dtype) -> "CompressedRows":
+    def to(self, dtype: torch.dtype) -> "CompressedRows | BitmapRows":
+        """In another type, and in the form that fits it."""
+        if form_for(dtype, len(self.values) / max(1, self.shape[0] * self.shape[1])) is BitmapRows:
+            return BitmapRows.of_dense(self.dense().to(dtype))
         return CompressedRows(self.rows, self.steps, self.values.to(dtype), self.shape)
 
     def dense_rows(self, chosen: torch.Tensor) -> torch.Tensor:
@@ -74,10 +75,7 @@ class CompressedRows:
         Raises:
             IndexError: there is no such row.
         """
-        out, inputs = self.shape
-        chosen = chosen.contiguous()
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < out:
-            raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())}: accepted are 0 to {out - 1}")
+        chosen, inputs = _checked(chosen, self.shape), self.shape[1]
         target = self.values.new_empty(*chosen.shape, inputs)
         pointers = (tensor.data_ptr() for tensor in (self.rows, self.steps, self.values, chosen))
         getattr(library(), f"expand_{self.values.element_size()}")(*pointers, chosen.numel(), inputs, target.data_ptr())
@@ -101,33 +99,101 @@ class CompressedRows:
 
 
 class BitmapRows:
-    """A weight ``[out, in]`` in bf16 as one bit a weight and its active values, for few tokens.
+    """A weight ``[out, in]`` in bf16 as a sparse checkpoint has it: a bit for each weight, and the active values.
 
-    Needs a CPU with AVX-512 VBMI2 and BF16 (see [`bitmaps`]).
+    Takes 2 bytes an active weight and 1/8 a weight, less than [`CompressedRows`] above density 1/8. Needs a CPU with
+    AVX-512 VBMI2 and BF16 (see [`bitmaps`]).
+
+    Args:
+        rows: ``[out]``, int64, where the values of each row begin.
+        bits: ``[out, 4 * chunks]``, uint8, the mask's bits, chunks of 32 columns.
+        values: ``[active + 32]``, bf16, with zeros at the end, since a whole vector is read where the last values are.
+        shape: ``(out, in)``.
     """
 
-    CHUNK, TOKENS = 32, 4  # columns of a word of bits; rows of inputs that are multiplied at a time
+    CHUNK = 32  # columns that are multiplied at a time
+    TOKENS = 4  # rows of inputs that are multiplied at a time
+    FEW = 12  # up to so many rows of inputs that is faster than a dense product of rows that are expanded before
+    SLAB = 2**22  # weights that are expanded at a time
 
-    def __init__(self, weight: torch.Tensor):
-        self.shape = tuple(weight.shape)
-        inputs = weight.shape[1]
-        active = weight.view(torch.int16) != 0
-        self.chunks = -(-inputs // self.CHUNK)
-        padded = nn.functional.pad(active, (0, self.chunks * self.CHUNK - inputs)).numpy()
-        self.bits = torch.from_numpy(numpy.packbits(padded, axis=1, bitorder="little"))
-        self.rows = active.sum(1).cumsum(0) - active.sum(1)
-        # A vector is read wherever a row's values end.
-        self.values = torch.cat([weight[active], weight.new_zeros(self.CHUNK)])
-        self.nbytes = sum(tensor.nbytes for tensor in (self.rows, self.bits, self.values))
+    def __init__(self, rows: torch.Tensor, bits: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]):
+        self.rows, self.bits, self.values, self.shape = rows, bits, values, shape
+        self.chunks = bits.shape[1] // 4
+        self.nbytes = sum(tensor.nbytes for tensor in (rows, bits, values))
+
+    @classmethod
+    def of_mask(cls, values: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> "BitmapRows":
+        """As [`CompressedRows.of_mask`]; keeps ``packed`` where its rows are whole chunks."""
+        out, inputs = shape
+        packed, chunks = packed.reshape(out, -(-inputs // 8)), -(-inputs // cls.CHUNK)
+        bits = nn.functional.pad(packed, (0, 4 * chunks - packed.shape[1])).contiguous()
+        rows = torch.empty(out, dtype=torch.int64)
+        library().bitmap_rows(bits.data_ptr(), out, chunks, rows.data_ptr())
+        return cls(rows, bits, torch.cat([values, values.new_zeros(cls.CHUNK)]), shape)
+
+    @classmethod
+    def of_dense(cls, weight: torch.Tensor) -> "BitmapRows":
+        """Of a dense weight's numbers that are not +0."""
+        return cls.of_mask(*_parts(weight), tuple(weight.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def to(self, dtype: torch.dtype) -> CompressedRows:
+        """In a type that bitmaps do not have."""
+        return CompressedRows.of_dense(self.dense().to(dtype))
+
+    def dense_rows(self, chosen: torch.Tensor) -> torch.Tensor:
+        """As [`CompressedRows.dense_rows`]."""
+        chosen = _checked(chosen, self.shape)
+        target = self.values.new_empty(*chosen.shape, self.shape[1])
+        pointers = (tensor.data_ptr() for tensor in (self.rows, self.bits, self.values, chosen))
+        library().bitmap_expand(*pointers, chosen.numel(), *self.shape, target.data_ptr(), torch.get_num_threads())
+        return target
+
+    def dense(self) -> torch.Tensor:
+        """The weight ``[out, in]``."""
+        return self.dense_rows(torch.arange(self.shape[0]))
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As [`CompressedRows.linear`]; a zero times an infinity is NaN, as in a dense layer."""
         (out, inputs), count = self.shape, len(x)
-        y, scratch = x.new_empty(count, out), x.new_empty(self.TOKENS, self.chunks * self.CHUNK)
+        y = x.new_empty(count, out)
+        if count > self.FEW:
+            bias = None if bias is None else bias.to(x.dtype)
+            for chosen in torch.arange(out).split(max(1, self.SLAB // inputs)):
+                rows = slice(int(chosen[0]), int(chosen[-1]) + 1)
+                part = None if bias is None else bias[rows]
+                y[:, rows] = nn.functional.linear(x, self.dense_rows(chosen), part)
+            return y
+        scratch = x.new_empty(self.TOKENS, self.chunks * self.CHUNK)
         tensors = (self.rows, self.bits, self.values, bias, x, y, scratch)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         library().bitmap_linear(*pointers, count, out, inputs, torch.get_num_threads())
         return y
+
+
+def form_for(dtype: torch.dtype, density: float) -> type[CompressedRows] | type[BitmapRows]:
+    """The form that a weight of some density takes least memory in, of those that this CPU can multiply."""
+    return BitmapRows if dtype == torch.bfloat16 and density > 1 / 8 and bitmaps() else CompressedRows
+
+
+def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of a dense weight that are not +0, and the packed mask of their places."""
+    mask = weight.view(_BITS[weight.element_size()]) != 0
+    return weight[mask], torch.from_numpy(numpy.packbits(mask.numpy(), axis=1, bitorder="little"))
+
+
+def _checked(chosen: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Numbers of rows, contiguous.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < shape[0]:
+        raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())}: accepted are 0 to {shape[0] - 1}")
+    return chosen.contiguous()
 
 
 def bitmaps() -> bool:
@@ -149,6 +215,8 @@ def library() -> ctypes.CDLL | None:
     arguments = {f"sparse_linear_{name}": [pointer] * 7 + [number] * 4 for name in DTYPES.values()}
     if hasattr(loaded, "bitmap_linear"):
         arguments["bitmap_linear"] = [pointer] * 7 + [number] * 4
+        arguments["bitmap_expand"] = [pointer] * 4 + [number] * 3 + [pointer, number]
+        arguments["bitmap_rows"] = [pointer, number, number, pointer]
     for width in _BITS:
         arguments[f"compress_{width}"] = [pointer] * 2 + [number] * 2 + [pointer] * 3
         arguments[f"expand_{width}"] = [pointer] * 4 + [number] * 2 + [pointer]

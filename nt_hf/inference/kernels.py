@@ -37,7 +37,7 @@ def usable_kernels(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor, to
     if weight.dtype in DTYPES and library() is not None:
         builders["compiled"] = functools.partial(_Compiled, form=CompressedRows.of_dense)
     if weight.dtype == torch.bfloat16 and bitmaps():
-        builders["bitmap"] = functools.partial(_Compiled, form=BitmapRows)
+        builders["bitmap"] = functools.partial(_Compiled, form=BitmapRows.of_dense)
     if weight.dtype == torch.float32:
         builders["csr"] = _Csr
     return builders

@@ -14,9 +14,9 @@ from torch import nn
 from ..models.auto import class_of_family, family_of
 from ..models.masks import is_transposed
 from ..models.sparse_checkpoint import check_parts, expand, sparse_weights_as
-from .compiled import DTYPES, CompressedRows, library
+from .compiled import DTYPES, BitmapRows, CompressedRows, form_for, library
 
-# Denser weights stay dense: the kernels are not faster there, and in bf16 three bytes an active weight save little.
+# Denser weights stay dense: the kernels are not faster there, and little memory is saved.
 MOST_DENSITY = 0.5
 
 
@@ -24,9 +24,10 @@ def load_sparse(path: str | os.PathLike, **options) -> nn.Module:
     """Loads a sparse checkpoint for inference on a CPU; its dense weights are never made.
 
     The model is what ``from_pretrained`` gives, of the same class, and its layers compute the same results up to the
-    order of the sums. Masked weights of linear layers and embeddings, up to density 0.5, are compressed rows (see
-    ``CompressedRows``); denser ones and those of convolutions are dense, and everything else is as in the file. What
-    needs a dense weight is an error: gradients, saving, other devices. [`restore`] makes the weights dense.
+    order of the sums. Masked weights of linear layers and embeddings, up to density 0.5, are in a form of the kernels:
+    ``CompressedRows``, or in bf16 from density 1/8 and where the CPU can, ``BitmapRows``. Denser ones and those of
+    convolutions are dense, and everything else is as in the file. What needs a dense weight is an error: gradients,
+    saving, other devices. [`restore`] makes the weights dense.
 
     Args:
         path: a directory or hub id of a checkpoint of ``save_pretrained(..., sparse=True)``. Its files must stay while
@@ -53,7 +54,7 @@ def load_sparse(path: str | os.PathLike, **options) -> nn.Module:
         if isinstance(weight, SparseParameter):
             _check_dtype(weight.dtype)  # of a file in fp16 that no option converts
         if isinstance(weight, SparseParameter) and is_transposed(module):
-            by_outputs = CompressedRows.of_dense(weight.compressed.dense().T.contiguous())
+            by_outputs = type(weight.compressed).of_dense(weight.compressed.dense().T.contiguous())
             module.weight = nn.Parameter(SparseParameter(by_outputs, transposed=True), weight.requires_grad)
     return model
 
@@ -67,7 +68,8 @@ def _compress(values: torch.Tensor, packed: torch.Tensor, shape: Sequence[int]) 
     if len(shape) != 2 or len(values) > MOST_DENSITY * shape[0] * shape[1]:
         return expand(values, packed, shape)
     check_parts(values, packed, shape)
-    return SparseParameter(CompressedRows.of_mask(values, packed, tuple(shape)))
+    density = len(values) / max(1, shape[0] * shape[1])
+    return SparseParameter(form_for(values.dtype, density).of_mask(values, packed, tuple(shape)))
 
 
 def make_dense(model: nn.Module) -> None:
@@ -98,16 +100,16 @@ class SparseParameter(torch.Tensor):
     """A weight as compressed rows, behind a dense one's shape and type.
 
     Args:
-        compressed: the rows, by outputs of a linear layer, by tokens of an embedding.
+        compressed: the rows in one of the kernels' forms, by outputs of a linear layer, by tokens of an embedding.
         transposed: whether the weight is ``[in, out]``, as that of ``Conv1D``.
     """
 
     @staticmethod
-    def __new__(cls, compressed: CompressedRows, transposed: bool = False):
+    def __new__(cls, compressed: CompressedRows | BitmapRows, transposed: bool = False):
         shape = compressed.shape[::-1] if transposed else compressed.shape
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=compressed.dtype, device="cpu")
 
-    def __init__(self, compressed: CompressedRows, transposed: bool = False):
+    def __init__(self, compressed: CompressedRows | BitmapRows, transposed: bool = False):
         self.compressed, self.transposed = compressed, transposed
 
     def dense(self) -> torch.Tensor:

@@ -3,7 +3,8 @@
 [`specialize`] times each kind of layer with dense and sparse kernels and gives a layer another forward where that
 pays; [`restore`] takes it back. The dense weights stay where they are, so that the state dict, ``save_pretrained``,
 losses and everything else that reads a weight are as before; the sparse copies come on top (on a CPU 5 bytes an active
-weight in fp32, 3 in bf16; a bitmap 2, and one bit for every weight). A model without dense weights is [`load_sparse`]'s, see the sparse_weights module.
+weight in fp32, 3 in bf16; a bitmap has 2, and one bit for every weight). A model without dense weights is
+[`load_sparse`]'s, see the sparse_weights module.
 
 The kernels are in `kernels`; ``dense`` is the module's own forward.
 """

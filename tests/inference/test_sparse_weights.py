@@ -12,12 +12,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from nt_hf import NeuroTrailsForCausalLM, NeuroTrailsForImageClassification, apply_masks
 from nt_hf.inference import compiled, load_sparse, restore, sparse_weights, specialize
-from nt_hf.inference.compiled import CompressedRows
+from nt_hf.inference.compiled import BitmapRows, CompressedRows, bitmaps
 from nt_hf.inference.sparse_weights import SparseParameter, is_sparse
 from nt_hf.models.masks import attach_masks, count_active, masked_modules, pack_mask, set_mask
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiler here: g++ or $CXX builds the kernels")
 VARIANTS = pytest.mark.parametrize("model", ["neurotrails", "full_ensemble", "only_lm_heads", "tied"], indirect=True)
+bitmaps_only = pytest.mark.skipif(not bitmaps(), reason="this CPU has no AVX-512 VBMI2 and BF16")
 ROWS = (1, 2, 8, 9, 17, 130)
 
 
@@ -51,7 +52,9 @@ def test_compressed_rows_keep_every_bit(shape, dtype, density):
     weight = torch.randn(shape).to(dtype)
     weight.view(-1)[::7], weight.view(-1)[::5] = torch.nan, -0.0
     weight.masked_fill_(~mask, 0)
-    for rows in (CompressedRows.of_mask(weight[mask], pack_mask(mask), shape), CompressedRows.of_dense(weight)):
+    forms = [CompressedRows, *([BitmapRows] if dtype == torch.bfloat16 and bitmaps() else [])]
+    parts = weight[mask], pack_mask(mask), shape
+    for rows in [made for form in forms for made in (form.of_mask(*parts), form.of_dense(weight))]:
         assert torch.equal(rows.dense().view(torch.uint8), weight.view(torch.uint8))
         chosen = torch.tensor([[0, shape[0] - 1, 0]])
         assert torch.equal(rows.dense_rows(chosen).view(torch.uint8), weight[chosen].view(torch.uint8))
@@ -76,9 +79,30 @@ def test_more_columns_than_16_bits():
     torch.testing.assert_close(CompressedRows.of_dense(weight).linear(x, None), x @ weight.T)
 
 
-def test_rows_that_are_not_there():
+@pytest.mark.parametrize("form", [CompressedRows, pytest.param(BitmapRows, marks=bitmaps_only)])
+def test_rows_that_are_not_there(form):
     with pytest.raises(IndexError, match="accepted are 0 to 1"):
-        CompressedRows.of_dense(torch.ones(2, 3)).dense_rows(torch.tensor([2]))
+        form.of_dense(torch.ones(2, 3, dtype=torch.bfloat16)).dense_rows(torch.tensor([2]))
+
+
+@bitmaps_only
+@pytest.mark.parametrize("bias", [None, torch.arange(40.0)])
+def test_many_tokens_by_a_bitmap_multiply_its_dense_rows_in_parts(monkeypatch, bias):
+    monkeypatch.setattr(BitmapRows, "SLAB", 7 * 50)
+    weight = torch.where(torch.rand(40, 50) < 0.3, torch.randn(40, 50), 0.0).to(torch.bfloat16)
+    x = torch.randn(BitmapRows.FEW + 1, 50, dtype=torch.bfloat16)
+    expected = nn.functional.linear(x.float(), weight.float(), bias)
+    torch.testing.assert_close(BitmapRows.of_dense(weight).linear(x, bias).float(), expected, rtol=2**-7, atol=0.02)
+
+
+@bitmaps_only
+def test_a_change_of_type_changes_to_the_form_that_fits():
+    for density, form in ((0.05, CompressedRows), (0.3, BitmapRows)):
+        weight = torch.where(torch.rand(40, 50) < density, torch.randn(40, 50), 0.0)
+        rows = CompressedRows.of_dense(weight).to(torch.bfloat16)
+        assert type(rows) is form and torch.equal(rows.dense(), weight.to(torch.bfloat16))
+        back = rows.to(torch.float32)
+        assert type(back) is CompressedRows and torch.equal(back.dense(), weight.to(torch.bfloat16).float())
 
 
 # ------------------------------------------------------------------------------------------------------ whole models
@@ -117,14 +141,21 @@ def test_restore_gives_what_from_pretrained_does(model, path):
     specialize(sparse, (1,))
 
 
-def test_no_dense_weight_is_made(model, path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_dense_weight_is_made(model, dtype, tmp_path, monkeypatch):
+    draw_masks(model, 0.3)
+    model.to(dtype).save_pretrained(tmp_path, sparse=True)
     monkeypatch.setattr(sparse_weights, "expand", lambda *_: pytest.fail("expanded"))
-    monkeypatch.setattr(CompressedRows, "dense", lambda *_: pytest.fail("expanded"))
-    sparse = load_sparse(path)
+    for form in (CompressedRows, BitmapRows):
+        monkeypatch.setattr(form, "dense", lambda *_: pytest.fail("expanded"))
+    sparse = load_sparse(tmp_path, dtype=dtype)
     sparse.generate(torch.arange(4, 20)[None], max_new_tokens=2)
     for name, weight in sparse_ones(sparse).items():
-        active = count_active(masked_modules(sparse)[name].weight_mask)
-        assert weight.compressed.nbytes == 5 * active + 8 * (weight.shape[0] + 1)
+        active, (out, inputs) = count_active(masked_modules(sparse)[name].weight_mask), weight.shape
+        compressed = (active * (dtype.itemsize + 1)) + 8 * (out + 1)
+        bitmap = 2 * (active + 32) + 4 * out * -(-inputs // 32) + 8 * out
+        is_bitmap = dtype == torch.bfloat16 and bitmaps()
+        assert weight.compressed.nbytes == (bitmap if is_bitmap else compressed)
 
 
 def test_layers_that_are_denser_stay_dense(model, tmp_path):
@@ -205,6 +236,7 @@ def test_another_type_copies_and_drafts(model, path):
     for one, other in zip(copied.parameters(), load_sparse(path, dtype=torch.bfloat16).parameters(), strict=True):
         assert one.dtype == other.dtype == torch.bfloat16
         if isinstance(one, SparseParameter):
+            assert type(one.compressed) is type(other.compressed)
             assert torch.equal(one.compressed.values, other.compressed.values)
     dense = NeuroTrailsForCausalLM.from_pretrained(path).to(torch.bfloat16)
     torch.testing.assert_close(copied(ids).logits, dense(ids).logits, rtol=0.05, atol=0.1)

@@ -414,6 +414,21 @@ void spread_linear(const Bitmap& w, const BFloat16* x, BFloat16* y, int64_t toke
     multiply[step - 1](w, scratch, y, threads);
   }
 }
+
+// The dense rows `chosen` [count] into target [count, in].
+void spread_to(const Bitmap& w, const int64_t* chosen, int64_t count, int64_t in, BFloat16* target, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i++) {
+    const BFloat16* values = w.values + w.rows[chosen[i]];
+    for (int64_t c = 0; c < w.chunks; c++) {
+      const uint32_t bits = w.bits[chosen[i] * w.chunks + c];
+      const uint32_t inside = in - c * 32 < 32 ? (1u << (in - c * 32)) - 1 : ~0u;
+      const __m512i spread = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
+      _mm512_mask_storeu_epi16(target + i * in + c * 32, inside, spread);
+      values += __builtin_popcount(bits);
+    }
+  }
+}
 #endif
 
 }  // namespace
@@ -446,5 +461,17 @@ extern "C" void bitmap_linear(const int64_t* rows, const uint32_t* bits, const B
                               const BFloat16* x, BFloat16* y, BFloat16* scratch, int64_t tokens, int64_t out, int64_t in,
                               int64_t threads) {
   spread_linear(Bitmap{rows, bits, values, bias, out, (in + 31) / 32}, x, y, tokens, in, scratch, int(threads));
+}
+extern "C" void bitmap_expand(const int64_t* rows, const uint32_t* bits, const BFloat16* values, const int64_t* chosen,
+                              int64_t count, int64_t out, int64_t in, BFloat16* target, int64_t threads) {
+  spread_to(Bitmap{rows, bits, values, nullptr, out, (in + 31) / 32}, chosen, count, in, target, int(threads));
+}
+// Where the values of each row begin, rows [out], by its bits [out, chunks].
+extern "C" void bitmap_rows(const uint32_t* bits, int64_t out, int64_t chunks, int64_t* rows) {
+  int64_t before = 0;
+  for (int64_t row = 0; row < out; row++) {
+    rows[row] = before;
+    for (int64_t c = 0; c < chunks; c++) before += __builtin_popcount(*bits++);
+  }
 }
 #endif
