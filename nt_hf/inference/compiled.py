@@ -127,6 +127,8 @@ class BitmapRows:
         out, inputs = shape
         packed, chunks = packed.reshape(out, -(-inputs // 8)), -(-inputs // cls.CHUNK)
         bits = nn.functional.pad(packed, (0, 4 * chunks - packed.shape[1])).contiguous()
+        if bits.data_ptr() % 4:  # a file may have it anywhere, and the kernels read words
+            bits = bits.clone()
         rows = torch.empty(out, dtype=torch.int64)
         library().bitmap_rows(bits.data_ptr(), out, chunks, rows.data_ptr())
         return cls(rows, bits, torch.cat([values, values.new_zeros(cls.CHUNK)]), shape)

@@ -96,6 +96,17 @@ def test_many_tokens_by_a_bitmap_multiply_its_dense_rows_in_parts(monkeypatch, b
 
 
 @bitmaps_only
+def test_a_mask_may_lie_anywhere():
+    mask = torch.rand(16, 64) < 0.3
+    weight = torch.where(mask, torch.randn(16, 64), 0.0).to(torch.bfloat16)
+    for shift in range(4):
+        memory = torch.zeros(shift + 16 * 8, dtype=torch.uint8)
+        memory[shift:] = pack_mask(mask).view(-1)
+        rows = BitmapRows.of_mask(weight[mask], memory[shift:], (16, 64))
+        assert rows.bits.data_ptr() % 4 == 0 and torch.equal(rows.dense(), weight)
+
+
+@bitmaps_only
 def test_a_change_of_type_changes_to_the_form_that_fits():
     for density, form in ((0.05, CompressedRows), (0.3, BitmapRows)):
         weight = torch.where(torch.rand(40, 50) < density, torch.randn(40, 50), 0.0)
