@@ -15,6 +15,7 @@ from ..models.configuration_neurotrails import MODEL_TYPE_PREFIX, MultiHeadConfi
 from ..models.masks import apply_masks, masked_modules
 from ..models.trails import load_complete
 from ..sparsity.first_masks import draw_masks
+from ..sparsity.pruning import PRUNERS
 from .optimizer import learning_rate_factor
 from .tasks import Task
 
@@ -111,6 +112,12 @@ def first_masks(model: PreTrainedModel, config: RunConfig, task: Task) -> None:
         draw_masks(model, sparsity, loss=lambda: task.saliency_loss(model), batches=batches)
     if "init_from" in config.model:
         moves = sparsity.is_sparse and sparsity.update_interval > 0  # the noise of updates differs from head to head
+        if moves and sparsity.initial_masks in PRUNERS:
+            logger.warning(
+                "sparsity.update_interval=%d: masks by %s were chosen for weights that are trained, and every update "
+                "drops a share of these; accepted is this, and 0, which keeps the masks (docs/upcycle.md)",
+                sparsity.update_interval, sparsity.initial_masks,
+            )  # fmt: skip
         if not (moves or config.data.order_per_head or have_own_rates(model, config.train)):
             accepted = "a number above 0, data.order_per_head=true, random masks, or learning rates that differ"
             require_different_heads(model, f"train.head_noise={config.train.head_noise:g}", accepted)

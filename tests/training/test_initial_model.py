@@ -86,6 +86,13 @@ def test_first_masks_are_those_of_the_method_on_training_data(directory, tmp_pat
                / sum(m.weight.numel() for m in masked_modules(model).values())])  # fmt: skip
 
 
+@pytest.mark.parametrize(("interval", "warnings"), [(1, 1), (0, 0)])
+def test_masks_of_a_trained_model_that_would_move_are_warned_of(directory, tmp_path, caplog, interval, warnings):
+    masks = ["--sparsity.density", 0.5, "--sparsity.initial_masks", "magnitude", "--sparsity.update_interval", interval]
+    run(directory, tmp_path, *masks, "--train.head_noise", 0.01)
+    assert caplog.text.count("masks by magnitude were chosen for weights that are trained") == warnings
+
+
 def test_noise_spares_the_first_head_and_the_backbone():
     config = LlamaConfig(
         vocab_size=20, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
