@@ -220,10 +220,11 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(config, whole, tmp_path):
 def test_old_checkpoints_go_when_a_newer_one_is_verified(config, tmp_path, monkeypatch, caplog):
     train(config, tmp_path / "run", "--train.save_steps", 3, "--train.keep", 1)
     assert names(tmp_path / "run") == ["checkpoint-12"]
-    monkeypatch.setattr(manifest, "sync", lambda path: damage(path) if path.name == "config.json" else None)
+    damage_sealed = lambda path: damage(path.with_name("config.json")) if path.name == manifest.MANIFEST else None  # noqa: E731
+    monkeypatch.setattr(manifest, "sync", damage_sealed)
     with caplog.at_level(logging.WARNING):
         train(config, tmp_path / "other", "--train.save_steps", 6, "--train.keep", 1)
-    # The disk changes each file behind the program's back: so no checkpoint is deleted.
+    # The disk changes a file behind the program's back, after its checksum: so no checkpoint is deleted.
     assert names(tmp_path / "other") == ["checkpoint-6", "checkpoint-12"]
     assert "older checkpoints stay" in caplog.text
 
