@@ -289,16 +289,8 @@ def main() -> None:
     print(conditions(), "\n")
     if args.layers:
         head = [
-            "weight",
-            "density",
-            "tokens",
-            "dense fp32",
-            "dense bf16",
-            "csr",
-            "compiled fp32",
-            "compiled bf16",
-            "bitmap",
-        ]
+            "weight", "density", "tokens", "dense fp32", "dense bf16", "csr", "compiled fp32", "compiled bf16", "bitmap"
+        ]  # fmt: skip
         lines = [line for density in (0.1, 0.2, 0.5) for line in layer_times(density)]
         print(markdown_table([[*head, "faster dense / best"], *lines]))
         return

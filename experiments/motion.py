@@ -59,6 +59,5 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The confidence interval of the mean of a sample, by Student's t; ``None`` of less than two values."""
     if len(values) < 2:
         return None
-    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
-    return mean - margin, mean + margin
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return t.interval(CONFIDENCE, len(values) - 1, statistics.fmean(values), error)

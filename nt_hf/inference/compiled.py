@@ -27,7 +27,30 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _BITS = {2: torch.int16, 4: torch.int32}  # by bytes a value
 
 
-class CompressedRows:
+class SparseRows:
+    """A weight ``[out, in]`` in a form of the kernels, which are its subclasses; ``values`` are in row-major order."""
+
+    values: torch.Tensor
+    shape: tuple[int, int]
+    nbytes: int
+
+    @classmethod
+    def of_dense(cls, weight: torch.Tensor) -> "SparseRows":
+        """Of a dense weight's numbers that are not +0."""
+        mask = weight.view(_BITS[weight.element_size()]) != 0
+        packed = torch.from_numpy(numpy.packbits(mask.numpy(), axis=1, bitorder="little"))
+        return cls.of_mask(weight[mask], packed, tuple(weight.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def dense(self) -> torch.Tensor:
+        """The weight ``[out, in]``."""
+        return self.dense_rows(torch.arange(self.shape[0]))
+
+
+class CompressedRows(SparseRows):
     """A weight ``[out, in]`` without its inactive values: 3 bytes an active weight in bf16, 5 in fp32.
 
     Args:
@@ -54,16 +77,7 @@ class CompressedRows:
         compress(*source, steps.data_ptr(), targets.data_ptr())
         return cls(rows, steps, targets, shape)
 
-    @classmethod
-    def of_dense(cls, weight: torch.Tensor) -> "CompressedRows":
-        """Of a dense weight's numbers that are not +0."""
-        return cls.of_mask(*_parts(weight), tuple(weight.shape))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    def to(self, dtype: torch.dtype) -> "CompressedRows | BitmapRows":
+    def to(self, dtype: torch.dtype) -> SparseRows:
         """In another type, and in the form that fits it."""
         if form_for(dtype, len(self.values) / max(1, self.shape[0] * self.shape[1])) is BitmapRows:
             return BitmapRows.of_dense(self.dense().to(dtype))
@@ -81,10 +95,6 @@ class CompressedRows:
         getattr(library(), f"expand_{self.values.element_size()}")(*pointers, chosen.numel(), inputs, target.data_ptr())
         return target
 
-    def dense(self) -> torch.Tensor:
-        """The weight ``[out, in]``."""
-        return self.dense_rows(torch.arange(self.shape[0]))
-
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``[tokens, out]`` of a contiguous ``x`` ``[tokens, in]`` of the values' type and a bias in fp32."""
         out, inputs = self.shape
@@ -98,7 +108,7 @@ class CompressedRows:
         return y
 
 
-class BitmapRows:
+class BitmapRows(SparseRows):
     """A weight ``[out, in]`` in bf16 as a sparse checkpoint has it: a bit for each weight, and the active values.
 
     Takes 2 bytes an active weight and 1/8 a weight, less than [`CompressedRows`] above density 1/8. Needs a CPU with
@@ -133,15 +143,6 @@ class BitmapRows:
         library().bitmap_rows(bits.data_ptr(), out, chunks, rows.data_ptr())
         return cls(rows, bits, torch.cat([values, values.new_zeros(cls.CHUNK)]), shape)
 
-    @classmethod
-    def of_dense(cls, weight: torch.Tensor) -> "BitmapRows":
-        """Of a dense weight's numbers that are not +0."""
-        return cls.of_mask(*_parts(weight), tuple(weight.shape))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
     def to(self, dtype: torch.dtype) -> CompressedRows:
         """In a type that bitmaps do not have."""
         return CompressedRows.of_dense(self.dense().to(dtype))
@@ -153,10 +154,6 @@ class BitmapRows:
         pointers = (tensor.data_ptr() for tensor in (self.rows, self.bits, self.values, chosen))
         library().bitmap_expand(*pointers, chosen.numel(), *self.shape, target.data_ptr(), torch.get_num_threads())
         return target
-
-    def dense(self) -> torch.Tensor:
-        """The weight ``[out, in]``."""
-        return self.dense_rows(torch.arange(self.shape[0]))
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As [`CompressedRows.linear`]; a zero times an infinity is NaN, as in a dense layer."""
@@ -176,15 +173,9 @@ class BitmapRows:
         return y
 
 
-def form_for(dtype: torch.dtype, density: float) -> type[CompressedRows] | type[BitmapRows]:
+def form_for(dtype: torch.dtype, density: float) -> type[SparseRows]:
     """The form that a weight of some density takes least memory in, of those that this CPU can multiply."""
     return BitmapRows if dtype == torch.bfloat16 and density > 1 / 8 and bitmaps() else CompressedRows
-
-
-def _parts(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of a dense weight that are not +0, and the packed mask of their places."""
-    mask = weight.view(_BITS[weight.element_size()]) != 0
-    return weight[mask], torch.from_numpy(numpy.packbits(mask.numpy(), axis=1, bitorder="little"))
 
 
 def _checked(chosen: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

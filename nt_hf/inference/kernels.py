@@ -12,12 +12,11 @@ Each is a class that converts a weight once, and multiplies ``[tokens, in]`` by 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-from .compiled import DTYPES, BitmapRows, CompressedRows, bitmaps, library
+from .compiled import DTYPES, BitmapRows, CompressedRows, SparseRows, bitmaps, library
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,9 +34,9 @@ def usable_kernels(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor, to
         return {}
     builders: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Kernel]] = {}
     if weight.dtype in DTYPES and library() is not None:
-        builders["compiled"] = functools.partial(_Compiled, form=CompressedRows.of_dense)
+        builders["compiled"] = functools.partial(_Compiled, form=CompressedRows)
     if weight.dtype == torch.bfloat16 and bitmaps():
-        builders["bitmap"] = functools.partial(_Compiled, form=BitmapRows.of_dense)
+        builders["bitmap"] = functools.partial(_Compiled, form=BitmapRows)
     if weight.dtype == torch.float32:
         builders["csr"] = _Csr
     return builders
@@ -62,8 +61,8 @@ class _Csr:
 class _Compiled:
     """The package's own kernels, for a weight in one of their forms."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: Callable[[torch.Tensor], Any]):
-        self.weight = form(weight.detach())
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, form: type[SparseRows]):
+        self.weight = form.of_dense(weight.detach())
         self.bias = None if bias is None else bias.detach().float()
         self.nbytes = self.weight.nbytes
 

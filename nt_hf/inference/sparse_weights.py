@@ -14,7 +14,7 @@ from torch import nn
 from ..models.auto import class_of_family, family_of
 from ..models.masks import is_transposed
 from ..models.sparse_checkpoint import check_parts, expand, sparse_weights_as
-from .compiled import DTYPES, BitmapRows, CompressedRows, form_for, library
+from .compiled import DTYPES, SparseRows, form_for, library
 
 # Denser weights stay dense: the kernels are not faster there, and little memory is saved.
 MOST_DENSITY = 0.5
@@ -105,11 +105,11 @@ class SparseParameter(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, compressed: CompressedRows | BitmapRows, transposed: bool = False):
+    def __new__(cls, compressed: SparseRows, transposed: bool = False):
         shape = compressed.shape[::-1] if transposed else compressed.shape
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=compressed.dtype, device="cpu")
 
-    def __init__(self, compressed: CompressedRows | BitmapRows, transposed: bool = False):
+    def __init__(self, compressed: SparseRows, transposed: bool = False):
         self.compressed, self.transposed = compressed, transposed
 
     def dense(self) -> torch.Tensor:

@@ -26,10 +26,8 @@ def test_a_saved_model_has_a_card(model, tmp_path):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["neurotrails", "ensemble"] and card.data.base_model == "owner/stock"
     assert card.data.eval_results is None
-    assert (
-        "A llama model of 2 heads of 1 block on a backbone of " in card.text
-        and "No weight carries a mask." in card.text
-    )
+    assert "A llama model of 2 heads of 1 block on a backbone of " in card.text
+    assert "No weight carries a mask." in card.text
     assert "AutoModelForCausalLM.from_pretrained" in card.text and "@article{grooten2025neurotrails" in card.text
 
 

@@ -44,7 +44,8 @@ def run(directory: Path, tmp_path: Path, *overrides: object):
 def test_a_run_starts_from_the_weights_of_a_stock_model(directory, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "nt_hf"):
         model = run(directory, tmp_path, "--train.head_noise", 0.01)
-    assert "a LlamaForCausalLM are taken for 2 heads of 1 block on a backbone of 1, each head is a copy" in caplog.text
+    taken = "the weights of a LlamaForCausalLM are taken for 2 heads of 1 block on a backbone of 1"
+    assert f"{taken}, each head is a copy; nothing is new" in caplog.text
     stock, trail = LlamaForCausalLM.from_pretrained(directory / "stock"), model.extract_trail(0)
     for (name, weight), other in zip(trail.named_parameters(), stock.parameters()):
         torch.testing.assert_close(weight, other, atol=1e-6, rtol=1e-5, msg=name)  # one step at a rate of 1e-9
