@@ -4,8 +4,9 @@
         --train.max_steps 300 --train.batch_size 8 --train.micro_batch_size 8 --train.save_steps 300
     python benchmarks/drafts.py --checkpoint runs/60m/checkpoint-300 --text held-out.jsonl.gz
 
-Plain greedy decoding against: drafts of a trail, of a trail in eight bits, and of both kinds by what Transformers has,
-assisted decoding with the same draft and prompt lookup. Prompts are the first tokens of documents.
+Plain greedy decoding against: drafts of a trail, of a trail in eight bits, and what Transformers has: assisted decoding
+with the same draft, with a small model of its own (--assistant), and prompt lookup. Prompts are the first tokens of
+documents.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from nt_hf.inference import draft_model
 import torch
 from common import DEVICE, Figure, ratio, table, take_turns
 from decoding import first_tokens
+from transformers import AutoModelForCausalLM
 
 GOAL = 1.5
 
@@ -28,8 +30,12 @@ def measure(
     tokens: int = 64,
     rounds: int = 3,
     batch: int = 4,
+    assistant: str | None = None,
 ) -> list[Figure]:
-    """Row 6: every side's tokens per second against plain decoding, for prompts one by one and in a batch."""
+    """Row 6: every side's tokens per second against plain decoding, for prompts one by one and in a batch.
+
+    ``assistant`` is the directory of a smaller causal LM with the same vocabulary.
+    """
     if checkpoint is None or DEVICE.type != "cpu":
         why = "there is no --checkpoint" if checkpoint is None else "on a CPU only"
         return [Figure(6, "drafts, trained checkpoint", None, at_least=GOAL, note=why)]
@@ -48,6 +54,9 @@ def measure(
         "the same, assisted decoding of Transformers": lambda: each(assistant_model=draft),
         "prompt lookup of Transformers": lambda: each(prompt_lookup_num_tokens=4),
     }
+    if assistant:
+        small = AutoModelForCausalLM.from_pretrained(assistant, dtype=dtype).eval()
+        one_by_one["a small model, assisted decoding of Transformers"] = lambda: each(assistant_model=small)
     batched = {
         "plain": lambda: model.generate(prompts, **options),
         "drafts of a trail": lambda: model.generate(prompts, **options, trail_draft=0),
@@ -80,10 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="of a multi-head causal LM, with its tokenizer")
     parser.add_argument("--text", default="sample:validation", help="what the model has not seen")
+    parser.add_argument("--assistant", help="a smaller causal LM with the same vocabulary, for assisted decoding")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    print(table(measure(args.checkpoint, args.text, getattr(torch, args.dtype), rounds=args.rounds)))
+    dtype = getattr(torch, args.dtype)
+    print(table(measure(args.checkpoint, args.text, dtype, rounds=args.rounds, assistant=args.assistant)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SIZES = ["20m", "60m"] if DEVICE.type == "cpu" else ["20m", "60m", "350m"]
 BENCHMARKS = {
     "training": lambda args: training.measure(SIZES, args.reference),
     "decoding": lambda args: decoding.measure(),
-    "drafts": lambda args: drafts.measure(args.checkpoint, args.text),
+    "drafts": lambda args: drafts.measure(args.checkpoint, args.text, assistant=args.assistant),
     "sparse_inference": lambda args: sparse_inference.measure(),
     "llama_cpp": lambda args: llama_cpp_peer.measure(),
     "checkpoints": lambda args: checkpoints.measure(),
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--reference", type=Path, help="a checkout of https://github.com/bramgrooten/neurotrails")
     parser.add_argument("--checkpoint", help="a trained one for the drafts, see benchmarks/drafts.py")
+    parser.add_argument("--assistant", help="a smaller causal LM with that checkpoint's vocabulary, for the drafts")
     parser.add_argument("--text", default="sample:validation", help="what that checkpoint has not seen")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md and its JSON file instead")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check, check_fields, integer, optional, setting
@@ -320,9 +321,13 @@ def _batch_sums(model: MultiHeadForCausalLM, batch: Mapping[str, torch.Tensor]) 
         )
     size = model.config.num_ensemble_heads + len(ENSEMBLE_MODES) + 2
     total = torch.zeros(size, dtype=torch.float64, device=labels.device)
-    for head_logits, targets in zip(chunks, labels[:, None].split(CHUNK)):
-        ensembles = [combine_logits(head_logits, mode) for mode in ENSEMBLE_MODES]
-        losses = [torch.logsumexp(z, -1).sum() - z.gather(-1, targets).sum() for z in [*head_logits, *ensembles]]
+    for head_logits, targets in zip(chunks, labels.split(CHUNK)):
+        mean = combine_logits(head_logits, "logits")
+        *of_heads, of_mean = (nn.functional.cross_entropy(z, targets, reduction="none") for z in [*head_logits, mean])
+        # Soft voting needs the probability of the label alone: -log of the mean of exp(-loss).
+        of_probs = math.log(len(of_heads)) - torch.logsumexp(-torch.stack(of_heads), 0)
+        ensembles = {"logits": of_mean, "probs": of_probs}
+        losses = [loss.sum() for loss in [*of_heads, *(ensembles[mode] for mode in ENSEMBLE_MODES)]]
         guesses = torch.stack([logits.argmax(-1) for logits in head_logits])
         disagreeing = (guesses[:, None] != guesses[None]).sum() / 2
         total += torch.stack([x.double() for x in [*losses, disagreeing, targets.new_tensor(len(targets))]])
