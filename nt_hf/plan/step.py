@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.lm_heads import LMHead
-from ..models.losses import LOSS_CHUNK, LOSS_CHUNK_DEVICE, LinearCrossEntropy
+from ..models.losses import CACHED, LOSS_CHUNK, LOSS_CHUNK_DEVICE, LinearCrossEntropy
 from .parameters import build, without_values
 
 
@@ -191,11 +191,13 @@ def record_step(config: PreTrainedConfig, settings: StepSettings) -> list[tuple[
     """
     of_cpu = settings.device == "cpu"
     chunk = mock.patch.dict(LOSS_CHUNK, cpu=LOSS_CHUNK.get(settings.device, LOSS_CHUNK_DEVICE))
+    cached = mock.patch.dict(CACHED, clear=not of_cpu)  # a GPU goes through a whole chunk at a time
     model = build(config).train()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         without_values(model),
         chunk,
+        cached,
         contextlib.nullcontext() if of_cpu else _LogSoftmaxOfGPU(),
     ):
         model.to_empty(device="cpu").tie_weights()
