@@ -158,7 +158,7 @@ def test_a_gpus_loss_has_larger_chunks():
         device: max(amounts[LOSS] for _, amounts in record_step(config, StepSettings(rows, 300, False, device=device)))
         for device in ("cpu", "cuda")
     }
-    # 256 positions at a time: logits, which their gradient overwrites, and those of the chunk before. Or all 3,000 at one
-    # time: logits and log-probabilities.
+    # 256 positions at a time: logits, which their gradient overwrites, and those of the chunk before. Or all 3,000 at
+    # one time: logits and log-probabilities.
     assert most["cpu"] == pytest.approx(2 * 4 * 256 * 5000, rel=0.1)
     assert most["cuda"] == pytest.approx(2 * 4 * 3000 * 5000, rel=0.1)
