@@ -8,6 +8,7 @@ has. The sides take turns; every figure is the shortest of its calls.
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,12 @@ from pathlib import Path
 
 from nt_hf.cli.program import run
 from nt_hf.inference import specialize
-from nt_hf.models.masks import attach_masks
 from nt_hf.text import markdown_table
 
 import numpy as np
 import torch
 from common import conditions, seconds
-from sparse_inference import DENSITY, PROMPT, draw
+from sparse_inference import DENSITY, PROMPT, random_layer
 from torch import nn
 
 LAYERS = [(2048, 2048), (5504, 2048), (2048, 5504)]
@@ -82,14 +82,8 @@ def measure(python: Path) -> list[list[str]]:
     lines = []
     for out, inputs in LAYERS:
         for rows in ROWS:
-            layers = {}
-            x = torch.randn(rows, inputs)
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.manual_seed(0)
-                layers[dtype] = nn.Sequential(nn.Linear(inputs, out, bias=False)).eval()
-                attach_masks(layers[dtype], ["*"])
-                draw(layers[dtype], DENSITY)
-                layers[dtype].to(dtype)
+            x, layer = torch.randn(rows, inputs), random_layer(out, inputs, DENSITY)
+            layers = {dtype: copy.deepcopy(layer).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
             with tempfile.TemporaryDirectory() as folder:
                 peer = DeepSparse(python, layers[torch.float32][0], x, folder)
                 for layer in layers.values():

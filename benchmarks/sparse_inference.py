@@ -217,13 +217,19 @@ def measure(widths: Iterable[int] = WIDTHS) -> list[Figure]:
     return [*(figure for hidden in widths for figure in end_to_end(hidden)), *semi_structured()]
 
 
+def random_layer(out: int, inputs: int, density: float) -> nn.Module:
+    """A model of one linear layer, in fp32."""
+    layer = nn.Sequential(nn.Linear(inputs, out, bias=False)).eval()
+    attach_masks(layer, ["*"])
+    draw(layer, density)
+    return layer
+
+
 def layer_times(density: float, rows=(1, 8, PROMPT)) -> list[list[str]]:
     """Microseconds of every kernel in fp32 and bf16, a row for each layer and number of tokens."""
     lines = []
     for out, inputs in LAYERS:
-        layer = nn.Sequential(nn.Linear(inputs, out, bias=False)).eval()
-        attach_masks(layer, ["*"])
-        draw(layer, density)
+        layer = random_layer(out, inputs, density)
         reports = [_times(layer.to(dtype), rows) for dtype in (torch.float32, torch.bfloat16)]
         for count in rows:
             fp32, bf16 = (report.layers[0].seconds[count] for report in reports)

@@ -14,7 +14,8 @@ IGNORE_INDEX = -100
 LOSS_CHUNK = {"cpu": 256}
 LOSS_CHUNK_DEVICE = 4096
 # Numbers that a thread of a CPU goes through at a time where one pass follows another: 1 MB in fp32, which stays in its
-# cache. In bf16 the loss takes 0.83 of the time it takes without; 2**17, 2**19 and 2**20 are as fast.
+# cache. In bf16 the loss takes 0.83 of the time it takes without, on one thread of an AMD EPYC (2,048 positions, hidden
+# size 512, vocabulary 32,000); 2**17, 2**19 and 2**20 are as fast.
 CACHED = {"cpu": 2**18}
 
 
