@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,19 @@ class Measure:
 
 @dataclass(frozen=True)
 class Finished:
-    """An arm's finished runs, by seed."""
+    """An arm's finished runs, by seed.
+
+    Attributes:
+        arm: what was trained.
+        by_seed: their results.
+        curves: the evaluations in training, a list for each seed.
+        updates: what the updates of the masks did, a list for each seed.
+    """
 
     arm: Arm
     by_seed: dict[int, Result]
     curves: list[list[Result]]
+    updates: list[list[Result]] = field(default_factory=list)
 
     def values(self, read: Read) -> list[float]:
         values = (read(result) for result in self.by_seed.values())
@@ -58,7 +66,9 @@ def finished(suite: Suite, results: Path) -> dict[str, Finished]:
         if result := read_result(results, suite, run):
             arm = arms.setdefault(run.arm.name, Finished(run.arm, {}, []))
             arm.by_seed[run.seed] = result
-            arm.curves.append([r for r in read_metrics(results / run.name / METRICS_FILE) if r["event"] == "eval"])
+            records = read_metrics(results / run.name / METRICS_FILE)
+            for event, kept in (("eval", arm.curves), ("update", arm.updates)):
+                kept.append([record for record in records if record["event"] == event])
     return arms
 
 

@@ -1,4 +1,4 @@
-"""What it brings that masks move: arms of moving masks against the static ones that they are a change of."""
+"""What it brings that masks move, and what their updates do."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from nt_hf.text import markdown_table
 
 from scipy.stats import t
 
-from experiments.finished import Finished, Result, density
+from experiments.finished import Finished, Measure, Result, density, spread
 from experiments.suite import Suite
 
 # The share of cases in which an interval holds the true mean, if differences of seeds are normally distributed.
@@ -29,18 +29,55 @@ class Gain(NamedTuple):
 
 
 def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str, Gain]) -> str | None:
-    """Arms that are a change of an arm of static masks, as long and as dense as it; a column for each unit."""
+    """Arms of moving masks against those that they are a change of, up to the static ones; a column for each unit."""
     rows = []
     for runs in arms.values():
-        source = arms.get(runs.arm.changed)
-        if source and is_static(source) and not is_static(runs) and source.budget["steps"] == runs.budget["steps"]:
+        for source in sources(runs, arms):
             pairs = [(source.by_seed[seed], runs.by_seed[seed]) for seed in runs.by_seed if seed in source.by_seed]
             share, amount = runs.mean(density), runs.budget[suite.unit] / 1e6
             cells = [f"{share:.2g}", f"{amount:.2f}", runs.arm.label, source.arm.label, str(len(pairs))]
             cells += [with_interval([gain.of(*pair) for pair in pairs], gain.digits) for gain in gains.values()]
             rows.append(((-share, amount), cells))
-    first = ["density", f"{suite.unit} (M)", "masks that move", "static masks", "seeds", *gains]
+    first = ["density", f"{suite.unit} (M)", "masks that move", "against", "seeds", *gains]
     return markdown_table([first, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]) if rows else None
+
+
+def sources(runs: Finished, arms: Mapping[str, Finished]) -> list[Finished]:
+    """The arms as long as this one of moving masks that it is one change of, or several; the last one's masks are static.
+
+    None where that one has no result, or this one's masks are static themselves.
+    """
+    found = [runs]
+    while not is_static(found[-1]):
+        source = arms.get(found[-1].arm.changed)
+        if not source or source.budget["steps"] != runs.budget["steps"]:
+            return []
+        found.append(source)
+    return found[1:]
+
+
+def updates_table(arms: Mapping[str, Finished]) -> str | None:
+    """What the updates of moving masks did: the mean over a run, its first update, the state after the last one."""
+    measures = [
+        Measure("grown weights that the next update keeps", lambda updates: mean_of(updates, "grown_kept")),
+        Measure("of the first update's", lambda updates: mean_of(updates[:2], "grown_kept")),
+        Measure("weights ever active", lambda updates: updates[-1]["ever_active"]),
+        Measure("rows without weights in the end", lambda updates: updates[-1]["dead_rows"], 1),
+        Measure("columns without", lambda updates: updates[-1]["dead_columns"], 1),
+    ]
+    rows = []
+    for runs in arms.values():
+        several = [updates for updates in runs.updates if mean_of(updates, "grown_kept") is not None]
+        if several:
+            cells = [spread([measure.read(updates) for updates in several], measure.digits) for measure in measures]
+            rows.append([runs.arm.label, str(len(several[0])), *cells])
+    return markdown_table([["arm", "updates", *(measure.label for measure in measures)], *rows]) if rows else None
+
+
+def mean_of(updates: Sequence[Result], key: str) -> float | None:
+    """Of the updates that have the figure; ``None`` where none has."""
+    values = [update[key] for update in updates if update.get(key) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def is_static(runs: Finished) -> bool:

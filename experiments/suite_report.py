@@ -12,6 +12,7 @@ from nt_hf.text import markdown_table, pyplot
 
 from experiments import image_tables, text_tables
 from experiments.finished import Finished, Read, density, finished
+from experiments.motion import updates_table
 from experiments.suite import RESULT_FILE, Suite, main_runs, read_result, tuned, tuning_runs
 
 # Of a plot: the figure along the x axis with its label, and the one along the y axis with its.
@@ -66,6 +67,7 @@ def tables(suite: Suite, results: Path) -> dict[str, str]:
     if arms:
         first, *others = kind(suite).tables(suite, arms).items()
         by_title = dict([first, ("Budgets", budget_table(suite, arms)), *others])
+        by_title["What updates do"] = updates_table(arms)
     label = kind(suite).VALIDATION.label
     by_title[f"Learning rates: validation {label} of the tuning runs"] = tuning_table(suite, results)
     return {title: table for title, table in by_title.items() if table}

@@ -15,7 +15,7 @@ from recipe_runs import call
 from suite_runs import edited, run, runner
 
 from experiments.finished import Finished, finished, paired_ratios
-from experiments.motion import motion_table
+from experiments.motion import motion_table, updates_table
 from experiments.suite import (
     budget,
     fill,
@@ -149,12 +149,12 @@ def test_in_the_suite_of_moving_masks_nothing_else_differs():
     suite = load_suite(ROOT / "experiments" / "suites" / "motion.yaml")
     trees = {run.arm.name: run_tree(suite, run) for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3))}
     moving = {name: tree for name, tree in trees.items() if tree["sparsity"]["update_interval"]}
-    assert len(moving) == 20
+    assert len(moving) == 22
     motion = ("drop", "grow", "second_moments", "update_interval", "drop_fraction")
     for name, tree in moving.items():
-        source = trees[suite.arms[name].changed]
         rest = {key: value for key, value in tree["sparsity"].items() if key not in motion}
-        assert source == tree | {"sparsity": rest | {"update_interval": 0}}
+        arm = suite.arms[name]
+        assert trees[arm.learning_rate_of or arm.changed] == tree | {"sparsity": rest | {"update_interval": 0}}
     assert len({(t["sparsity"]["update_interval"], t["sparsity"]["drop_fraction"]) for t in moving.values()}) == 1
 
 
@@ -393,7 +393,7 @@ def test_static_masks_less_moving_ones(tiny):
         "longer": made_up(suite, "longer", {0: 50.0}, steps=16),  # against shorter training: says nothing
         "alone": made_up(suite, "alone", {1: 51.0, 7: 40.0}, density=0.1),
         "other": made_up(suite, "other", {0: 1.0}, interval=0),  # does not move
-        "of rival": made_up(suite, "of rival", {0: 1.0}),  # a change of moving masks
+        "of rival": made_up(suite, "of rival", {0: 49.5}),  # a change of moving masks
     }
     table = motion_table(suite, results, gains_of_motion(suite))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
@@ -405,9 +405,26 @@ def test_static_masks_less_moving_ones(tiny):
     assert rows == [
         ["0.5", "8.00", "moves", "still", "3", f"{mean:+.4f} [{mean - margin:+.4f}, {mean + margin:+.4f}]",
          f"{share:+.2f} [{share - share_margin:+.2f}, {share + share_margin:+.2f}]"],
+        ["0.5", "8.00", "of rival", "moves", "1", f"{math.log(2):+.4f}", "+50.00"],
+        ["0.5", "8.00", "of rival", "still", "1", f"{-math.log(0.495):+.4f}", "+50.50"],
         ["0.1", "8.00", "alone", "still", "1", f"{math.log(2):+.4f}", "+50.00"],
     ]  # fmt: skip
     assert motion_table(suite, {"still": still}, gains_of_motion(suite)) is None
+
+
+def test_what_updates_did(tiny):
+    suite = load_suite(edited(tiny, arms={"a": {"label": "a"}, "b": {"label": "b"}}, baseline="a", rival="b"))
+
+    def updates(*kept):
+        return [{"grown_kept": k, "ever_active": 0.1 * n, "dead_rows": n, "dead_columns": 0} for n, k in enumerate(kept)]
+
+    arms = {
+        "a": replace(made_up(suite, "a", {0: 1.0, 1: 1.0}), updates=[updates(None, 0.5, 0.7), updates(None, 0.7, 0.7)]),
+        "b": replace(made_up(suite, "b", {0: 1.0}), updates=[updates(None)]),  # nothing was kept or dropped again
+    }
+    row = [cell.strip() for cell in updates_table(arms).splitlines()[-1].strip("|").split("|")]
+    assert row == ["a", "3", "0.650 ± 0.071", "0.600 ± 0.141", "0.200 ± 0.000", "2.0 ± 0.0", "0.0 ± 0.0"]
+    assert updates_table({"b": arms["b"]}) is None
 
 
 def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
