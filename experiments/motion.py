@@ -43,9 +43,9 @@ def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str,
 
 
 def sources(runs: Finished, arms: Mapping[str, Finished]) -> list[Finished]:
-    """The arms as long as this one of moving masks that it is one change of, or several; the last one's masks are static.
+    """The arms that an arm of moving masks is a change of, and those that they are one of, to the one of static masks.
 
-    None where that one has no result, or this one's masks are static themselves.
+    None where one of them has no result or is not as long.
     """
     found = [runs]
     while not is_static(found[-1]):
