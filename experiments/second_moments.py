@@ -75,6 +75,7 @@ def observe(tree: dict[str, Any]) -> dict[str, Any]:
         accelerator, _ = start_processes(config.train, Path(folder), "none")
         run = TrainingRun(config, Path(folder), accelerator, preemption)
         run.setup(resume="never")
+        run.run_log.start_bar(0)
         modules, first, later = masked_modules(run.model), config.sparsity.update_interval, {}
         groups = iter(run._next_group, None)
         for _ in range(first - 1):
