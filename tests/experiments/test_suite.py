@@ -149,13 +149,16 @@ def test_in_the_suite_of_moving_masks_nothing_else_differs():
     suite = load_suite(ROOT / "experiments" / "suites" / "motion.yaml")
     trees = {run.arm.name: run_tree(suite, run) for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3))}
     moving = {name: tree for name, tree in trees.items() if tree["sparsity"]["update_interval"]}
-    assert len(moving) == 22
+    assert len(moving) == 24
     motion = ("drop", "grow", "second_moments", "update_interval", "drop_fraction")
     for name, tree in moving.items():
         rest = {key: value for key, value in tree["sparsity"].items() if key not in motion}
         arm = suite.arms[name]
         assert trees[arm.learning_rate_of or arm.changed] == tree | {"sparsity": rest | {"update_interval": 0}}
-    assert len({(t["sparsity"]["update_interval"], t["sparsity"]["drop_fraction"]) for t in moving.values()}) == 1
+    own = {name: tree["sparsity"] for name, tree in moving.items() if "own-interval" in name}
+    alike = [tree["sparsity"] for name, tree in moving.items() if name not in own]
+    assert {(t["update_interval"], t["drop_fraction"]) for t in alike} == {(100, 0.3)}
+    assert {(t["update_interval"], t["drop_fraction"], t["grow"]) for t in own.values()} == {(50, 0.3, "random")}
 
 
 def test_globs_choose_runs(tiny):
