@@ -14,7 +14,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 
-from nt_hf import NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaForCausalLM, SparsityConfig
 from nt_hf.config import load_run_config
 from nt_hf.sparsity.criteria import DROP, GROW
 from nt_hf.sparsity.first_masks import draw_masks
@@ -129,6 +129,7 @@ def time_methods(shape: tuple[int, int], repetitions: int) -> None:
 
 def share_of_training(path: str, micro_batch: int, tokens: int, repetitions: int) -> None:
     config = load_run_config([path])
+    config.sparsity = SparsityConfig(density=config.sparsity.density)  # soft magnitude and gradient, as above
     length = config.data.sequence_length
     model = NeuroTrailsLlamaForCausalLM(
         config.model_config(max_position_embeddings=length)

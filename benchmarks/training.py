@@ -26,7 +26,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_hf import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM, SparsityConfig
 from nt_hf.config import RunConfig, load_run_config
 from nt_hf.models.lm_heads import by_head
 from nt_hf.plan.flops import training_flops_per_token
@@ -228,6 +228,13 @@ def build(name: str, run: RunConfig, batch: int, reference: Path | None, dtype: 
     return {"nt_hf": NtHf, "stock": Stock}[name](run, ids)
 
 
+def recipe(size: str) -> RunConfig:
+    """The recipe of a size, whose masks move by soft magnitude and gradient here, as the baseline's do."""
+    run = load_run_config([f"recipes/configs/{size}.yaml"])
+    run.sparsity = SparsityConfig(density=run.sparsity.density)
+    return run
+
+
 def measure(sizes: list[str], reference: Path | None = None, rounds: int = 3) -> list[Figure]:
     """Rows 1 to 5 and 12 of the table of goals."""
     return [figure for size in sizes for figure in of_one_size(size, reference, rounds)]
@@ -237,7 +244,7 @@ def of_one_size(size: str, reference: Path | None, rounds: int) -> list[Figure]:
     batch = 64 if GPU else 8
     baseline_name = "the reference code" if reference else "a plain loop in the reference's manner"
     shape, figures = f"{size}, {batch} x {LENGTH}", []
-    run = load_run_config([f"recipes/configs/{size}.yaml"])
+    run = recipe(size)
     sides = {name: build(name, run, batch, reference) for name in ("nt_hf", "stock", "baseline")}
     nt_hf, baseline = sides["nt_hf"], sides["baseline"]
     config = nt_hf.model.config
@@ -442,7 +449,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        run = load_run_config([f"recipes/configs/{args.sizes[0]}.yaml"])
+        run = recipe(args.sizes[0])
 
         def two_steps() -> None:
             side = build(args.memory_of, run, args.batch, args.reference)

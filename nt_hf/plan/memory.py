@@ -38,7 +38,7 @@ def resident(parameters: Parameters, settings: StepSettings) -> dict[str, float]
 def step_memory(
     record: Callable[[StepSettings], list[tuple[str, dict[str, int]]]], parameters: Parameters, settings: StepSettings
 ) -> list[MemorySnapshot]:
-    """What a training step holds at the fullest moment of its passes, and in its topology update, if masks move.
+    """What a step holds at the fullest moment of its passes, in its topology update, and with dense second moments.
 
     The passes are recorded; of several the last, which finds the gradients of those before. The rest follows from
     shapes. DDP has buckets as large as the gradients (``gradient_as_bucket_view`` is off). Of FSDP2 it is assumed that
@@ -73,13 +73,14 @@ def step_memory(
     one_process = {"strategy": "one process", "ranks": 1, "passes": min(2, settings.passes), "head_by_head": by_head}
     moments = [snapshot(*moment) for moment in record(replace(settings, **one_process))]
     fullest = [max(moments, key=lambda moment: moment.total)]
-    if parameters.mobile:
-        update = {
-            "gradients, fp32": FP32 * parameters.all.total,
-            "topology update": _update_memory(parameters, settings),
-        }
-        update = {name: size / shards for name, size in update.items()}
-        fullest.append(MemorySnapshot("topology update", held | update))
+    behind = {
+        "topology update": _update_memory(parameters, settings) if parameters.mobile else 0,
+        "copies of gradients": FP32 * parameters.copied,
+    }
+    for name, size in behind.items():
+        if size:
+            items = {"gradients, fp32": FP32 * parameters.all.total / shards, name: size / shards}
+            fullest.append(MemorySnapshot(name, held | items))
     return fullest
 
 

@@ -65,6 +65,7 @@ class Parameters:
         mobile: of these, the weights of tensors that are not dense.
         packed: bytes of the packed masks.
         largest: weights of the largest mobile tensor.
+        copied: weights whose gradients a step copies, for dense second moments.
         unit: weights of the largest of the modules that FSDP2 gathers one by one: blocks, embeddings, LM heads.
     """
 
@@ -75,6 +76,7 @@ class Parameters:
     mobile: int
     packed: int
     largest: int
+    copied: int
     unit: int
 
     @property
@@ -147,5 +149,6 @@ def count_parameters(config: PreTrainedConfig, sparsity: SparsityConfig) -> Para
         mobile=sum(mobile),
         packed=sum(torch.Size(packed_shape(module.weight.shape)).numel() for module in masked.values()),
         largest=max(mobile, default=0),
+        copied=sum(mobile) if sparsity.second_moments == "dense" else 0,
         unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )

@@ -419,7 +419,9 @@ def test_what_updates_did(tiny):
     suite = load_suite(edited(tiny, arms={"a": {"label": "a"}, "b": {"label": "b"}}, baseline="a", rival="b"))
 
     def updates(*kept):
-        return [{"grown_kept": k, "ever_active": 0.1 * n, "dead_rows": n, "dead_columns": 0} for n, k in enumerate(kept)]
+        return [
+            {"grown_kept": k, "ever_active": 0.1 * n, "dead_rows": n, "dead_columns": 0} for n, k in enumerate(kept)
+        ]
 
     arms = {
         "a": replace(made_up(suite, "a", {0: 1.0, 1: 1.0}), updates=[updates(None, 0.5, 0.7), updates(None, 0.7, 0.7)]),

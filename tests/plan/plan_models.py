@@ -50,12 +50,12 @@ def resident() -> int:
     return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def training(changes: dict, density: float = 0.5, checkpointing: bool = False, head_by_head: bool = True):
+def training(changes: dict, density: float = 0.5, checkpointing: bool = False, head_by_head: bool = True, **sparsity):
     """A model, its optimizer and sparsifier, and the bytes they hold once the optimizer has its state."""
     before = resident()
     torch.manual_seed(0)
     model = NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**BASE | changes)).train()
-    sparsity = SparsityConfig(density=density, update_interval=3)
+    sparsity = SparsityConfig(density=density, **{"update_interval": 3} | sparsity)
     draw_masks(model, sparsity)
     if checkpointing:
         model.gradient_checkpointing_enable()

@@ -122,6 +122,21 @@ def test_memory_of_a_topology_update(density):
     assert moments[-1].total == pytest.approx(measured, rel=0.1)
 
 
+def test_memory_of_the_copies_for_dense_second_moments():
+    model, sparsifier, held = training({}, second_moments="dense", update_interval=100)
+    step(model, sparsifier, 1, 32, False, 1)
+    before = held()
+    ids = torch.arange(32)[None]
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    before += sum(p.grad.nbytes for p in model.parameters())
+    measured = before + allocated(sparsifier.step)
+    config, setting = NeuroTrailsLlamaConfig(**BASE), StepSettings(1, 32, False, device="cpu")
+    *_, copies = memory(config, sparsifier.config, setting)
+    assert copies.name == "copies of gradients"
+    assert copies.total == pytest.approx(measured, rel=0.02)
+    assert memory(config, SparsityConfig(density=0.5), setting)[-1].name == "topology update"
+
+
 def test_fsdp2_divides_what_it_can_and_ddp_adds_buckets():
     def by(strategy: str, **changes) -> dict[str, float]:
         config, settings = NeuroTrailsLlamaConfig(**WIDE | changes), StepSettings(8, 64, strategy=strategy, ranks=8)

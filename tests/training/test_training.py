@@ -183,22 +183,33 @@ SETTINGS = {
 }  # fmt: skip
 
 
+PAPER = {"paper", "130m", "350m"}
+
+
 def test_the_sizes_differ_in_these_settings_and_in_no_others():
-    base = load_run_config([CONFIGS / "paper.yaml"])
-    assert dataclasses.replace(base.sparsity, density=1.0) == SparsityConfig(density=1.0)  # the library's defaults
-    assert base.sparsity.density == 0.9
     for name, settings in SETTINGS.items():
         config = load_run_config([name])
-        expected = copy.deepcopy(base)
+        expected = copy.deepcopy(load_run_config(["paper" if name in PAPER else "c4"]))
         for key, value in settings.items():
             setattr(expected.data if hasattr(expected.data, key) else expected.train, key, value)
         assert (config.data, config.sparsity, config.train) == (expected.data, expected.sparsity, expected.train), name
 
 
+def test_masks_move_as_in_the_paper_in_the_papers_files_and_at_random_elsewhere():
+    paper, c4 = load_run_config(["paper"]), load_run_config(["c4"])
+    # The library's defaults, but for the second moments, which not every optimizer can keep so.
+    assert paper.sparsity == SparsityConfig(density=0.9, second_moments="dense")
+    moves = {"drop": "set", "grow": "random", "drop_fraction": 0.3, "update_end": 0.75}
+    assert c4.sparsity == SparsityConfig(density=0.9, **moves)
+    assert (paper.data, paper.train) == (c4.data, c4.train)
+    assert load_run_config(["60m", "paper"]).sparsity == paper.sparsity
+    assert load_run_config(["60m", "paper"]).model == load_run_config(["60m"]).model | paper.model
+
+
 def test_the_papers_first_weights_are_those_of_the_papers_files():
     scales = {name: load_run_config([name]).model.get("embedding_initializer_range") for name in (*SETTINGS, "paper")}
-    assert {name for name, scale in scales.items() if scale is not None} == {"paper", "130m", "350m"}
-    assert {scales[name] for name in ("paper", "130m", "350m")} == {0.632}
+    assert {name for name, scale in scales.items() if scale is not None} == PAPER
+    assert {scales[name] for name in PAPER} == {0.632}
 
 
 def test_first_weights_of_a_checkpoint_stay(tmp_path):
