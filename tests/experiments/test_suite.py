@@ -458,7 +458,9 @@ def test_every_table_of_the_document_is_made_of_the_committed_files():
 
 def test_every_figure_of_the_page_of_results_is_in_a_report():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    folders = [ROOT / "experiments" / "results" / suite for suite in ("cpu-mini", "cifar-mini", "motion")]
+    folders = [
+        ROOT / "experiments" / "results" / suite for suite in ("cpu-mini", "cifar-mini", "motion", "motion-images")
+    ]
     report = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in folders)
     figures = set(re.findall(r"\d+\.\d{2,3}(?: ± \d+\.\d+)?", page))
     assert len(figures) > 30 and not {figure for figure in figures if figure not in report}
