@@ -149,7 +149,7 @@ def test_in_the_suite_of_moving_masks_nothing_else_differs():
     suite = load_suite(ROOT / "experiments" / "suites" / "motion.yaml")
     trees = {run.arm.name: run_tree(suite, run) for run in main_runs(suite, dict.fromkeys(suite.arms, 1e-3))}
     moving = {name: tree for name, tree in trees.items() if tree["sparsity"]["update_interval"]}
-    assert len(moving) == 24
+    assert len(moving) == 23
     motion = ("drop", "grow", "second_moments", "update_interval", "drop_fraction")
     for name, tree in moving.items():
         rest = {key: value for key, value in tree["sparsity"].items() if key not in motion}
