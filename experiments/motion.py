@@ -29,7 +29,7 @@ class Gain(NamedTuple):
 
 
 def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str, Gain]) -> str | None:
-    """Arms of moving masks against those that they are a change of, up to the static ones; a column for each unit."""
+    """Arms of moving masks against their `sources`; a column for each unit."""
     rows = []
     for runs in arms.values():
         for source in sources(runs, arms):
@@ -43,9 +43,9 @@ def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str,
 
 
 def sources(runs: Finished, arms: Mapping[str, Finished]) -> list[Finished]:
-    """The arms that an arm of moving masks is a change of, and those that they are one of, to the one of static masks.
+    """The arm that this one is a change of, the one that that is a change of, and so on to the first with static masks.
 
-    None where one of them has no result or is not as long.
+    Empty where one of them has no result or is not as long.
     """
     found = [runs]
     while not is_static(found[-1]):
