@@ -481,7 +481,8 @@ def test_every_figure_of_the_text_is_in_a_table_or_a_result():
         found = json.loads(path.read_text())
         found = found["texts"]["wikipedia"] if "texts" in found else found
         known |= {f"{value:.2f}" for value in found.get("ensemble_perplexities", {}).values()}
-    assert len(figures) > 20 and figures - known <= {"0.95", "1.00", "0.91", "0.97"}  # goals, and the paper's
+    goals, papers = {"0.95", "1.00", "0.90", "0.96"}, {"0.91", "0.97"}
+    assert len(figures) > 20 and figures - known <= goals | papers
 
 
 def test_a_document_gets_the_tables_it_asks_for(world):
