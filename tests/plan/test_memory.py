@@ -104,17 +104,21 @@ def memory(config, sparsity, setting):
     return step_memory(functools.partial(record_step, config), count_parameters(config, sparsity), setting)
 
 
+def at_sparsifiers_step(model, sparsifier, held) -> int:
+    """Bytes held at most while the sparsifier steps behind a backward pass."""
+    ids, before = torch.arange(32)[None], held()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    before += sum(p.grad.nbytes for p in model.parameters())
+    return before + allocated(sparsifier.step)
+
+
 @pytest.mark.parametrize("density", [0.5, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_memory_of_a_topology_update(density):
     changes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3, "blocks_in_head": 2}
     model, sparsifier, held = training(changes, density)
     step(model, sparsifier, 1, 32, False, 1)
     step(model, sparsifier, 1, 32, False, 1)
-    before = held()
-    ids = torch.arange(32)[None]
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    before += sum(p.grad.nbytes for p in model.parameters())
-    measured = before + allocated(sparsifier.step)
+    measured = at_sparsifiers_step(model, sparsifier, held)
     assert sparsifier.steps == 3
     config = NeuroTrailsLlamaConfig(**BASE | changes)
     moments = memory(config, sparsifier.config, StepSettings(1, 32, False, device="cpu"))
@@ -125,11 +129,7 @@ def test_memory_of_a_topology_update(density):
 def test_memory_of_the_copies_for_dense_second_moments():
     model, sparsifier, held = training({}, second_moments="dense", update_interval=100)
     step(model, sparsifier, 1, 32, False, 1)
-    before = held()
-    ids = torch.arange(32)[None]
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    before += sum(p.grad.nbytes for p in model.parameters())
-    measured = before + allocated(sparsifier.step)
+    measured = at_sparsifiers_step(model, sparsifier, held)
     config, setting = NeuroTrailsLlamaConfig(**BASE), StepSettings(1, 32, False, device="cpu")
     *_, copies = memory(config, sparsifier.config, setting)
     assert copies.name == "copies of gradients"
