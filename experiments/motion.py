@@ -28,18 +28,40 @@ class Gain(NamedTuple):
     digits: int
 
 
+class Comparison(NamedTuple):
+    """An arm of moving masks and one that it is a change of, with the results that the two have of each paired seed."""
+
+    moving: Finished
+    source: Finished
+    pairs: list[tuple[Result, Result]]
+
+    def gains(self, gain: Gain) -> list[float]:
+        return [gain.of(*pair) for pair in self.pairs]
+
+
 def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str, Gain]) -> str | None:
     """Arms of moving masks against their `sources`; a column for each unit."""
     rows = []
-    for runs in arms.values():
-        for source in sources(runs, arms):
-            pairs = [(source.by_seed[seed], runs.by_seed[seed]) for seed in runs.by_seed if seed in source.by_seed]
-            share, amount = runs.mean(density), runs.budget[suite.unit] / 1e6
-            cells = [f"{share:.2g}", f"{amount:.2f}", runs.arm.label, source.arm.label, str(len(pairs))]
-            cells += [with_interval([gain.of(*pair) for pair in pairs], gain.digits) for gain in gains.values()]
-            rows.append(((-share, amount), cells))
+    for each in comparisons(arms):
+        share, amount = each.moving.mean(density), each.moving.budget[suite.unit] / 1e6
+        cells = [f"{share:.2g}", f"{amount:.2f}", each.moving.arm.label, each.source.arm.label, str(len(each.pairs))]
+        cells += [with_interval(each.gains(gain), gain.digits) for gain in gains.values()]
+        rows.append(((-share, amount), cells))
     first = ["density", f"{suite.unit} (M)", "masks that move", "against", "seeds", *gains]
     return markdown_table([first, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]) if rows else None
+
+
+def comparisons(arms: Mapping[str, Finished]) -> list[Comparison]:
+    """Arms of moving masks against their `sources`."""
+    return [
+        Comparison(
+            runs,
+            source,
+            [(source.by_seed[seed], runs.by_seed[seed]) for seed in runs.by_seed if seed in source.by_seed],
+        )
+        for runs in arms.values()
+        for source in sources(runs, arms)
+    ]
 
 
 def sources(runs: Finished, arms: Mapping[str, Finished]) -> list[Finished]:

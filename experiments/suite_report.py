@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from nt_hf.text import markdown_table, pyplot
 
 from experiments import image_tables, text_tables
 from experiments.finished import Finished, Read, density, finished
-from experiments.motion import updates_table
+from experiments.motion import CONFIDENCE, comparisons, interval, is_static, updates_table
 from experiments.suite import RESULT_FILE, Suite, main_runs, read_result, tuned, tuning_runs
 
 # Of a plot: the figure along the x axis with its label, and the one along the y axis with its.
@@ -118,6 +118,7 @@ def write_report(suite: Suite, results: Path) -> str:
         plot_quality(plt, suite, main, results / "quality.png")
         plot_diversity(plt, suite, arms, results / "diversity.png")
         plot_goldilocks(plt, suite, arms, results / "goldilocks.png")
+        plot_motion(plt, suite, main, results / "motion.png")
     return text
 
 
@@ -187,19 +188,29 @@ def sparse_bytes(runs: Finished) -> float:
     return 2 * active + covered / 8
 
 
-def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
-    """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first."""
-    series: dict[str, dict[float, str]] = {}
+def series(
+    arms: Mapping[str, Finished], along: Callable[[Finished], float], free: Collection[str] = ()
+) -> list[list[str]]:
+    """Arms whose configurations differ in the keys `free` alone, by growing `along`; of two at one place the first."""
+    lines: dict[str, dict[float, str]] = {}
     for name, runs in arms.items():
         rest = {
             f"{section}.{key}": value
             for section, values in runs.arm.config.items()
             for key, value in values.items()
-            if key not in ("density", "learning_rate_factors")
+            if key not in free
         }
-        # The first arm of a density: a later one differs in its rates alone.
-        series.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(round(runs.mean(density), 3), name)
-    return [[names[value] for value in sorted(names)] for names in series.values() if len(names) > 1]
+        lines.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(along(runs), name)
+    return [[names[place] for place in sorted(names)] for names in lines.values()]
+
+
+def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
+    """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first."""
+    return series(arms, lambda runs: round(runs.mean(density), 3), ("density", "learning_rate_factors"))
+
+
+def line_label(names: Sequence[str], arms: Mapping[str, Finished]) -> str:
+    return " to ".join(dict.fromkeys(arms[name].arm.label for name in (names[0], names[-1])))
 
 
 def plot_diversity(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
@@ -237,9 +248,9 @@ def plot_ensembles(plt: Any, suite: Suite, arms: Mapping[str, Finished], panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), layout="constrained")
     looks = style(plt, arms)
-    series, points = density_series(several), {"linestyle": ""}
-    drawn = [(f"{several[s[0]].arm.label} to {several[s[-1]].arm.label}", s, looks[s[0]]) for s in series]
-    rest = [name for name in several if not any(name in names for names in series)]
+    lines, points = [names for names in density_series(several) if len(names) > 1], {"linestyle": ""}
+    drawn = [(line_label(names, several), names, looks[names[0]]) for names in lines]
+    rest = [name for name in several if not any(name in names for names in lines)]
     main = [name for name in rest if len(several[name].by_seed) > 1]
     drawn += [(several[name].arm.label, [name], looks[name] | points) for name in main]
     if others := [name for name in rest if name not in main]:
@@ -251,6 +262,48 @@ def plot_ensembles(plt: Any, suite: Suite, arms: Mapping[str, Finished], panels:
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(color="0.9")
     figure.legend(loc="outside lower center", ncols=4 if len(panels) > 2 else 2, frameon=False)
+    save(plt, figure, path)
+
+
+def plot_motion(plt: Any, suite: Suite, arms: Mapping[str, Finished], path: Path) -> None:
+    """What moving masks bring, with the confidence interval, against density and against the length of training.
+
+    A line joins arms that differ in that alone. There is no plot where no two arms do.
+    """
+    unit, gain = next(iter(kind(suite).gains_of_motion(suite).items()))
+    found = {each.moving.arm.name: each for each in comparisons(arms) if is_static(each.source)}
+    moving = {name: each.moving for name, each in found.items()}
+    as_long = {name: runs for name, runs in moving.items() if not runs.arm.has_own_length}
+
+    def amount(runs: Finished) -> float:
+        return runs.budget[suite.unit] / 1e6
+
+    panels = [
+        ("density of the masked weights", lambda runs: runs.mean(density), density_series(as_long)),
+        (f"training {suite.unit} (M)", amount, [names for names in series(moving, amount) if len(names) > 1]),
+    ]
+    panels = [panel for panel in panels if any(len(names) > 1 for names in panel[2])]
+    if not panels:
+        return
+    looks = style(plt, moving)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 5), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (label, place, lines) in zip(axes[0], panels):
+        for shift, names in enumerate(lines):  # beside each other, so that no bar hides another
+            gains = [found[name].gains(gain) for name in names]
+            means = [statistics.fmean(values) for values in gains]
+            margins = [(interval(values) or (mean, mean))[1] - mean for values, mean in zip(gains, means)]
+            x = [place(moving[name]) * 1.03**shift for name in names]
+            axis.errorbar(x, means, yerr=margins, capsize=3, label=line_label(names, moving), **looks[names[0]])
+        axis.axhline(0, color="0.5", linewidth=1)
+        ticks = sorted({round(place(moving[name]), 2) for names in lines for name in names})
+        axis.set(xlabel=label, xscale="log")
+        axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(color="0.9")
+        axis.legend(frameon=False, fontsize="small")
+    axes[0][0].set_ylabel(f"gain over static masks: {unit} (bar: {CONFIDENCE:.0%} interval)")
     save(plt, figure, path)
 
 

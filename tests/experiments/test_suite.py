@@ -1,7 +1,6 @@
 """Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
 
 import json
-import math
 import re
 import statistics
 from collections import Counter
@@ -12,10 +11,9 @@ import pytest
 import yaml
 from conftest import ROOT
 from recipe_runs import call
-from suite_runs import edited, run, runner
+from suite_runs import TINY, edited, run, runner, tiny_suite
 
-from experiments.finished import Finished, finished, paired_ratios
-from experiments.motion import motion_table, updates_table
+from experiments.finished import finished, paired_ratios
 from experiments.suite import (
     budget,
     fill,
@@ -28,42 +26,18 @@ from experiments.suite import (
     tuned,
     tuning_runs,
 )
-from experiments.suite_report import density_series, refreshed, report_text
-from experiments.text_tables import effects_table, gains_of_motion, perplexity_on
+from experiments.suite_report import refreshed, report_text
+from experiments.text_tables import effects_table, perplexity_on
 from nt_hf.config import load_run_config
 from nt_hf.files import LockedError, lock_directory
-from nt_hf.training.metrics import read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
 
 SUITES = sorted((ROOT / "experiments" / "suites").glob("*.yaml"))
-RESULTS = sorted((ROOT / "experiments" / "results").glob("*/report.md"))
-
-TINY = """
-preparation: {text: ["{data_root}"], vocab_size: 320}
-config:
-  model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
-          num_ensemble_heads: 2, blocks_in_head: 1}
-  data: {train: "prepared:{runs}/tokens", validation: "{data_root}", tokenizer: "{runs}/tokenizer",
-         sequence_length: 32, validation_tokens: 300}
-  sparsity: {density: 0.5, distribution: uniform, exclude: ["model.embed_tokens.*"], update_interval: 3}
-  train: {max_steps: 8, batch_size: 4, log_steps: 2, eval_steps: 4, save_steps: 4, keep: 1}
-tuning: {learning_rates: [0.001, 0.01], share: 0.5}
-seeds: [0, 1]
-baseline: single
-rival: neurotrails
-evaluation: {texts: {text: "{data_root}"}, max_tokens: 400}
-arms:
-  single: {label: single, config: {model: {num_ensemble_heads: 1}, sparsity: {density: 1.0}}}
-  neurotrails: {label: NeuroTrails}
-  longer: {label: longer, seeds: 1, learning_rate_of: neurotrails, longer: true}
-"""
 
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+    return tiny_suite(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- planning
@@ -225,7 +199,7 @@ def test_a_suite_can_take_the_arms_of_another(tiny):
 def begun(tmp_path_factory) -> tuple[Path, list[str]]:
     """A directory with a suite of which one arm is tuned, and the results that were there then."""
     directory = tmp_path_factory.mktemp("suite")
-    (directory / "tiny.yaml").write_text(TINY)
+    tiny_suite(directory)
     run(directory, "--only", "tuning/single/*")
     return directory, sorted(str(path.parent.relative_to(directory)) for path in directory.rglob("result.json"))
 
@@ -276,7 +250,7 @@ def test_results_of_another_configuration_are_refused_not_overwritten(world):
     each = main_runs(suite, {"single": 0.01})[0]
     with pytest.raises(ValueError, match=r"result.json: is of another configuration than the suite asks for; delete"):
         read_result(world / "results", suite, each)
-    (world / "tiny.yaml").write_text(TINY)
+    tiny_suite(world)
 
 
 def test_list_and_report_train_nothing(world, capsys):
@@ -306,7 +280,7 @@ def test_a_run_that_is_not_there_is_named(world):
 
 
 def test_a_signal_stops_the_programs_and_says_how_to_go_on(monkeypatch, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    tiny_suite(tmp_path)
     monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
     programs = runner.Programs()
     running = type("Running", (), {"send_signal": lambda self, number: sent.append(number)})()
@@ -369,122 +343,6 @@ def test_an_arm_of_one_head_has_no_gain_to_compare(world):
     assert re.fullmatch(r"\| other \| single +\| 2 +\| 1\.000 ± 0\.000 +\| 1\.000 ± 0\.000 +\| +\|", last)
 
 
-def made_up(suite, name, perplexities, density=0.5, steps=8, interval=3):
-    """An arm with the results of some seeds."""
-    results = {
-        seed: {
-            "texts": {"text": {"ensemble_perplexities": {"logits": perplexity}}},
-            "validation": {"ensemble_mode": "logits", "density": density},
-            "config": {"sparsity": {"update_interval": interval}},
-            "budget": {"steps": steps, "tokens": steps * 1000_000},
-        }
-        for seed, perplexity in perplexities.items()
-    }
-    return Finished(suite.arms[name], results, [])
-
-
-def test_static_masks_less_moving_ones(tiny):
-    arms = {"still": {"label": "still"}, "rival": {"label": "rival"}}
-    arms |= {name: {"label": name, "learning_rate_of": "still"} for name in ("moves", "longer", "alone", "other")}
-    arms["of rival"] = {"label": "of rival", "change_of": "moves"}
-    suite = load_suite(edited(tiny, arms=arms, baseline="still", rival="rival"))
-    still = made_up(suite, "still", {0: 100.0, 1: 102.0, 2: 104.0}, interval=0)
-    factors = (0.99, 0.97, 0.98)
-    results = {
-        "still": still,
-        "moves": made_up(suite, "moves", {seed: (100 + 2 * seed) * factors[seed] for seed in (2, 1, 0)}),
-        "longer": made_up(suite, "longer", {0: 50.0}, steps=16),  # against shorter training: says nothing
-        "alone": made_up(suite, "alone", {1: 51.0, 7: 40.0}, density=0.1),
-        "other": made_up(suite, "other", {0: 1.0}, interval=0),  # does not move
-        "of rival": made_up(suite, "of rival", {0: 49.5}),  # a change of moving masks
-    }
-    table = motion_table(suite, results, gains_of_motion(suite))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    gains = [-math.log(factor) for factor in factors]
-    margin = 4.30265 * statistics.stdev(gains) / 3**0.5
-    shares = [100 * (1 - factor) for factor in factors]
-    share_margin = 4.30265 * statistics.stdev(shares) / 3**0.5
-    mean, share = statistics.fmean(gains), statistics.fmean(shares)
-    assert rows == [
-        ["0.5", "8.00", "moves", "still", "3", f"{mean:+.4f} [{mean - margin:+.4f}, {mean + margin:+.4f}]",
-         f"{share:+.2f} [{share - share_margin:+.2f}, {share + share_margin:+.2f}]"],
-        ["0.5", "8.00", "of rival", "moves", "1", f"{math.log(2):+.4f}", "+50.00"],
-        ["0.5", "8.00", "of rival", "still", "1", f"{-math.log(0.495):+.4f}", "+50.50"],
-        ["0.1", "8.00", "alone", "still", "1", f"{math.log(2):+.4f}", "+50.00"],
-    ]  # fmt: skip
-    assert motion_table(suite, {"still": still}, gains_of_motion(suite)) is None
-
-
-def test_what_updates_did(tiny):
-    suite = load_suite(edited(tiny, arms={"a": {"label": "a"}, "b": {"label": "b"}}, baseline="a", rival="b"))
-
-    def updates(*kept):
-        return [
-            {"grown_kept": k, "ever_active": 0.1 * n, "dead_rows": n, "dead_columns": 0} for n, k in enumerate(kept)
-        ]
-
-    arms = {
-        "a": replace(made_up(suite, "a", {0: 1.0, 1: 1.0}), updates=[updates(None, 0.5, 0.7), updates(None, 0.7, 0.7)]),
-        "b": replace(made_up(suite, "b", {0: 1.0}), updates=[updates(None)]),  # nothing was kept or dropped again
-    }
-    row = [cell.strip() for cell in updates_table(arms).splitlines()[-1].strip("|").split("|")]
-    assert row == ["a", "3", "0.650 ± 0.071", "0.600 ± 0.141", "0.200 ± 0.000", "2.0 ± 0.0", "0.0 ± 0.0"]
-    assert updates_table({"b": arms["b"]}) is None
-
-
-def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
-    suite = load_suite(ROOT / "experiments" / "suites" / "cpu-mini.yaml")
-    arms = finished(suite, ROOT / "experiments" / "results" / "cpu-mini")
-    assert density_series({name: each for name, each in arms.items() if not each.arm.longer}) == [
-        ["neurotrails-0.3", "neurotrails-0.5", "neurotrails-0.7", "neurotrails-0.9", "treenet"],
-        ["neurotrails-4", "treenet-4"],
-    ]
-
-
-@pytest.mark.parametrize("report", RESULTS, ids=lambda path: path.parent.name)
-def test_committed_tables_are_those_of_the_committed_files(report):
-    suite = load_suite(ROOT / "experiments" / "suites" / f"{report.parent.name}.yaml")
-    assert report.read_text(encoding="utf-8") == report_text(suite, report.parent)
-
-
-def test_every_table_of_the_document_is_made_of_the_committed_files():
-    document = (ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8")
-    for report in RESULTS:
-        suite = load_suite(ROOT / "experiments" / "suites" / f"{report.parent.name}.yaml")
-        assert f"<!-- {suite.name}: Quality -->" in document
-        assert refreshed(document, suite, report.parent) == document
-    assert not re.search(r"^\|", re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", document, flags=re.DOTALL), re.MULTILINE)
-
-
-def test_every_figure_of_the_page_of_results_is_in_a_report():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    folders = [
-        ROOT / "experiments" / "results" / suite for suite in ("cpu-mini", "cifar-mini", "motion", "motion-images")
-    ]
-    report = "".join((folder / "report.md").read_text(encoding="utf-8") for folder in folders)
-    figures = set(re.findall(r"\d+\.\d{2,3}(?: ± \d+\.\d+)?", page))
-    assert len(figures) > 30 and not {figure for figure in figures if figure not in report}
-    assert page.count("\n") <= 50, "one screen"
-
-
-def test_every_figure_of_the_text_is_in_a_table_or_a_result():
-    document = (ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8")
-    text = document[document.index("## cpu-mini") : document.index("### Before")]
-    prose = re.sub(r"<!-- [\w-]+: .*?<!-- end -->", "", text, flags=re.DOTALL)
-    figures = set(re.findall(r"(?<![\d.])\d+\.\d{2,3}(?![\d.])", prose))
-    results = ROOT / "experiments" / "results"
-    pages = (results / "cpu-mini" / "report.md", results / "demo" / "explain.md")
-    known = {number for page in pages for number in re.findall(r"\d+\.\d+", page.read_text(encoding="utf-8"))}
-    for path in (results / "demo").glob("*.jsonl"):
-        known |= {f"{record['perplexity']:.2f}" for record in read_metrics(path) if record["event"] == "eval"}
-    for path in results.glob("cpu-mini*/**/*.json"):
-        found = json.loads(path.read_text())
-        found = found["texts"]["wikipedia"] if "texts" in found else found
-        known |= {f"{value:.2f}" for value in found.get("ensemble_perplexities", {}).values()}
-    goals, papers = {"0.95", "1.00", "0.90", "0.96"}, {"0.91", "0.97"}
-    assert len(figures) > 20 and figures - known <= goals | papers
-
-
 def test_a_document_gets_the_tables_it_asks_for(world):
     page = world / "page.md"
     page.write_text(
@@ -497,14 +355,3 @@ def test_a_document_gets_the_tables_it_asks_for(world):
     page.write_text("<!-- tiny: Speed -->\n<!-- end -->")
     with pytest.raises(ValueError, match="<!-- tiny: Speed -->: accepted are the titles Quality, Budgets"):
         run(world, "--report", "--document", str(page))
-
-
-def test_every_trial_that_the_document_quotes_is_what_its_file_says():
-    directory = ROOT / "experiments" / "results" / "trials"
-    document = " ".join((ROOT / "experiments" / "results" / "README.md").read_text(encoding="utf-8").split())
-    quoted = re.findall(r"`([\w.]+-?[\w.]*/[\w.-]+)` (\d+\.\d)", document)
-    named = {line.split("|")[0] for line in (directory / "overrides.txt").read_text().splitlines()[1:]}
-    assert len(quoted) > 10
-    for name, value in quoted:
-        last = [record for record in read_metrics(directory / f"{name}.jsonl") if record["event"] == "eval"][-1]
-        assert f"{last['perplexity']:.1f}" == value and name in named, name
