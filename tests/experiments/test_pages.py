@@ -80,7 +80,8 @@ def test_every_figure_on_the_comparison_of_texts_is_in_a_table_or_a_result():
 def test_every_figure_on_moving_masks_is_in_a_table(suite, end):
     known = re.findall(r"\d+\.\d+", (RESULTS / suite / "report.md").read_text(encoding="utf-8"))
     figures = figures_of_prose(f"## {suite}\n", end)
-    assert len(figures) > 5 and figures <= {*known}
+    settings = {"0.02", "0.95"}  # of the embedding, and beta2
+    assert len(figures) > 5 and figures - settings <= {*known}
 
 
 def figures_of_prose(start: str, end: str) -> set[str]:
