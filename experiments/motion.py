@@ -29,14 +29,15 @@ class Gain(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """An arm of moving masks and one that it is a change of, with the results that the two have of each paired seed."""
+    """An arm of moving masks, and one that it is a change of."""
 
     moving: Finished
     source: Finished
-    pairs: list[tuple[Result, Result]]
 
     def gains(self, gain: Gain) -> list[float]:
-        return [gain.of(*pair) for pair in self.pairs]
+        """What each seed that both have gains."""
+        source, moving = self.source.by_seed, self.moving.by_seed
+        return [gain.of(source[seed], moving[seed]) for seed in moving if seed in source]
 
 
 def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str, Gain]) -> str | None:
@@ -44,7 +45,8 @@ def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str,
     rows = []
     for each in comparisons(arms):
         share, amount = each.moving.mean(density), each.moving.budget[suite.unit] / 1e6
-        cells = [f"{share:.2g}", f"{amount:.2f}", each.moving.arm.label, each.source.arm.label, str(len(each.pairs))]
+        seeds = len(each.moving.by_seed.keys() & each.source.by_seed.keys())
+        cells = [f"{share:.2g}", f"{amount:.2f}", each.moving.arm.label, each.source.arm.label, str(seeds)]
         cells += [with_interval(each.gains(gain), gain.digits) for gain in gains.values()]
         rows.append(((-share, amount), cells))
     first = ["density", f"{suite.unit} (M)", "masks that move", "against", "seeds", *gains]
@@ -53,15 +55,7 @@ def motion_table(suite: Suite, arms: Mapping[str, Finished], gains: Mapping[str,
 
 def comparisons(arms: Mapping[str, Finished]) -> list[Comparison]:
     """Arms of moving masks against their `sources`."""
-    return [
-        Comparison(
-            runs,
-            source,
-            [(source.by_seed[seed], runs.by_seed[seed]) for seed in runs.by_seed if seed in source.by_seed],
-        )
-        for runs in arms.values()
-        for source in sources(runs, arms)
-    ]
+    return [Comparison(runs, source) for runs in arms.values() for source in sources(runs, arms)]
 
 
 def sources(runs: Finished, arms: Mapping[str, Finished]) -> list[Finished]:

@@ -4,12 +4,15 @@ import math
 import statistics
 from dataclasses import replace
 
+import pytest
 from suite_runs import edited, tiny_suite
 
+from experiments import suite_report
 from experiments.finished import Finished
 from experiments.motion import motion_table, updates_table
 from experiments.suite import load_suite
 from experiments.text_tables import gains_of_motion
+from nt_hf.text import pyplot
 
 
 def made_up(suite, name, perplexities, density=0.5, steps=8, interval=3):
@@ -57,6 +60,36 @@ def test_static_masks_less_moving_ones(tmp_path):
         ["0.1", "8.00", "alone", "still", "1", "+50.00", f"{math.log(2):+.4f}"],
     ]  # fmt: skip
     assert motion_table(suite, {"still": still}, gains_of_motion(suite)) is None
+
+
+def test_the_plot_has_a_line_over_density_and_one_over_length(tmp_path, monkeypatch):
+    sparse = {"sparsity": {"density": 0.1}}
+    arms = {
+        "still": {"label": "still"},
+        "still 0.1": {"label": "still 0.1", "config": sparse},
+        "still, 2x": {"label": "still, 2x", "times": 2},
+        "moves": {"label": "moves", "learning_rate_of": "still"},
+        "moves 0.1": {"label": "moves 0.1", "learning_rate_of": "still 0.1", "config": sparse},
+        "moves, 2x": {"label": "moves, 2x", "learning_rate_of": "still, 2x", "times": 2},
+    }
+    suite = load_suite(edited(tiny_suite(tmp_path), arms=arms, baseline="still", rival="moves"))
+    results = {}
+    for name in arms:
+        density, steps = 0.1 if "0.1" in name else 0.5, 16 if "2x" in name else 8
+        perplexities, interval = ({0: 100.0, 1: 100.0}, 0) if "still" in name else ({0: 98.0, 1: 96.0}, 3)
+        results[name] = made_up(suite, name, perplexities, density, steps, interval)
+    figures = []
+    monkeypatch.setattr(suite_report, "save", lambda plt, figure, path: figures.append(figure))
+    suite_report.plot_motion(pyplot(), suite, {name: results[name] for name in ("still", "moves")}, tmp_path)
+    assert not figures, "a line has two points"
+    suite_report.plot_motion(pyplot(), suite, results, tmp_path)
+    [figure] = figures
+    density, length = (axis.containers[0] for axis in figure.axes)
+    assert density.get_label() == "moves 0.1 to moves" and length.get_label() == "moves to moves, 2x"
+    assert list(density[0].get_xdata()) == [0.1, 0.5] and list(length[0].get_xdata()) == [8.0, 16.0]
+    assert list(density[0].get_ydata()) == list(length[0].get_ydata()) == pytest.approx([3.0, 3.0])
+    [[low, high], _] = density[2][0].get_segments()
+    assert (low[1], high[1]) == pytest.approx((3.0 - 12.7062, 3.0 + 12.7062), rel=1e-4)  # t of two seeds, error of 1
 
 
 def test_what_updates_did(tmp_path):
