@@ -308,7 +308,7 @@ class TrainingRun:
                 self.model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or self.sharding else accelerator.no_sync(self.wrapped):
                 loss, of_heads = self.task.losses(self.wrapped, batch, targets)
-                accelerator.backward(loss)
+                accelerator.backward(loss * len(of_heads) if self.config.train.head_loss == "sum" else loss)
             head_losses += of_heads.detach() / processes
         return head_losses
 

@@ -143,6 +143,20 @@ def test_heads_with_learning_rates_of_their_own_become_different(directory, tmp_
         run(directory, tmp_path / "all", "--train.learning_rate_factors", "{'*heads.*': 0.5}")
 
 
+@pytest.mark.parametrize(("loss", "same"), [("sum", True), ("mean", False)])
+def test_sgd_trains_a_network_of_a_full_ensemble_as_a_single_one_by_the_sum_of_losses(directory, tmp_path, loss, same):
+    sgd = ("--train.optimizer", "sgd", "--train.learning_rate", 0.5, "--train.weight_decay", 0.1)
+    options = (*sgd, "--train.max_steps", 3, "--train.save_steps", 3, "--train.max_grad_norm", "null")
+    single = ("--model.num_ensemble_heads", 1)
+    ensemble = ("--model.share_embedding", "false", "--train.head_noise", 0.01, "--train.head_loss", loss)
+    trails = []
+    for name, changes in (("single", single), ("ensemble", ensemble)):
+        train(directory / "tiny.yaml", tmp_path / name, *options, "--model.blocks_in_head", 2, *changes)
+        model = NeuroTrailsForCausalLM.from_pretrained(tmp_path / name / "checkpoint-3")
+        trails.append([*model.extract_trail(0).parameters()])  # noise spares the first network
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*trails, strict=True)) == same
+
+
 def test_dropout_over_the_checkpoint_makes_heads_different(directory, tmp_path):
     model = run(directory, tmp_path, "--model.attention_dropout", 0.1, "--train.max_steps", 2)
     assert model.config.attention_dropout == 0.1
