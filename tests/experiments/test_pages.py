@@ -35,7 +35,10 @@ def test_the_arms_of_a_line_over_length_differ_in_nothing_else():
     suite = load_suite(ROOT / "experiments" / "suites" / "motion.yaml")
     arms = finished(suite, RESULTS / "motion")
     lines = series(arms, lambda runs: runs.budget["steps"])
-    assert [names for names in lines if len(names) > 1] == [["static-0.1", "static-0.1-x2"], ["set-0.1", "set-0.1-x2"]]
+    assert [names for names in lines if len(names) > 1] == [
+        ["static-0.1", "static-0.1-x2", "static-0.1-x4"],
+        ["set-0.1", "set-0.1-x2", "set-0.1-x4"],
+    ]
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.parent.name)
