@@ -145,7 +145,8 @@ class Suite:
             relative to the suite, which it is laid over.
         preparation, tuning, evaluation: see there. Suites over images need no preparation.
         seeds: of initialisation, masks and the order of the data; arms are compared seed by seed.
-        arms: by name. In the file also the name of another suite's file, relative to this one, whose arms these are.
+        arms: by name. In the file also the name of another suite's file, relative to this one, whose arms these are, or
+            a mapping that is laid over those of ``base``, such a name.
         baseline, rival: the arms that tables compare the others with.
     """
 
@@ -212,10 +213,7 @@ def load_suite(path: str | Path) -> Suite:
         raise ValueError(f"{path}: has {sorted(content)}; accepted are the keys {', '.join(sorted(names))}, and base")
     base = content.pop("base", None)
     content["config"] = read_sections([*([path.parent / base] if base else []), content["config"] or {}])
-    if isinstance(content["arms"], str):
-        content["arms"] = read_yaml(path.parent / content["arms"])[0].get("arms")
-    if not isinstance(content["arms"], dict) or not content["arms"]:
-        raise ValueError(f"{path}: arms={content['arms']!r}: accepted is a mapping of names to arms, or a suite's file")
+    content["arms"] = _arms(path, content["arms"])
     check(f"{path}: seeds", content["seeds"], _filled(integer(), "whole numbers"))
     evaluation = ImageEvaluation if _is_of_images(path, content["config"]) else Evaluation
     sections = {
@@ -241,6 +239,18 @@ def load_suite(path: str | Path) -> Suite:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return suite
+
+
+def _arms(path: Path, arms: Any) -> dict[str, Any]:
+    """A suite's arms, laid over those of another suite's file, which ``arms`` or ``arms.base`` names."""
+    if isinstance(arms, str):
+        arms = {"base": arms}
+    if not isinstance(arms, dict) or not arms or not isinstance(arms.get("base", ""), str):
+        raise ValueError(f"{path}: arms={arms!r}: accepted is a mapping of names to arms, or a suite's file")
+    if "base" not in arms:
+        return arms
+    base = path.parent / arms["base"]
+    return _arms(base, read_yaml(base)[0].get("arms")) | {name: arms[name] for name in arms if name != "base"}
 
 
 def _is_of_images(path: Path, sections: Tree) -> bool:

@@ -52,9 +52,9 @@ class TrainConfig:
         optimizer: ``"adam"`` (the paper's for text) or ``"adamw"``, with ``betas``, ``eps``; or ``"sgd"``, with
             ``momentum``, ``nesterov``. ``weight_decay`` of ``"adamw"`` is decoupled and spares norms and biases, that
             of ``"sgd"`` is added to all gradients, as usual for image classifiers; ``"adam"`` has none.
-        head_loss: a step's loss is the ``"mean"`` or the ``"sum"`` of the heads' losses. Under SGD the sum gives a head's
-            own weights the steps of a single network with the same rate and decay; the mean gives them ``1 / heads`` of
-            its gradient. Adam undoes such a factor, but for ``eps`` and the norm that is clipped.
+        head_loss: a step's loss is the ``"mean"`` or the ``"sum"`` of the heads' losses. Under SGD the sum gives a
+            head's own weights the steps of a single network with the same rate and decay; the mean gives them
+            ``1 / heads`` of its gradient. Adam undoes such a factor, but for ``eps`` and the norm that is clipped.
         max_grad_norm: clip the gradient of the active weights to this norm; ``None`` does not clip.
         precision: ``"bf16"`` is autocast over fp32 weights; ``"auto"`` takes it on a GPU or CPU with bf16 instructions
             (AVX512-BF16 or AMX), else fp32, and keeps what the run began with.

@@ -157,6 +157,7 @@ def test_paths_are_filled_wherever_they_stand():
         ({"tuning": {"learning_rates": [1.0], "share": 2}}, r"tuning.share=2.0: accepted is a number in \(0, 1\]"),
         ({"seeds": 3}, "seeds=3: accepted is a list of whole numbers"),
         ({"arms": {}}, "arms={}: accepted is a mapping of names to arms"),
+        ({"arms": {"base": 1}}, "arms={'base': 1}: accepted is a mapping of names to arms, or a suite's file"),
         ({"arms": {"single": {}}}, "arms.single: lacks label"),
         ({"arms": {"single": {"label": "x", "colour": 1}}}, "unknown key .*arms.single.colour: did you mean"),
         ({"arms": {"single": {"label": "x", "seeds": 3}}}, "arms.single.seeds=3: accepted is a whole number from 0 to"),
@@ -188,6 +189,9 @@ def test_a_suite_can_take_the_arms_of_another(tiny):
     other = tiny.with_name("other.yaml")
     other.write_text(tiny.read_text())
     assert load_suite(edited(other, arms="tiny.yaml")).arms == load_suite(tiny).arms
+    arm = {"label": "more", "learning_rate_of": "single"}
+    more = load_suite(edited(other, arms={"base": "tiny.yaml", "more": arm}))
+    assert more.arms == load_suite(tiny).arms | {"more": more.arms["more"]} and more.arms["more"].label == "more"
     with pytest.raises(ValueError, match="arms=None: accepted is a mapping of names to arms, or a suite's file"):
         load_suite(edited(other, arms=str(ROOT / "recipes" / "configs" / "demo.yaml")))
 
