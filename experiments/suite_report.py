@@ -194,19 +194,35 @@ def series(
     """Arms whose configurations differ in the keys `free` alone, by growing `along`; of two at one place the first."""
     lines: dict[str, dict[float, str]] = {}
     for name, runs in arms.items():
-        rest = {
-            f"{section}.{key}": value
-            for section, values in runs.arm.config.items()
-            for key, value in values.items()
-            if key not in free
-        }
-        lines.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(along(runs), name)
+        lines.setdefault(settings(runs, free), {}).setdefault(along(runs), name)
     return [[names[place] for place in sorted(names)] for names in lines.values()]
 
 
+def settings(runs: Finished, free: Collection[str] = ()) -> str:
+    """What an arm sets, without the keys and the sections that are `free`."""
+    set_here = {
+        f"{section}.{key}": value
+        for section, values in runs.arm.config.items()
+        for key, value in values.items()
+        if not {section, key} & set(free)
+    }
+    return json.dumps(set_here, sort_keys=True)
+
+
 def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
-    """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first."""
-    return series(arms, lambda runs: round(runs.mean(density), 3), ("density", "learning_rate_factors"))
+    """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first.
+
+    A dense arm ends every line of sparse ones: how masks are spread and moved is no difference where nothing is masked.
+    """
+    sparse = {name: runs for name, runs in arms.items() if runs.mean(density) < 1}
+    dense = [name for name in arms if name not in sparse]
+    lines = series(sparse, lambda runs: round(runs.mean(density), 3), ("density", "learning_rate_factors"))
+    rest = ("sparsity", "learning_rate_factors")
+
+    def ends(line: list[str]) -> list[str]:
+        return [name for name in dense if len(line) > 1 and settings(arms[name], rest) == settings(arms[line[0]], rest)]
+
+    return [line + ends(line)[:1] for line in lines] + [[name] for name in dense]
 
 
 def line_label(names: Sequence[str], arms: Mapping[str, Finished]) -> str:

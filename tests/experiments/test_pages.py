@@ -27,7 +27,17 @@ def test_the_arms_of_a_line_over_density_differ_in_nothing_else():
     lines = density_series({name: each for name, each in arms.items() if not each.arm.longer})
     assert [names for names in lines if len(names) > 1] == [
         ["neurotrails-0.3", "neurotrails-0.5", "neurotrails-0.7", "neurotrails-0.9", "treenet"],
-        ["neurotrails-4", "treenet-4"],
+    ]
+
+
+def test_lines_of_static_and_of_moving_masks_both_end_at_the_dense_arm():
+    suite = load_suite(ROOT / "experiments" / "suites" / "cifar-mini.yaml")
+    arms = finished(suite, RESULTS / "cifar-mini")
+    lines = density_series({name: each for name, each in arms.items() if not each.arm.has_own_length})
+    assert [names for names in lines if len(names) > 1] == [
+        ["static-0.1", "static-0.2", "static-0.5", "treenet"],
+        ["set-0.1", "set-0.2", "set-0.5", "treenet"],
+        ["rigl-0.1", "rigl-0.2", "rigl-0.5", "treenet"],
     ]
 
 
