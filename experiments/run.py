@@ -27,6 +27,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from nt_hf.cli import program
 from nt_hf.cli.program import check_output, machine, provenance
+from nt_hf.config import read_sections
 from nt_hf.files import lock_directory, write_atomic, write_json
 from nt_hf.training.metrics import last_record, read_metrics
 from nt_hf.training.signals import EXIT_PREEMPTED
@@ -271,7 +272,8 @@ def write_result(suite: Suite, paths: Paths, run: Run) -> None:
     origin = provenance() | {"command": f"python experiments/run.py --suite experiments/suites/{suite.name}.yaml"}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / METRICS_FILE, (run_dir / METRICS_FILE).read_text())
-    write_json(directory / RESULT_FILE, result_record(suite, run, **result, machine=machine(), **origin))
+    precision = read_sections([run_dir / "run.yaml"])["train"]["precision"]
+    write_json(directory / RESULT_FILE, result_record(suite, run, precision, **result, machine=machine(), **origin))
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]], unit: str) -> float:

@@ -428,7 +428,10 @@ def read_result(results: Path, suite: Suite, run: Run) -> dict[str, Any] | None:
         result = strict_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    if result["config"] != run_tree(suite, run):
+    asked = run_tree(suite, run)
+    if asked["train"].get("precision", "auto") == "auto":  # any that it became on the machine of the run
+        asked["train"]["precision"] = result["config"]["train"].get("precision")
+    if result["config"] != asked:
         raise ValueError(
             f"{path}: is of another configuration than the suite asks for; delete {path.parent} or take other --results"
         )
@@ -445,14 +448,16 @@ def tuned(results: Path, suite: Suite) -> dict[str, float]:
     return {arm: min(rates, key=rates.get) for arm, rates in losses.items() if len(rates) == grid_size}
 
 
-def result_record(suite: Suite, run: Run, **scores: Any) -> dict[str, Any]:
-    """What is kept of a finished run."""
+def result_record(suite: Suite, run: Run, precision: str, **scores: Any) -> dict[str, Any]:
+    """What is kept of a finished run; its configuration has the ``precision`` that "auto" became."""
+    config = run_tree(suite, run)
+    config["train"]["precision"] = precision
     return {
         "suite": suite.name,
         "arm": run.arm.name,
         "seed": run.seed,
         "learning_rate": run.learning_rate,
         "budget": {suite.unit if key == "units" else key: value for key, value in asdict(budget(suite, run)).items()},
-        "config": run_tree(suite, run),
+        "config": config,
         **scores,
     }

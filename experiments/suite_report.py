@@ -30,16 +30,17 @@ def kind(suite: Suite) -> ModuleType:
 def budget_table(suite: Suite, arms: Mapping[str, Finished]) -> str:
     rows = [
         ["arm", "learning rate", "steps", f"{suite.unit} (M)", "PFLOP executed", "PFLOP sparse-counted", "stored (M)",
-         "active (M)", "machine", "seconds"]
+         "active (M)", "machine", "precision", "seconds"]
     ]  # fmt: skip
     for runs in arms.values():
         cost, result = runs.budget, next(iter(runs.by_seed.values()))
         machines = sorted({r["machine"]["gpu"] or f"{r['machine']['cores']} cores" for r in runs.by_seed.values()})
+        precisions = sorted({r["config"]["train"]["precision"] for r in runs.by_seed.values()})
         rows.append(
             [
                 runs.arm.label, f"{result['learning_rate']:g}", str(cost["steps"]), f"{cost[suite.unit] / 1e6:.2f}",
                 f"{cost['flops'] / 1e15:.3f}", f"{cost['sparse_flops'] / 1e15:.3f}", f"{cost['stored'] / 1e6:.2f}",
-                f"{cost['active'] / 1e6:.2f}", ", ".join(machines),
+                f"{cost['active'] / 1e6:.2f}", ", ".join(machines), ", ".join(precisions),
             ]
         )  # fmt: skip
         rows[-1].append(f"{runs.mean(lambda r: r['train_seconds']):.0f}")

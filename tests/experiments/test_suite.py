@@ -229,6 +229,8 @@ def test_a_suite_trains_evaluates_and_reports_every_run(world):
         assert ("texts" in result) == (not each.tuning) and str(world) not in json.dumps(result)
     trained = load_run_config([world / "runs" / "runs" / "single" / "seed-1" / "run.yaml"])
     assert trained.train.learning_rate == tuned(results, suite)["single"] and trained.train.seed == 1
+    # The suite leaves the precision to the machine; a result names what it was.
+    assert {result["config"]["train"]["precision"] for result in found} == {trained.train.precision} <= {"bf16", "fp32"}
     assert {path.name for path in results.iterdir()} == {
         "report.md", "curves.png", "quality.png", "diversity.png", "goldilocks.png", "runs", "tuning",
     }  # fmt: skip
