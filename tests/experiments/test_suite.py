@@ -1,5 +1,6 @@
 """Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -257,6 +258,20 @@ def test_results_of_another_configuration_are_refused_not_overwritten(world):
     with pytest.raises(ValueError, match=r"result.json: is of another configuration than the suite asks for; delete"):
         read_result(world / "results", suite, each)
     tiny_suite(world)
+
+
+def test_a_suite_that_names_a_precision_refuses_results_in_another(world):
+    suite = load_suite(world / "tiny.yaml")
+    each = main_runs(suite, tuned(world / "results", suite))[0]
+    had = read_result(world / "results", suite, each)["config"]["train"]["precision"]
+
+    def asking(precision: str):
+        train = suite.config["train"] | {"precision": precision}
+        return dataclasses.replace(suite, config=suite.config | {"train": train})
+
+    assert read_result(world / "results", asking(had), each)
+    with pytest.raises(ValueError, match="another configuration"):
+        read_result(world / "results", asking({"bf16": "fp32", "fp32": "bf16"}[had]), each)
 
 
 def test_list_and_report_train_nothing(world, capsys):
