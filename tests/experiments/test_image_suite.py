@@ -18,7 +18,7 @@ from nt_hf.models.masks import get_mask, masked_modules
 TINY = """
 config:
   model: {base: wide_resnet, num_hidden_layers: 3, width: 1, num_ensemble_heads: 2, blocks_in_head: 1,
-          embedding_size: 4}
+          embedding_size: 8}
   data: {train: "digits:train", validation_share: 0.2, image_size: 8}
   sparsity: {density: 0.5, update_interval: 2}
   train: {max_steps: 6, batch_size: 8, optimizer: sgd, log_steps: 2, eval_steps: 3, save_steps: 3, keep: 1}

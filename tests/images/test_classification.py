@@ -304,7 +304,7 @@ def test_a_checkpoint_without_normalisation_or_with_another_one_is_one_line(run)
 def test_a_stock_classifier_counts_as_one_head(run, monkeypatch):
     monkeypatch.undo()  # the real loader
     torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
     stock = ResNetForImageClassification(config).eval()
     stock.save_pretrained(run.folder / "model")
     monkeypatch.setattr(program, "open_images", lambda name, *_: source(int(name)))
