@@ -213,7 +213,8 @@ def settings(runs: Finished, free: Collection[str] = ()) -> str:
 def density_series(arms: Mapping[str, Finished]) -> list[list[str]]:
     """Arms that differ from each other in density alone, and in the rate that follows from it; the sparsest first.
 
-    A dense arm ends every line of sparse ones: how masks are spread and moved is no difference where nothing is masked.
+    A dense arm ends every line of two sparse ones or more: how masks are spread and moved is no difference where
+    nothing is masked.
     """
     sparse = {name: runs for name, runs in arms.items() if runs.mean(density) < 1}
     dense = [name for name in arms if name not in sparse]

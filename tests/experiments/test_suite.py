@@ -1,6 +1,5 @@
 """Suites of runs: which runs they ask for, that they are fair, resumed and skipped, and what the reports say."""
 
-import dataclasses
 import json
 import re
 import statistics
@@ -267,7 +266,7 @@ def test_a_suite_that_names_a_precision_refuses_results_in_another(world):
 
     def asking(precision: str):
         train = suite.config["train"] | {"precision": precision}
-        return dataclasses.replace(suite, config=suite.config | {"train": train})
+        return replace(suite, config=suite.config | {"train": train})
 
     assert read_result(world / "results", asking(had), each)
     with pytest.raises(ValueError, match="another configuration"):
